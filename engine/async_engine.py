@@ -1,0 +1,244 @@
+"""The engine for an event loop: a thread that steps, an inbox, and one delivery per step.
+
+The engine thread alone touches the engine. The event loop alone touches permits and
+`Generation`s. Between them go messages: `Add` and `Abort` one way, a step's events the
+other, in one crossing for all of them.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from engine.errors import EngineDead
+from engine.metrics import EngineFigures, EngineStatus, ModelInfo
+from engine.request import Event, Failed, Finished, Request
+
+if TYPE_CHECKING:
+    from engine.engine import Engine, Events
+    from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Overloaded(Exception):
+    """Every permit is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+class Permit:
+    """The right to have `count` generations at once. A context manager."""
+
+    def __init__(self, engine: "AsyncEngine", count: int):
+        self._engine = engine
+        self._count = count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._engine._free_permits += self._count
+
+
+class Generation:
+    """A request's events as they come. Leaving its `with` block early aborts it."""
+
+    def __init__(self, engine: "AsyncEngine", request_id: str):
+        self._engine = engine
+        self._request_id = request_id
+        self._arrived: list[Event] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """Stop the sequence and free what it holds, before the next step. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._engine._abort(self._request_id)
+
+    async def events(self) -> AsyncIterator[list[Event]]:
+        """All events pending at a time, never none; the last list ends with the last event."""
+        while self._arrived or not self._ended:
+            if not self._arrived:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            arrived, self._arrived = self._arrived, []
+            if arrived:
+                yield arrived
+
+    def _deliver(self, event: Event) -> None:
+        self._arrived.append(event)
+        self._ended = self._ended or isinstance(event, Finished | Failed)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class AsyncEngine:
+    """Drives an `Engine` in its own thread. Every method is for the event loop, but for
+    `status`, which any thread may call.
+
+    `stall_timeout_s` is how long a step may take before the engine is reported stalled.
+    """
+
+    def __init__(
+        self, engine: "Engine", max_concurrent_requests: int = 128, stall_timeout_s: float = 60.0
+    ):
+        self._engine = engine
+        self._free_permits = max_concurrent_requests
+        self._stall_timeout_s = stall_timeout_s
+        self._generations: dict[str, Generation] = {}
+        self._inbox: deque[_Add | _Abort] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="skiff-engine", daemon=True)
+        # Written by the engine thread, read by anyone: single references, replaced whole.
+        self._busy_since: float | None = None
+        self._figures: EngineFigures = engine.figures()
+        self._death: str | None = None
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        return self._engine.tokenizer
+
+    @property
+    def max_total_tokens(self) -> int:
+        return self._engine.limits.max_total_tokens
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._engine.info
+
+    # -- event loop -------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the engine thread after its current step; what is unfinished gets `Failed`."""
+        self._stopping = True
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join)
+
+    def admit(self, permits: int = 1) -> Permit:
+        """Take permits, to be held until the generations end. Raises Overloaded."""
+        if permits > self._free_permits:
+            raise Overloaded
+        self._free_permits -= permits
+        return Permit(self, permits)
+
+    def submit(self, request: Request) -> Generation:
+        """Raises EngineDead."""
+        if self._death is not None:
+            raise EngineDead(self._death)
+        generation = Generation(self, request.request_id)
+        self._generations[request.request_id] = generation
+        self._post(_Add(request))
+        return generation
+
+    def status(self) -> EngineStatus:
+        """From the progress that steps make, not from asking them."""
+        if self._death is not None:
+            return EngineStatus("dead", self._death, self._figures)
+        since = self._busy_since
+        age = 0.0 if since is None else time.monotonic() - since
+        if age > self._stall_timeout_s:
+            reason = f"step {self._figures.num_steps + 1} has made no progress for {age:.0f} s"
+            return EngineStatus("stalled", reason, self._figures)
+        return EngineStatus("ready", None, self._figures)
+
+    def _abort(self, request_id: str) -> None:
+        self._generations.pop(request_id, None)
+        self._post(_Abort(request_id))
+
+    def _post(self, message: _Add | _Abort) -> None:
+        self._inbox.append(message)
+        self._wake.set()
+
+    def _dispatch(self, events: "Events") -> None:
+        for request_id, event in events:
+            generation = self._generations.get(request_id)
+            if generation is None:
+                continue  # aborted while the step ran
+            generation._deliver(event)
+            if generation._ended:
+                del self._generations[request_id]
+
+    def _fail_all(self, reason: str) -> None:
+        self._dispatch([(request_id, Failed(reason)) for request_id in self._generations])
+
+    # -- engine thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._await_work()
+                self._busy_since = time.monotonic()
+                self._drain_inbox()
+                self._cross(self._engine.step())
+                self._busy_since = None
+                self._figures = self._engine.figures()
+            self._end("the server is shutting down")
+        except Exception as error:
+            logger.exception("the engine died")
+            self._end(str(error))
+        finally:
+            self._engine.close()
+
+    def _await_work(self) -> None:
+        while not (self._engine.has_work or self._inbox or self._stopping):
+            self._wake.wait()
+            self._wake.clear()
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:
+            match self._inbox.popleft():
+                case _Add(request):
+                    self._engine.add(request)
+                case _Abort(request_id):
+                    self._engine.abort(request_id)
+
+    def _end(self, reason: str) -> None:
+        """Nothing accepted goes without its last event, not even what is still in the inbox.
+
+        Failing is left to the event loop: a `submit` either comes before it there, and is
+        failed, or finds the engine dead.
+        """
+        self._death = reason
+        self._loop.call_soon_threadsafe(self._fail_all, reason)
+        self._engine.fail_all(reason)
+
+    def _cross(self, events: "Events") -> None:
+        if events:
+            self._loop.call_soon_threadsafe(self._dispatch, events)

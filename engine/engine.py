@@ -1,0 +1,275 @@
+"""The engine: requests in, events out, one step at a time. Everything here can be driven
+by hand: `add`, then `step` until `has_work` is false.
+
+A step launches the next batch and then looks at the one before, while the device works.
+So sampled ids reach the next step on the device, and a sequence that turns out to have
+ended has sometimes run once too often: its surplus token is dropped.
+"""
+
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig, LoadConfig
+from engine.errors import EngineDead
+from engine.kv_cache import bind_kv_cache
+from engine.loader import LoadedModel, freeze_rotary, load
+from engine.metrics import EngineFigures
+from engine.model_runner import ModelRunner
+from engine.output import SequenceOutput
+from engine.request import Event, Failed, Finished, FinishReason, Request
+from engine.sampler import SampledTokens, Sampler
+from engine.scheduler import Batch, ScheduledSequence, Scheduler
+from engine.sequence import Sequence
+from engine.sizing import decide_limits
+from engine.step_inputs import StepBuilder
+from engine.stream import Pending, make_stream
+
+Events = list[tuple[str, Event]]
+"""(request id, event), in the order they happened."""
+
+_MAX_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    batch: Batch
+    pending: Pending[SampledTokens | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedLaunch:
+    """A step that never reached the device."""
+
+    error: Exception
+
+    def result(self) -> SampledTokens | None:
+        raise self.error
+
+
+class Engine:
+    """Owns the scheduler, the model and every sequence. One thread drives it."""
+
+    @classmethod
+    def load(cls, load_config: LoadConfig, config: EngineConfig) -> "Engine":
+        """Raises LoadError with what to do."""
+        return cls(load(load_config), config)
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig):
+        self.limits = decide_limits(loaded, config)
+        self.info = loaded.info
+        self.tokenizer = loaded.tokenizer
+        self._eos_token_ids = loaded.eos_token_ids
+        model, limits = loaded.model, self.limits
+        freeze_rotary(model, limits.max_total_tokens)
+        self.scheduler = Scheduler(
+            limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
+        )
+        vocab_size = model.config.get_text_config().vocab_size
+        sampler = Sampler(limits.max_sequences, vocab_size, model.device)
+        self._builder = StepBuilder(
+            limits.max_sequences, limits.max_total_tokens, sampler, model.device
+        )
+        context = bind_kv_cache(loaded.calls, limits.num_blocks, model.dtype, model.device)
+        self._stream = make_stream(model.device)
+        self.runner = ModelRunner(model, context, sampler, self._stream, limits.max_sequences)
+        self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
+        self._in_flight: deque[_Step] = deque()
+        self._suspects: list[set[Sequence]] = []
+        self.num_steps = 0
+
+    def summary(self) -> list[str]:
+        """What is served and under which limits, a line each, with where they come from."""
+        info = self.info
+        return [f"model {info.model_id} in {info.dtype} on {info.device}", *self.limits.reasons]
+
+    # -- requests ---------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Accept a request; it will get exactly one `Finished` or `Failed`."""
+        seq = Sequence(request)
+        self._live[request.request_id] = (
+            seq,
+            SequenceOutput(seq, self.tokenizer, self._eos_token_ids),
+        )
+        self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request at once, in whatever phase it is; no event follows. Idempotent."""
+        entry = self._live.pop(request_id, None)
+        if entry is not None:
+            self.scheduler.finish(entry[0])
+
+    def fail_all(self, message: str) -> Events:
+        """Give up on every request."""
+        return [
+            event for request_id in list(self._live) for event in self._fail(request_id, message)
+        ]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._in_flight)
+
+    def figures(self) -> EngineFigures:
+        scheduler = self.scheduler
+        return EngineFigures(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.pool.num_blocks,
+            num_used_blocks=scheduler.pool.num_used,
+            num_steps=self.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_prefix_lookup_tokens=scheduler.num_prefix_lookup_tokens,
+        )
+
+    def close(self) -> None:
+        self._stream.close()
+
+    # -- one step ---------------------------------------------------------------------
+
+    def step(self) -> Events:
+        """Launch the next batch, then collect the one before it.
+
+        Raises EngineDead when the device is lost.
+        """
+        if self._suspects:
+            return self._step_suspects()
+        launched = self._launch(self.scheduler.schedule())
+        if not self._in_flight or (launched and len(self._in_flight) < _MAX_IN_FLIGHT):
+            return []
+        return self._collect(self._in_flight.popleft())
+
+    def _launch(self, batch: Batch) -> bool:
+        if not batch.scheduled:
+            return False
+        now = time.perf_counter()
+        for seq in batch.reset:
+            seq.first_scheduled_time = seq.first_scheduled_time or now
+        pending: Pending[SampledTokens | None]
+        try:
+            pending = self.runner.launch(self._builder.build(batch))
+        except Exception as error:
+            pending = _FailedLaunch(error)
+        self._in_flight.append(_Step(batch, pending))
+        self.num_steps += 1
+        return True
+
+    def _collect(self, step: _Step) -> Events:
+        """Look at what a step produced. The only loop over tokens on the host."""
+        try:
+            sampled = step.pending.result()
+        except Exception as error:
+            return self._recover(step, error)
+        for entry in step.batch.scheduled:
+            self.scheduler.complete(entry)
+        if sampled is None:
+            return []
+        events: Events = []
+        entries = (entry for entry in step.batch.scheduled if entry.samples)
+        for entry, row in zip(entries, _rows(sampled), strict=True):
+            if not entry.sequence.is_finished:
+                try:
+                    self._emit(events, entry, *row)
+                except Exception as error:  # its own text or stop strings: nobody else's fault
+                    events += self._fail(entry.sequence.request.request_id, repr(error))
+        return events
+
+    def _emit(
+        self,
+        events: Events,
+        entry: ScheduledSequence,
+        token_id: int,
+        logprob: float | None,
+        top: list[tuple[int, float]],
+    ) -> None:
+        seq = entry.sequence
+        request_id, sampling = seq.request.request_id, seq.request.sampling
+        seq.token_ids.append(token_id)
+        _, output = self._live[request_id]
+        token, reason = output.push(
+            token_id,
+            logprob if sampling.logprobs else None,
+            top if sampling.top_n_tokens else [],
+        )
+        events.append((request_id, token))
+        if reason is not None:
+            events.append((request_id, self._finish(seq, output, reason)))
+
+    def _finish(self, seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Finished:
+        self.scheduler.finish(seq)
+        del self._live[seq.request.request_id]
+        started = seq.first_scheduled_time or seq.arrival_time
+        return Finished(
+            reason=reason,
+            generated_text=output.generated_text(),
+            num_generated_tokens=seq.num_generated,
+            seed=seq.request.sampling.seed if seq.request.sampling.do_sample else None,
+            queue_s=started - seq.arrival_time,
+            inference_s=time.perf_counter() - started,
+        )
+
+    # -- steps that fail --------------------------------------------------------------
+
+    def _recover(self, failed: _Step, error: Exception) -> Events:
+        """Take back what is in flight, and find who is to blame by halving the batch.
+
+        Each half is run alone before anyone else: a step that is merely too large fits
+        in halves, and a sequence that fails on its own fails alone.
+        """
+        lost = [failed, *self._in_flight]
+        self._in_flight.clear()
+        for step in lost[1:]:
+            _wait(step)
+        for seq in {entry.sequence for step in lost for entry in step.batch.scheduled}:
+            if not seq.is_finished:
+                self.scheduler.rewind(seq)
+        if _is_fatal(error):
+            raise EngineDead(f"{type(error).__name__}: {error}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        suspects = [e.sequence for e in failed.batch.scheduled if not e.sequence.is_finished]
+        if len(suspects) == 1:
+            return self._fail(suspects[0].request.request_id, f"{type(error).__name__}: {error}")
+        half = len(suspects) // 2
+        self._suspects += [group for group in (set(suspects[half:]), set(suspects[:half])) if group]
+        return []
+
+    def _step_suspects(self) -> Events:
+        batch = self.scheduler.schedule(only=self._suspects.pop())
+        if not self._launch(batch):
+            return []
+        return self._collect(self._in_flight.popleft())
+
+    def _fail(self, request_id: str, message: str) -> Events:
+        seq, _ = self._live.pop(request_id)
+        self.scheduler.finish(seq)
+        return [(request_id, Failed(message))]
+
+
+def _rows(
+    sampled: SampledTokens,
+) -> "zip[tuple[int, float | None, list[tuple[int, float]]]]":
+    """(id, logprob, [(id, logprob) of the best]) of each row, as Python numbers."""
+    ids = sampled.ids.tolist()
+    logprobs = [None] * len(ids) if sampled.logprobs is None else sampled.logprobs.tolist()
+    if sampled.top_ids is None or sampled.top_logprobs is None:
+        top: list[list[tuple[int, float]]] = [[]] * len(ids)
+    else:
+        pairs = zip(sampled.top_ids.tolist(), sampled.top_logprobs.tolist(), strict=True)
+        top = [list(zip(i, p, strict=True)) for i, p in pairs]
+    return zip(ids, logprobs, top, strict=True)
+
+
+def _wait(step: _Step) -> None:
+    """Let a step that no longer counts run to its end."""
+    with contextlib.suppress(Exception):
+        step.pending.result()
+
+
+def _is_fatal(error: Exception) -> bool:
+    """The device's context is gone: whatever runs next would fail the same way."""
+    return isinstance(error, torch.AcceleratorError)

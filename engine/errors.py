@@ -1,0 +1,9 @@
+"""What can go wrong beyond one request."""
+
+
+class LoadError(Exception):
+    """The model cannot be served; the message says why and what to do."""
+
+
+class EngineDead(Exception):
+    """The device or the engine is lost; the message says how. Nothing more is served."""

@@ -1,0 +1,85 @@
+"""The K and V tensors of every attention call, and how many bytes a block costs."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.attention import LayerCache, PagedAttention, StepContext
+from engine.config import BLOCK_SIZE
+from kernels.paged_attention import MaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of the attention function in a forward, as discovered at load.
+
+    `shared_with` is the index of the earlier call whose K and V this one reuses.
+    """
+
+    module: nn.Module
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    mask: MaskSpec
+    shared_with: int | None = None
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        return self.num_kv_heads, self.head_dim, self.value_dim
+
+
+def bytes_per_block(calls: list[AttentionCall], dtype: torch.dtype) -> int:
+    """Device memory of one block over all layers."""
+    values = sum(
+        call.num_kv_heads * (call.head_dim + call.value_dim)
+        for call in calls
+        if call.shared_with is None
+    )
+    return BLOCK_SIZE * values * dtype.itemsize
+
+
+def bind_kv_cache(
+    calls: list[AttentionCall],
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StepContext:
+    """Allocate the cache and give every attention module its share of it.
+
+    Calls of equal geometry share one K and one V tensor of
+    [calls, num_blocks, block_size, num_kv_heads, dim]. The step's metadata then reaches
+    the modules through the returned context.
+    """
+    caches = _allocate(calls, num_blocks, dtype, device)
+    context = StepContext()
+    per_module: dict[nn.Module, list[LayerCache]] = defaultdict(list)
+    for call, cache in zip(calls, caches, strict=True):
+        per_module[call.module].append(cache)
+    for module, layer_caches in per_module.items():
+        module.paged_attention = PagedAttention(context, layer_caches)  # type: ignore[assignment]
+    return context
+
+
+def _allocate(
+    calls: list[AttentionCall], num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    by_geometry: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for index, call in enumerate(calls):
+        if call.shared_with is None:
+            by_geometry[call.geometry].append(index)
+    stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for (num_heads, head_dim, value_dim), indices in by_geometry.items():
+        shape = (len(indices), num_blocks, BLOCK_SIZE, num_heads)
+        keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+        stored |= {index: (keys[i], values[i]) for i, index in enumerate(indices)}
+    return [
+        LayerCache(
+            *stored[index if call.shared_with is None else call.shared_with],
+            mask=call.mask,
+            writes=call.shared_with is None,
+        )
+        for index, call in enumerate(calls)
+    ]

@@ -1,0 +1,135 @@
+"""Weights, tokenizer and what the engine has to know about the model they make."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from engine.checkpoint import Checkpoint, locate
+from engine.config import LoadConfig
+from engine.errors import LoadError
+from engine.kv_cache import AttentionCall
+from engine.metrics import ModelInfo
+from engine.probe import discover, verify
+from engine.tokenizer import Tokenizer
+
+_UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model proven to answer rightly through the paged cache.
+
+    `eos_token_ids` end a sequence; `max_positions` is what the model was made for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    info: ModelInfo
+    calls: list[AttentionCall]
+    eos_token_ids: frozenset[int]
+    max_positions: int
+
+
+def load(config: LoadConfig) -> LoadedModel:
+    """Load, probe and verify. Raises LoadError with the reason and what to do."""
+    checkpoint = locate(config.model_id, config.revision)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=config.trust_remote_code
+        )
+        model = _load_weights(checkpoint, config, device)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(f"{config.model_id} cannot be loaded: {error}") from error
+    if not hf_tokenizer.is_fast:
+        raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
+    tokenizer = Tokenizer(hf_tokenizer)
+    return adopt(model, tokenizer, checkpoint)
+
+
+def adopt(model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint) -> LoadedModel:
+    """Make a transformers model that is in memory already ready for the engine."""
+    model.eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    max_positions = min(
+        getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
+    )
+    calls = discover(model)
+    verify(model, calls)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        info=ModelInfo(
+            model_id=checkpoint.model_id,
+            sha=checkpoint.sha,
+            pipeline_tag=checkpoint.pipeline_tag,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=_device_name(model.device),
+        ),
+        calls=calls,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        max_positions=max_positions,
+    )
+
+
+def _load_weights(
+    checkpoint: Checkpoint, config: LoadConfig, device: torch.device
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if device.type == "cuda":
+        options |= {"dtype": config.dtype or "auto", "device_map": {"": device}}
+    else:
+        options |= {"dtype": config.dtype or "float32"}
+    transformers_logging.enable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(checkpoint.path, **options)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """As Text Generation Inference has it: the generation config's list, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    if isinstance(configured, list):
+        return frozenset(configured)
+    single = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else configured
+    return frozenset() if single is None else frozenset([single])
+
+
+@torch.inference_mode()
+def freeze_rotary(model: PreTrainedModel, max_total_tokens: int) -> None:
+    """Decide length-dependent rotary frequencies once, for sequences of this length.
+
+    `longrope` and `dynamic` pick their frequencies from the longest position of the
+    whole packed row, so one long request would change its neighbours, and on the device
+    that is a synchronisation besides. The library's own update runs a last time for the
+    longest sequence there can be, and is then switched off.
+    """
+    position_ids = torch.tensor([[max_total_tokens - 1]], device=model.device)
+    x = torch.zeros(1, dtype=model.dtype, device=model.device)
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            if _is_length_dependent(kinds):
+                module(x, position_ids)
+                module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kinds, dict):
+            _freeze_per_layer_type(module, kinds, x, position_ids)
+
+
+def _freeze_per_layer_type(
+    module: nn.Module, kinds: dict[str, str], x: torch.Tensor, position_ids: torch.Tensor
+) -> None:
+    for layer_type, kind in list(kinds.items()):
+        if _is_length_dependent(kind):
+            module(x, position_ids, layer_type=layer_type)
+            kinds[layer_type] = "default"
+
+
+def _is_length_dependent(rope_type: str) -> bool:
+    return rope_type == "longrope" or "dynamic" in rope_type

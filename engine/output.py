@@ -1,0 +1,73 @@
+"""From a sequence's token ids to its events: text, stop conditions, finish reason."""
+
+import math
+
+from engine.request import FinishReason, Token, TokenOutput
+from engine.sequence import Sequence
+from engine.tokenizer import TextStream, Tokenizer
+
+_STOP_WINDOW = 200
+"""Characters of running text kept for stop sequences, as Text Generation Inference does."""
+
+
+class SequenceOutput:
+    """What one sequence has said so far. `push` is called once per token."""
+
+    __slots__ = ("_eos_token_ids", "_seq", "_tail", "_text", "_tokenizer")
+
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer, eos_token_ids: frozenset[int]):
+        self._seq = seq
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._text = TextStream(tokenizer, seq.request.prompt_ids)
+        self._tail = ""
+
+    def push(
+        self, token_id: int, logprob: float | None, top: list[tuple[int, float]]
+    ) -> tuple[TokenOutput, FinishReason | None]:
+        """`token_id` is the last of the sequence's; `top` its best alternatives, in order."""
+        text = self._text.push(token_id)
+        reason = self._finish_reason(token_id, text)
+        if reason is not None:
+            text += self._text.flush()
+        token = Token(token_id, text, _finite(logprob), token_id in self._tokenizer.special_ids)
+        return TokenOutput(token, self._top_tokens(top) if top else ()), reason
+
+    def generated_text(self) -> str:
+        seq = self._seq
+        return self._tokenizer.generated_text(
+            seq.request.prompt_ids, seq.token_ids[seq.num_prompt_tokens :]
+        )
+
+    def _finish_reason(self, token_id: int, text: str) -> FinishReason | None:
+        seq, stopping = self._seq, self._seq.request.stopping
+        if len(seq.token_ids) >= seq.max_tokens:
+            return FinishReason.LENGTH
+        if token_id in self._eos_token_ids and not stopping.ignore_eos:
+            return FinishReason.EOS_TOKEN
+        if stopping.stop and self._reached_stop(text, stopping.stop):
+            return FinishReason.STOP_SEQUENCE
+        return None
+
+    def _reached_stop(self, text: str, stop: tuple[str, ...]) -> bool:
+        """The text ends with a stop string, one final newline notwithstanding."""
+        window = max(_STOP_WINDOW, *(len(s) + 1 for s in stop))
+        self._tail = (self._tail + text)[-window - len(text) :]
+        return self._tail.endswith(stop) or (
+            self._tail.endswith("\n") and self._tail[:-1].endswith(stop)
+        )
+
+    def _top_tokens(self, top: list[tuple[int, float]]) -> tuple[Token, ...]:
+        """Those at least as likely as the n-th; what the processors excluded is left out."""
+        n = min(self._seq.request.sampling.top_n_tokens, len(top))
+        threshold = max(top[n - 1][1], -math.inf)
+        tokenizer = self._tokenizer
+        return tuple(
+            Token(i, tokenizer.token_text(i), logprob, i in tokenizer.special_ids)
+            for i, logprob in top
+            if logprob >= threshold and logprob != -math.inf
+        )
+
+
+def _finite(logprob: float | None) -> float | None:
+    return logprob if logprob is not None and math.isfinite(logprob) else None

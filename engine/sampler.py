@@ -1,0 +1,172 @@
+"""From a step's logits to token ids and logprobs, for all its sequences at once.
+
+Greedy sequences take the argmax. Sampled ones take the argmax of scores plus noise that
+is a function of (seed, position, token id), see `kernels.sampling`. Logprobs are those
+of the processed scores, as Text Generation Inference reports them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.logits_processors import (
+    LogitsProcessor,
+    Penalties,
+    Rows,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+    column,
+    select_rows,
+    to_device,
+)
+from engine.request import SamplingParams
+from kernels.sampling import gumbel_noise, noise_keys
+
+_TIE_MARGIN = 16
+"""How many tokens that tie with the n-th best are still found."""
+
+_PARAMETERS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float32),
+        ("typical_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("do_sample", np.bool_),
+        ("seed", np.uint64),
+        ("logprobs", np.bool_),
+        ("top_n_tokens", np.int64),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One row per sampled sequence; None where no row asked for it.
+
+    ids            [rows] int64
+    logprobs       [rows] float32
+    top_ids        [rows, k] int64, best first, k at least the largest number asked for
+    top_logprobs   [rows, k] float32
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None
+    top_ids: Tensor | None
+    top_logprobs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What one step's sampling will do, decided on the host before the forward runs."""
+
+    penalties: Penalties | None
+    processors: list[LogitsProcessor]
+    noisy: Rows | None
+    noise_keys: Tensor | None
+    logprobs: bool
+    num_top: int
+
+
+class Sampler:
+    """Per-slot parameters on the host, per-slot token counts on the device."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
+        self._vocab_size = vocab_size
+        self._device = device
+        self._parameters = np.zeros(max_sequences, dtype=_PARAMETERS)
+        self._counts: Tensor | None = None
+
+    # -- engine thread, ahead of the step ---------------------------------------------
+
+    def set_parameters(self, slot: int, params: SamplingParams) -> None:
+        """A new sequence in this slot."""
+        self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.fields or ())
+
+    def needs_counts(self, slot: int) -> bool:
+        return bool(_uses_penalties(self._parameters[slot]))
+
+    def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
+        """`positions` [rows] are those of the tokens about to be drawn."""
+        p, device = self._parameters[slots], self._device
+        processors = (
+            Temperature.build(p["temperature"], device),
+            TopK.build(p["top_k"], device),
+            TopP.build(p["top_p"], device),
+            TypicalP.build(p["typical_p"], device),
+        )
+        noisy = select_rows(p["do_sample"], device)
+        keys = noise_keys(p["seed"], positions)[p["do_sample"]]
+        return SamplingPlan(
+            penalties=self._plan_penalties(slots, p),
+            processors=[processor for processor in processors if processor is not None],
+            noisy=noisy,
+            noise_keys=None if noisy is None else to_device(keys, device),
+            logprobs=bool(p["logprobs"].any() or p["top_n_tokens"].any()),
+            num_top=int(p["top_n_tokens"].max(initial=0)),
+        )
+
+    def _plan_penalties(self, slots: np.ndarray, p: np.ndarray) -> Penalties | None:
+        used = _uses_penalties(p)
+        rows = select_rows(used, self._device)
+        if rows is None:
+            return None
+        return Penalties(
+            rows=rows,
+            slots=to_device(slots[used], self._device),
+            repetition=column(p["repetition_penalty"], used, self._device),
+            frequency=column(p["frequency_penalty"], used, self._device),
+            counts=self._all_counts(),
+        )
+
+    def _all_counts(self) -> Tensor:
+        """Allocated when the first request with a penalty arrives."""
+        if self._counts is None:
+            shape = (len(self._parameters), self._vocab_size)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        return self._counts
+
+    # -- in stream order --------------------------------------------------------------
+
+    def start_counts(self, slot: int, token_ids: Tensor) -> None:
+        """Count the tokens that a sequence new to this slot knows, [n] int64."""
+        counts = self._all_counts()[slot].zero_()
+        counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
+
+    def sample(self, logits: Tensor, plan: SamplingPlan) -> SampledTokens:
+        """`logits` [rows, vocab_size] in the model's type, overwritten."""
+        scores = logits.float()
+        if plan.penalties is not None:
+            plan.penalties(scores)
+        for processor in plan.processors:
+            processor(scores)
+        ids = _choose(scores, plan)
+        if plan.penalties is not None:
+            plan.penalties.count(ids)
+        if not plan.logprobs:
+            return SampledTokens(ids, None, None, None)
+        logprobs = scores.log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, ids[:, None])[:, 0]
+        if not plan.num_top:
+            return SampledTokens(ids, chosen, None, None)
+        top = logprobs.topk(min(plan.num_top + _TIE_MARGIN, logprobs.shape[-1]), dim=-1)
+        return SampledTokens(ids, chosen, top.indices, top.values)
+
+
+def _uses_penalties(parameters: np.ndarray) -> np.ndarray:
+    return (parameters["repetition_penalty"] != 1) | (parameters["frequency_penalty"] != 0)
+
+
+def _choose(scores: Tensor, plan: SamplingPlan) -> Tensor:
+    if plan.noisy is None or plan.noise_keys is None:
+        return scores.argmax(dim=-1)
+    noise = gumbel_noise(plan.noise_keys, scores.shape[-1])
+    drawn = (scores[plan.noisy] + noise).argmax(dim=-1)
+    if isinstance(plan.noisy, slice):
+        return drawn
+    return scores.argmax(dim=-1).index_copy_(0, plan.noisy, drawn)

@@ -1,0 +1,273 @@
+"""Who computes how many tokens in the next step.
+
+There are no phases. A sequence has tokens known and tokens computed; a step closes the
+gap within a token budget. Prefill, chunked prefill, prefix hits, decoding, preemption
+and replay after a fault are this one arithmetic.
+
+The rules, in order:
+
+1. Sequences one token behind (decodes) go first and always fit the budget, so no
+   prefill can starve them.
+2. Then running sequences further behind (prefills), oldest first, in chunks.
+3. Then waiting sequences, strictly first come first served, each admitted with blocks
+   for every token it knows. Blocks that hold its prefix already are shared.
+
+Only decodes can run out of blocks. Then the youngest running sequence is preempted: its
+blocks are released, and it waits at the head of the queue to be recomputed.
+
+Steps run in the order of their launch on one stream, so a block released while a
+launched step still writes to it is safe to hand out: its next owner's writes come
+later, and nothing is findable in it until a completed step registers it.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.block_pool import BlockHasher, BlockPool
+from engine.config import BLOCK_SIZE
+from engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of `sequence` from position `start`, into `slot`'s state.
+
+    `samples` says that these are its last known tokens, so the step draws the next.
+    `epoch` tells whether the sequence was preempted since.
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+    epoch: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_current(self) -> bool:
+        """The blocks this step wrote to are still the sequence's own."""
+        seq = self.sequence
+        return not seq.is_finished and seq.num_preemptions == self.epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step, and what changed in the slots since the last one.
+
+    `reset` sequences are new to their slot, or were rewound: what the slot holds is not
+    theirs. `grown` lists blocks appended to tables as (slot, index in the table, block).
+    """
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    reset: list[Sequence] = field(default_factory=list)
+    grown: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.scheduled)
+
+
+class Scheduler:
+    """Owns the two queues, the block pool and the slots. Pure bookkeeping, no tensors."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        max_sequences: int,
+        max_batch_tokens: int,
+        prefix_caching: bool = True,
+        hash_key: bytes | None = None,
+    ):
+        assert max_sequences <= max_batch_tokens, "the budget must hold every decode"
+        self.pool = BlockPool(num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._max_batch_tokens = max_batch_tokens
+        self._prefix_caching = prefix_caching
+        self._hasher = BlockHasher(hash_key)
+        self._rewound: list[Sequence] = []
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_prefix_lookup_tokens = 0
+
+    # -- requests come and go ---------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
+        if seq.is_finished:
+            return
+        if seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+            self._release(seq)
+        seq.status = SequenceStatus.FINISHED
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
+
+    # -- one step ---------------------------------------------------------------------
+
+    def schedule(self, only: set[Sequence] | None = None) -> Batch:
+        """Choose the next step and commit to it; empty when nothing can run.
+
+        With `only`, no other sequence runs and none is admitted.
+        """
+        batch = Batch(reset=[seq for seq in self._rewound if seq.slot >= 0])
+        self._rewound.clear()
+        budget = self._schedule_decodes(batch, self._max_batch_tokens, only)
+        budget = self._schedule_prefills(batch, budget, only)
+        if only is None:
+            self._admit(batch, budget)
+        return batch
+
+    def _schedule_decodes(self, batch: Batch, budget: int, only: set[Sequence] | None) -> int:
+        for seq in tuple(self.running):
+            if seq.num_tokens - seq.num_computed != 1 or seq.num_tokens >= seq.max_tokens:
+                continue
+            if seq.status is not SequenceStatus.RUNNING or (only is not None and seq not in only):
+                continue
+            if self._grow(batch, seq):
+                self._commit(batch, seq, 1)
+                budget -= 1
+        return budget
+
+    def _schedule_prefills(self, batch: Batch, budget: int, only: set[Sequence] | None) -> int:
+        for seq in self.running:
+            remaining = seq.num_tokens - seq.num_computed
+            if budget == 0 or remaining <= 1 or (only is not None and seq not in only):
+                continue
+            budget -= self._commit(batch, seq, min(remaining, budget))
+        return budget
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        while self.waiting and self._free_slots and budget > 0:
+            seq = self.waiting[0]
+            # The ids of a preempted sequence's last tokens may still be on the device.
+            if seq.num_in_flight or not self._take_blocks(seq):
+                return
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.status = SequenceStatus.RUNNING
+            seq.slot = self._free_slots.pop()
+            batch.reset.append(seq)
+            budget -= self._commit(batch, seq, min(seq.num_tokens - seq.num_computed, budget))
+
+    def _commit(self, batch: Batch, seq: Sequence, num_tokens: int) -> int:
+        start = seq.num_computed
+        seq.num_computed += num_tokens
+        samples = seq.num_computed == seq.num_tokens
+        if samples:
+            seq.num_tokens += 1
+        batch.scheduled.append(
+            ScheduledSequence(seq, seq.slot, start, num_tokens, samples, seq.num_preemptions)
+        )
+        return num_tokens
+
+    # -- blocks -----------------------------------------------------------------------
+
+    def _grow(self, batch: Batch, seq: Sequence) -> bool:
+        """Give a decode the block for its next token; False if it had to be preempted."""
+        if seq.num_computed < len(seq.block_table) * BLOCK_SIZE:
+            return True
+        while self.pool.num_idle == 0:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        (block,) = self.pool.allocate(1)
+        batch.grown.append((seq.slot, len(seq.block_table), block))
+        seq.block_table.append(block)
+        return True
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Blocks for every known token, shared where the prefix is known; all or nothing."""
+        hits = self._find_prefix(seq)
+        num_new = -(-seq.num_tokens // BLOCK_SIZE) - len(hits)
+        num_idle_hits = sum(self.pool.is_idle(block) for block in hits)
+        if num_new + num_idle_hits > self.pool.num_idle:
+            return False
+        self.pool.share(hits)
+        seq.block_table = hits + self.pool.allocate(num_new)
+        seq.num_computed = seq.num_completed = len(hits) * BLOCK_SIZE
+        seq.num_registered = len(hits)
+        self.num_prefix_hit_tokens += seq.num_computed
+        self.num_prefix_lookup_tokens += seq.num_tokens
+        return True
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """The findable blocks of the longest known prefix; one token stays uncomputed."""
+        if not self._prefix_caching:
+            return []
+        self._extend_hashes(seq, (seq.num_tokens - 1) // BLOCK_SIZE)
+        hits: list[int] = []
+        for block_hash in seq.block_hashes[: (seq.num_tokens - 1) // BLOCK_SIZE]:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        hashes = seq.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * BLOCK_SIZE
+            parent = hashes[-1] if hashes else self._hasher.root(seq.request.cache_salt)
+            hashes.append(self._hasher.extend(parent, seq.token_ids[start : start + BLOCK_SIZE]))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.num_computed = seq.num_completed = seq.num_registered = 0
+        seq.num_preemptions += 1
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_table)
+        seq.block_table = []
+        self._free_slots.append(seq.slot)
+        seq.slot = -1
+
+    # -- steps come back --------------------------------------------------------------
+
+    def complete(self, scheduled: ScheduledSequence) -> None:
+        """The step has run: what it computed is on the device, and full blocks findable."""
+        if not scheduled.is_current:
+            return
+        seq = scheduled.sequence
+        seq.num_completed = scheduled.end
+        num_full = seq.num_completed // BLOCK_SIZE
+        if not self._prefix_caching or num_full == seq.num_registered:
+            return
+        self._extend_hashes(seq, num_full)
+        for index in range(seq.num_registered, num_full):
+            self.pool.register(seq.block_table[index], seq.block_hashes[index])
+        seq.num_registered = num_full
+
+    def rewind(self, seq: Sequence) -> None:
+        """Steps in flight were lost: go back to what completed ones have left."""
+        seq.num_tokens = len(seq.token_ids)
+        seq.num_computed = seq.num_completed
+        if seq.status is SequenceStatus.RUNNING:
+            self._rewound.append(seq)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, slots and queues agree."""
+        self.pool.check_integrity([seq.block_table for seq in self.running])
+        slots = [seq.slot for seq in self.running] + self._free_slots
+        assert len(set(slots)) == len(slots), "a slot with two owners"
+        assert all(not seq.block_table and seq.slot == -1 for seq in self.waiting)
+        for seq in self.running:
+            assert seq.num_completed <= seq.num_computed <= seq.num_tokens <= seq.max_tokens
+            assert seq.num_computed <= len(seq.block_table) * BLOCK_SIZE

@@ -1,0 +1,73 @@
+"""Launching a step without waiting for it, on either device.
+
+CUDA kernels are asynchronous by nature: launching returns at once and an event tells
+when the work is done. On a CPU one worker thread gives the same behaviour, so the engine
+is written once: launch step N+1, then look at what step N produced.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """A launched computation."""
+
+    def result(self) -> T_co:
+        """Wait until it is done; raises what it raised."""
+
+
+class Stream(Protocol):
+    """Runs what it is given in the order it is given."""
+
+    def launch(self, work: Callable[[], T]) -> Pending[T]: ...
+
+    def close(self) -> None: ...
+
+
+class CpuStream:
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="skiff-cpu-stream")
+
+    def launch(self, work: Callable[[], T]) -> Future[T]:
+        return self._worker.submit(work)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+
+class _CudaPending(Generic[T]):
+    def __init__(self, value: T | None, error: Exception | None, done: torch.cuda.Event):
+        self._value = value
+        self._error = error
+        self._done = done
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        self._done.synchronize()
+        return self._value  # type: ignore[return-value]
+
+
+class CudaStream:
+    def launch(self, work: Callable[[], T]) -> Pending[T]:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as e:  # raised when the result is asked for, as on the CPU
+            error = e
+        done = torch.cuda.Event()
+        done.record()
+        return _CudaPending(value, error, done)
+
+    def close(self) -> None:
+        pass
+
+
+def make_stream(device: torch.device) -> Stream:
+    return CudaStream() if device.type == "cuda" else CpuStream()

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the operations that decide the speed of a step."""

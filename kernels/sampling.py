@@ -1,0 +1,56 @@
+"""Noise for sampling, as a function of what is sampled rather than of a generator's state.
+
+Adding Gumbel noise to the scores and taking the argmax draws from their softmax
+(Gumbel 1954; Maddison et al. 2014). The noise of a token is a hash of the request's
+seed, the position and the token id (counter-based generators: Salmon et al. 2011), so a
+draw depends on its request alone: not on the batch it runs in, nor on what ran before.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Two 32-bit key words per row: [rows, 2] int32, from uint64 seeds and positions.
+
+    splitmix64 (Steele et al. 2014) started from the seed and stepped by the position.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix64(seeds.astype(np.uint64)) + _GOLDEN * (positions.astype(np.uint64) + 1)
+        return _mix64(state).view(np.int32).reshape(-1, 2)
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, [rows, vocab_size] float32.
+
+    keys  [rows, 2] int32 from `noise_keys`
+
+    The hash is triple32 (Wellons 2018) over the token id, keyed before its first and
+    second round. 31 of its bits make a uniform u in (0, 1), and -log(-log1p(-u)) is
+    the noise: float32 is densest near u = 0, which is the upper tail that decides draws.
+    """
+    x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) + keys[:, :1]
+    x ^= (x >> 17) & 0x7FFF  # int32 shifts copy the sign: the mask makes them logical
+    x *= _int32(0xED5AD4BB)
+    x ^= (x >> 11) & 0x1FFFFF
+    x += keys[:, 1:]
+    x *= _int32(0xAC4C1B51)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _int32(0x31848BAB)
+    x ^= (x >> 14) & 0x3FFFF
+    x &= 0x7FFFFFFF
+    uniform = x.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _int32(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
