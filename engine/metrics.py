@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-EngineState = Literal["ready", "stalled", "draining", "dead"]
+EngineState = Literal["ready", "stalled", "dead"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,4 +39,4 @@ class EngineStatus:
 
     @property
     def healthy(self) -> bool:
-        return self.state in ("ready", "draining")
+        return self.state == "ready"

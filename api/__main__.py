@@ -1,0 +1,99 @@
+"""`python -m api`: read the settings, load the model, serve until told to stop."""
+
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import uvicorn
+
+from api.app import create_app
+from api.config import ConfigError, Settings, read_settings
+from api.state import AppState, build_state
+from engine.async_engine import AsyncEngine
+from engine.errors import LoadError
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a word of our own when requests are served."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        print(_ready_line(host, port), flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        settings = read_settings(argv)
+        _check_port_is_free(settings)
+        state = _load(settings)
+    except (ConfigError, LoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # uvicorn raises its signal again when it has drained: that is leaving in good order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
+        Server(_server_config(state)).run()
+    return 0
+
+
+def _check_port_is_free(settings: Settings) -> None:
+    """Before the minutes that a model may take to load, not after."""
+    family = socket.AF_INET6 if ":" in settings.hostname else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.hostname, settings.port))
+        except OSError as error:
+            raise ConfigError(f"--port (PORT): {settings.port}: {error.strerror}") from None
+
+
+def _load(settings: Settings) -> AppState:
+    settings.export_hub_cache()
+    from engine.engine import Engine  # brings torch: not before the settings are known to be good
+
+    engine = Engine.load(settings.load_config(), settings.engine_config())
+    for line in engine.summary():
+        print(line, flush=True)
+    return build_state(
+        AsyncEngine(
+            engine,
+            max_concurrent_requests=settings.max_concurrent_requests,
+            stall_timeout_s=settings.stall_timeout,
+        ),
+        settings,
+    )
+
+
+def _server_config(state: AppState) -> uvicorn.Config:
+    settings = state.settings
+    return uvicorn.Config(
+        create_app(state),
+        host=settings.hostname,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        # Above the 60 s for which proxies keep idle connections, so that they close first.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=settings.graceful_termination_timeout,
+    )
+
+
+def _ready_line(host: str, port: int) -> str:
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    address = f"[{address}]" if ":" in address else address
+    body = '{"inputs":"The capital of France is","parameters":{"max_new_tokens":20}}'
+    return (
+        f"Ready on {host}:{port}. Try: curl {address}:{port}/generate "
+        f"-H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

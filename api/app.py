@@ -1,0 +1,35 @@
+"""The application: routes, error handlers and the engine's life around them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache, partial
+
+from fastapi import FastAPI
+
+from api import errors, openapi, tgi
+from api.state import AppState
+
+
+def create_app(state: AppState) -> FastAPI:
+    app = FastAPI(
+        title="Skiff",
+        version=tgi.TGI_VERSION,
+        openapi_url="/api-doc/openapi.json",
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.serving = state
+    app.include_router(tgi.router)
+    errors.install_handlers(app)
+    app.openapi = cache(partial(openapi.describe, app, tgi.BODIES))  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: AppState = app.state.serving
+    state.engine.start()
+    yield
+    await state.engine.stop()
+    state.validator.close()

@@ -1,0 +1,118 @@
+"""The engine's events as TGI's JSON: a finished request's answer, and each streamed token."""
+
+from typing import cast
+
+import numpy as np
+
+from api.generation import Completion
+from api.schemas import (
+    BestOfSequence,
+    Details,
+    GenerateRequest,
+    GenerateResponse,
+    StreamDetails,
+    StreamResponse,
+    TokenJson,
+)
+from engine.request import Finished, Token, TokenOutput
+
+
+def wants_details(body: GenerateRequest) -> bool:
+    return body.parameters.details or body.parameters.decoder_input_details
+
+
+def generate_response(body: GenerateRequest, completions: list[Completion]) -> GenerateResponse:
+    """The first completion is the answer, the others are its `best_of_sequences`."""
+    best, *others = completions
+    response: GenerateResponse = {"generated_text": _full_text(body, best.end)}
+    if wants_details(body):
+        response["details"] = _details(body, best, others)
+    return response
+
+
+def stream_response(
+    index: int, output: TokenOutput, text: str | None = None, details: StreamDetails | None = None
+) -> StreamResponse:
+    """One token; `text` and `details` belong to the last one."""
+    token = _token(output.token)
+    if not output.top_tokens:
+        return {"index": index, "token": token, "generated_text": text, "details": details}
+    return {
+        "index": index,
+        "token": token,
+        "top_tokens": [_token(top) for top in output.top_tokens],
+        "generated_text": text,
+        "details": details,
+    }
+
+
+def last_stream_response(
+    body: GenerateRequest, num_input: int, index: int, output: TokenOutput, end: Finished
+) -> StreamResponse:
+    details = _stream_details(num_input, end) if body.parameters.details else None
+    return stream_response(index, output, _full_text(body, end), details)
+
+
+def _full_text(body: GenerateRequest, end: Finished) -> str:
+    prompt = body.inputs if body.parameters.return_full_text else ""
+    return prompt + end.generated_text
+
+
+def _details(body: GenerateRequest, best: Completion, others: list[Completion]) -> Details:
+    details: Details = {
+        "finish_reason": best.end.reason,
+        "generated_tokens": best.end.num_generated_tokens,
+        "seed": best.end.seed,
+        "prefill": [],
+        "tokens": _tokens(best),
+    }
+    if others:
+        details["best_of_sequences"] = [_best_of_sequence(body, other) for other in others]
+    if body.parameters.top_n_tokens:
+        details["top_tokens"] = _top_tokens(best)
+    return details
+
+
+def _best_of_sequence(body: GenerateRequest, other: Completion) -> BestOfSequence:
+    sequence: BestOfSequence = {
+        "generated_text": _full_text(body, other.end),
+        "finish_reason": other.end.reason,
+        "generated_tokens": other.end.num_generated_tokens,
+        "seed": other.end.seed,
+        "prefill": [],
+        "tokens": _tokens(other),
+    }
+    if body.parameters.top_n_tokens:
+        sequence["top_tokens"] = _top_tokens(other)
+    return sequence
+
+
+def _stream_details(num_input: int, end: Finished) -> StreamDetails:
+    return {
+        "finish_reason": end.reason,
+        "generated_tokens": end.num_generated_tokens,
+        "seed": end.seed,
+        "input_length": num_input,
+    }
+
+
+def _tokens(completion: Completion) -> list[TokenJson]:
+    return [_token(output.token) for output in completion.outputs]
+
+
+def _top_tokens(completion: Completion) -> list[list[TokenJson]]:
+    return [[_token(token) for token in output.top_tokens] for output in completion.outputs]
+
+
+def _token(token: Token) -> TokenJson:
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": _f32(token.logprob),
+        "special": token.special,
+    }
+
+
+def _f32(value: float | None) -> float | None:
+    """orjson prints numpy's float32 in its shortest form; a float would show the rounding."""
+    return None if value is None else cast(float, np.float32(value))

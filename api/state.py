@@ -1,0 +1,40 @@
+"""What every route may use: built once, before the first request, and never changed."""
+
+import re
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from api.config import Limits, Settings
+from api.validation import Validator
+from engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    engine: AsyncEngine
+    settings: Settings
+    limits: Limits
+    validator: Validator
+    compute_type: str
+
+
+def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
+    limits = settings.limits(engine.max_total_tokens)
+    return AppState(
+        engine=engine,
+        settings=settings,
+        limits=limits,
+        validator=Validator(engine.tokenizer, limits, settings.validation_workers),
+        compute_type=settings.compute_type or f"1-{_slug(engine.model.device)}",
+    )
+
+
+def state_of(request: Request) -> AppState:
+    state = request.app.state.serving
+    assert isinstance(state, AppState)
+    return state
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,139 @@
+"""A test double of the async engine: it says what its script says, and counts.
+
+A script is a list of event lists, one for each step; `HOLD` in their place keeps the
+generation waiting for ever. Prompts are tokenised by words, with one token in front.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import ClassVar
+
+from engine.async_engine import Overloaded
+from engine.errors import EngineDead
+from engine.metrics import EngineFigures, EngineState, EngineStatus, ModelInfo
+from engine.request import Event, Failed, Finished, FinishReason, Request, Token, TokenOutput
+
+HOLD: list[Event] = []
+BOS = 1
+
+Script = Callable[[Request], Sequence[list[Event]]]
+
+
+def token(id: int, text: str, logprob: float | None = -0.5, special: bool = False) -> Token:
+    return Token(id, text, logprob, special)
+
+
+def output(text: str, logprob: float | None = -0.5, top: tuple[Token, ...] = ()) -> TokenOutput:
+    return TokenOutput(token(len(text), text, logprob), top)
+
+
+def finished(
+    text: str, count: int, reason: FinishReason = FinishReason.LENGTH, seed: int | None = None
+) -> Finished:
+    return Finished(reason, text, count, seed, queue_s=0.25, inference_s=0.5)
+
+
+def two_tokens(_: Request) -> Sequence[list[Event]]:
+    return [[output(" Hello")], [output(" you", -2.5839844), finished(" Hello you", 2)]]
+
+
+class WordTokenizer:
+    """`gate` holds every encoding back while it is clear."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def encode(self, text: str, truncate: int | None = None) -> list[int]:
+        self.gate.wait(5)
+        if self.error is not None:
+            raise self.error
+        ids = [BOS, *(len(word) for word in text.split(" "))] if text.strip("\0") else []
+        return ids if truncate is None else ids[-truncate:]
+
+
+class ScriptedPermit:
+    def __init__(self, engine: "ScriptedEngine", count: int) -> None:
+        self._engine, self._count = engine, count
+
+    def __enter__(self) -> "ScriptedPermit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.num_permits += self._count
+
+
+class ScriptedGeneration:
+    def __init__(self, engine: "ScriptedEngine", steps: Sequence[list[Event]]) -> None:
+        self._engine, self._steps = engine, steps
+        self._ended = False
+
+    def __enter__(self) -> "ScriptedGeneration":
+        self._engine.num_open += 1
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self._engine.num_open -= 1
+        if not self._ended:
+            self.abort()
+
+    def abort(self) -> None:
+        self._ended = True
+        self._engine.num_aborts += 1
+
+    async def events(self) -> AsyncIterator[list[Event]]:
+        for events in self._steps:
+            if events is HOLD:
+                self._engine.holding.set()
+                await asyncio.Event().wait()
+            await asyncio.sleep(0)
+            self._ended = isinstance(events[-1], Finished | Failed)
+            yield events
+
+
+class ScriptedEngine:
+    """`made` lists every one of a test, for the leak detector that runs after it."""
+
+    max_total_tokens = 2048
+    made: ClassVar[list["ScriptedEngine"]] = []
+
+    def __init__(self, script: Script = two_tokens, permits: int = 128) -> None:
+        self.script = script
+        self.tokenizer = WordTokenizer()
+        self.model = ModelInfo("org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200")
+        self.state: EngineState = "ready"
+        self.reason: str | None = None
+        self.max_permits = self.num_permits = permits
+        self.num_open = 0
+        self.num_aborts = 0
+        self.num_starts = 0
+        self.num_stops = 0
+        self.requests: list[Request] = []
+        self.holding = asyncio.Event()
+        ScriptedEngine.made.append(self)
+
+    def start(self) -> None:
+        self.num_starts += 1
+
+    async def stop(self) -> None:
+        self.num_stops += 1
+
+    def admit(self, permits: int = 1) -> ScriptedPermit:
+        if permits > self.num_permits:
+            raise Overloaded
+        self.num_permits -= permits
+        return ScriptedPermit(self, permits)
+
+    def submit(self, request: Request) -> ScriptedGeneration:
+        if self.state == "dead":
+            raise EngineDead(self.reason)
+        self.requests.append(request)
+        return ScriptedGeneration(self, self.script(request))
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.state, self.reason, EngineFigures())

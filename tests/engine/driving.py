@@ -1,0 +1,138 @@
+"""Driving an engine by hand, and the reference it must agree with."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import LoadedModel
+from engine.probe import use_attention
+from engine.request import (
+    Event,
+    Failed,
+    Finished,
+    Request,
+    SamplingParams,
+    StoppingParams,
+    TokenOutput,
+)
+
+LOGPROB_TOLERANCE = 1e-4
+
+_numbers = count()
+
+
+def make_engine(loaded: LoadedModel, **config: object) -> Engine:
+    settings = {"max_sequences": 8, "max_batch_tokens": 64, "num_blocks": 128} | config
+    return Engine(loaded, EngineConfig(**settings))  # type: ignore[arg-type]
+
+
+def greedy(prompt: Iterable[int], num_tokens: int, **sampling: object) -> Request:
+    return Request(
+        request_id=f"request-{next(_numbers)}",
+        prompt_ids=list(prompt),
+        sampling=SamplingParams(logprobs=True, **sampling),  # type: ignore[arg-type]
+        stopping=StoppingParams(num_tokens, ignore_eos=True),
+    )
+
+
+@dataclass
+class Answers:
+    """Every event of every request, by request id."""
+
+    events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+
+    def tokens(self, request: Request) -> list[TokenOutput]:
+        return [e for e in self.events[request.request_id] if isinstance(e, TokenOutput)]
+
+    def ids(self, request: Request) -> list[int]:
+        return [output.token.id for output in self.tokens(request)]
+
+    def logprobs(self, request: Request) -> list[float | None]:
+        return [output.token.logprob for output in self.tokens(request)]
+
+    def last(self, request: Request) -> Event:
+        return self.events[request.request_id][-1]
+
+    def check_endings(self, requests: Iterable[Request]) -> None:
+        """Exactly one last event each, and it comes last."""
+        for request in requests:
+            events = self.events[request.request_id]
+            endings = [e for e in events if isinstance(e, Finished | Failed)]
+            assert endings == events[-1:], request.request_id
+
+
+def run(
+    engine: Engine,
+    arrivals: Iterable[tuple[int, Request]],
+    aborts: dict[int, Request] | None = None,
+) -> Answers:
+    """Step until nothing is left; requests arrive, and are aborted, at given step numbers."""
+    answers, pending, aborts = Answers(), sorted(arrivals, key=lambda a: a[0]), aborts or {}
+    for step in count():
+        while pending and pending[0][0] <= step:
+            engine.add(pending.pop(0)[1])
+        if step in aborts:
+            engine.abort(aborts[step].request_id)
+        if not engine.has_work and not pending:
+            return answers
+        for request_id, event in engine.step():
+            answers.events[request_id].append(event)
+        engine.scheduler.check_integrity()
+        if step == 10_000:
+            break
+    raise AssertionError("no progress")
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    previous = model.config._attn_implementation
+    use_attention(model, "eager")
+    try:
+        yield
+    finally:
+        use_attention(model, previous)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    """transformers' own greedy `generate`, alone, with the model's eager attention."""
+    with own_attention(model):
+        result = model.generate(
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return result[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def own_logprobs(model: PreTrainedModel, prompt: list[int], output: list[int]) -> torch.Tensor:
+    """Log-softmax of the model's own logits at each token of `output`, [tokens, vocab]."""
+    with own_attention(model):
+        ids = torch.tensor([prompt + output], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1)
+
+
+def check_greedy(model: PreTrainedModel, answers: Answers, request: Request) -> None:
+    """Each token is the model's own first choice, and has its own logprob.
+
+    Where the model's two best are closer than the tolerance, either is its first choice.
+    """
+    ids, logprobs = answers.ids(request), answers.logprobs(request)
+    assert len(ids) == request.stopping.max_new_tokens
+    own = own_logprobs(model, request.prompt_ids, ids)
+    chosen = own[torch.arange(len(ids)), ids]
+    assert (own.max(-1).values - chosen).max() < LOGPROB_TOLERANCE
+    assert logprobs == pytest.approx(chosen.tolist(), abs=LOGPROB_TOLERANCE)

@@ -1,0 +1,385 @@
+"""A scheduler driven as the engine drives it, over a model of the device.
+
+The device remembers, for each position of each block, which prefix its KV was computed
+from. Its stream runs steps in the order of their launch, so here a step writes when it is
+launched. Every launch then checks that each sequence finds its own prefix, and nothing
+else, at every position it attends to: whatever goes wrong with blocks (two owners, use
+after free, a hit on what is not there yet) shows as a position with another's content.
+
+"Text" is a function of the prefix, so what a request must answer is known beforehand.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count
+from zlib import crc32
+
+from engine.config import BLOCK_SIZE
+from engine.request import Request, SamplingParams, StoppingParams
+from engine.scheduler import Batch, ScheduledSequence, Scheduler
+from engine.sequence import Sequence, SequenceStatus
+
+END = 0
+"""The token that ends a sequence: found at the collection, when the next step is launched."""
+
+MAX_IN_FLIGHT = 2
+
+Prefix = tuple[bytes, bytes]
+"""(cache salt, every token up to and including the position)."""
+
+_numbers = count()
+
+
+def next_token(tokens: Iterable[int]) -> int:
+    digest = crc32(bytes(tokens))
+    return END if digest % 31 == 0 else 1 + digest % 2
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+class Truth:
+    """What a sequence's tokens are, up to `max_tokens`, whether or not the end comes before."""
+
+    def __init__(self, seq: Sequence, can_end: bool):
+        self.tokens = list(seq.token_ids)
+        while len(self.tokens) < seq.max_tokens:
+            token = next_token(self.tokens)
+            self.tokens.append(token if can_end else max(token, 1))
+        self.prefixes: list[Prefix] = [
+            (seq.request.cache_salt, bytes(self.tokens[: i + 1])) for i in range(len(self.tokens))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class KV:
+    """One position of a block; `prefix` is None for what a lost step has left."""
+
+    prefix: Prefix | None
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`built` is False for a step that failed before the device or the slots saw it."""
+
+    number: int
+    batch: Batch
+    built: bool
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those still wanted."""
+        entries = self.batch.scheduled
+        return [entry.sequence for entry in entries if not entry.sequence.is_finished]
+
+
+class Device:
+    """KV by block; by slot, what `StepBuilder`, `Sampler` and `ModelRunner` keep."""
+
+    def __init__(self, num_blocks: int, max_sequences: int):
+        self.kv: list[list[KV | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+        self.block_tables = [[0] * num_blocks for _ in range(max_sequences)]
+        self.owners: list[Sequence | None] = [None] * max_sequences
+        self.tokens: list[list[int]] = [[] for _ in range(max_sequences)]
+
+    def run(self, step: Step, truths: dict[Sequence, Truth], last_collected: int) -> None:
+        """`last_collected` is the newest step known to be done."""
+        self._update_slots(step.batch)
+        for entry in step.batch.scheduled:
+            self._check_slot(entry)
+            self._write(step.number, entry, truths[entry.sequence])
+        for entry in step.batch.scheduled:
+            self._check_reads(entry, truths[entry.sequence])
+            if entry.sequence in step.batch.reset:
+                self._check_written_before(entry, last_collected)
+            if entry.samples:
+                self.tokens[entry.slot].append(truths[entry.sequence].tokens[entry.end])
+
+    def lose(self, step: Step) -> None:
+        """The step has left rubbish wherever it wrote."""
+        for block in self.kv:
+            for offset, kv in enumerate(block):
+                if kv is not None and kv.step == step.number:
+                    block[offset] = KV(None, step.number)
+        for entry in step.batch.scheduled:
+            self.tokens[entry.slot].append(-1)
+
+    def _update_slots(self, batch: Batch) -> None:
+        for seq in batch.reset:
+            self.block_tables[seq.slot][: len(seq.block_table)] = seq.block_table
+            self.owners[seq.slot] = seq
+            self.tokens[seq.slot] = list(seq.token_ids)
+        for slot, index, block in batch.grown:
+            self.block_tables[slot][index] = block
+
+    def _check_slot(self, entry: ScheduledSequence) -> None:
+        """The mirror is exact, and the inputs are the sequence's tokens."""
+        seq, slot = entry.sequence, entry.slot
+        assert self.owners[slot] is seq, "the slot still holds another's state"
+        assert self.block_tables[slot][: len(seq.block_table)] == seq.block_table
+        known = self.tokens[slot]
+        assert known[: len(seq.token_ids)] == seq.token_ids, "the slot counts other tokens"
+        assert entry.end <= len(known), "a step on tokens that nobody knows"
+        if entry.num_tokens > 1:
+            assert entry.end <= len(seq.token_ids), "the host builds a chunk of ids it has not seen"
+        if entry.samples:
+            assert entry.end == len(known)
+
+    def _write(self, number: int, entry: ScheduledSequence, truth: Truth) -> None:
+        seq, table = entry.sequence, self.block_tables[entry.slot]
+        assert (
+            self.tokens[entry.slot][entry.start : entry.end]
+            == truth.tokens[entry.start : entry.end]
+        )
+        assert entry.end <= len(seq.block_table) * BLOCK_SIZE, "a write outside the table"
+        assert entry.start >= seq.num_registered * BLOCK_SIZE, "a write to a findable block"
+        for position in range(entry.start, entry.end):
+            block, offset = table[position // BLOCK_SIZE], position % BLOCK_SIZE
+            self.kv[block][offset] = KV(truth.prefixes[position], number)
+
+    def _read(self, entry: ScheduledSequence, num_tokens: int) -> list[KV | None]:
+        table = self.block_tables[entry.slot][: num_blocks_for(num_tokens)]
+        return [kv for block in table for kv in self.kv[block]][:num_tokens]
+
+    def _check_reads(self, entry: ScheduledSequence, truth: Truth) -> None:
+        for position, kv in enumerate(self._read(entry, entry.end)):
+            assert kv is not None, f"position {position} was never written"
+            assert kv.prefix == truth.prefixes[position], f"position {position} is not its own"
+
+    def _check_written_before(self, entry: ScheduledSequence, last_collected: int) -> None:
+        """A prefix that was found, or kept by a rewind, was written by steps that are done."""
+        for kv in self._read(entry, entry.start):
+            assert kv is not None
+            assert kv.step <= last_collected, "found while its step is in flight"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a batch is judged against."""
+
+    running: list[Sequence]
+    num_tokens: dict[Sequence, int]
+    behind: dict[Sequence, int]
+    num_preemptions: dict[Sequence, int]
+
+    @classmethod
+    def of(cls, scheduler: Scheduler) -> "Before":
+        sequences = scheduler.sequences
+        return cls(
+            list(scheduler.running),
+            {seq: seq.num_tokens for seq in sequences},
+            {seq: seq.num_tokens - seq.num_computed for seq in sequences},
+            {seq: seq.num_preemptions for seq in sequences},
+        )
+
+
+@dataclass
+class Driver:
+    """`Engine` without a model: the same calls on the scheduler in the same order."""
+
+    num_blocks: int = 16
+    max_sequences: int = 4
+    max_batch_tokens: int = 64
+    prefix_caching: bool = True
+    can_end: bool = False
+
+    truths: dict[Sequence, Truth] = field(default_factory=dict)
+    live: list[Sequence] = field(default_factory=list)
+    """In the order of arrival, which is the scheduler's order too, whatever happens."""
+    finished: list[Sequence] = field(default_factory=list)
+    in_flight: deque[Step] = field(default_factory=deque)
+    suspects: list[set[Sequence]] = field(default_factory=list)
+    num_launched: int = 0
+    last_collected: int = -1
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            self.num_blocks, self.max_sequences, self.max_batch_tokens, self.prefix_caching
+        )
+        self.device = Device(self.num_blocks, self.max_sequences)
+
+    # -- requests ---------------------------------------------------------------------
+
+    def add(self, prompt: Iterable[int], max_new_tokens: int, salt: bytes = b"") -> Sequence:
+        name = f"request-{next(_numbers)}"
+        stopping = StoppingParams(max_new_tokens)
+        seq = Sequence(Request(name, list(prompt), SamplingParams(), stopping, salt))
+        assert num_blocks_for(seq.max_tokens) <= self.num_blocks, "a request that can never run"
+        self.truths[seq] = Truth(seq, self.can_end)
+        self.live.append(seq)
+        self.scheduler.add(seq)
+        self.check()
+        return seq
+
+    def abort(self, seq: Sequence) -> None:
+        if seq in self.live:
+            self.live.remove(seq)
+        self.scheduler.finish(seq)
+        self.check()
+
+    # -- one step ---------------------------------------------------------------------
+
+    def step(self) -> None:
+        """As `Engine.step`."""
+        if self.suspects:
+            if self.launch(only=self.suspects.pop()).scheduled:
+                self.collect()
+            return
+        launched = bool(self.launch().scheduled)
+        if self.in_flight and not (launched and len(self.in_flight) < MAX_IN_FLIGHT):
+            self.collect()
+
+    def launch(self, only: set[Sequence] | None = None, built: bool = True) -> Batch:
+        """Schedule a step and launch it unless it is empty. One that is not `built` fails."""
+        assert len(self.in_flight) < MAX_IN_FLIGHT
+        assert all(step.built for step in self.in_flight), "a launch on top of a failed one"
+        before = Before.of(self.scheduler)
+        batch = self.scheduler.schedule(only)
+        self.check()
+        self._check_batch(batch, before, only)
+        if batch.scheduled:
+            step = Step(self.num_launched, batch, built)
+            self.num_launched += 1
+            if built:
+                self.device.run(step, self.truths, self.last_collected)
+            self.in_flight.append(step)
+        return batch
+
+    def collect(self) -> None:
+        if not self.in_flight[0].built:
+            self.lose()
+            return
+        step = self.in_flight.popleft()
+        self.last_collected = step.number
+        for entry in step.batch.scheduled:
+            self.scheduler.complete(entry)
+        for entry in step.batch.scheduled:
+            if entry.samples and not entry.sequence.is_finished:
+                self._append(entry.sequence)
+        self.check()
+
+    def _append(self, seq: Sequence) -> None:
+        tokens = self.truths[seq].tokens
+        seq.token_ids.append(tokens[len(seq.token_ids)])
+        assert seq.token_ids == tokens[: len(seq.token_ids)]
+        if seq.token_ids[-1] == END or len(seq.token_ids) == seq.max_tokens:
+            self.scheduler.finish(seq)
+            self.live.remove(seq)
+            self.finished.append(seq)
+
+    def lose(self, isolate: bool = True) -> None:
+        """The oldest step in flight has failed, and those after it ran on what it left."""
+        failed, lost = self.in_flight[0], tuple(self.in_flight)
+        self.in_flight.clear()
+        for step in lost:
+            if step.built:
+                self.device.lose(step)
+        for seq in {seq for step in lost for seq in step.sequences}:
+            self.scheduler.rewind(seq)
+            assert seq.num_tokens == len(seq.token_ids)
+            assert seq.num_computed == seq.num_completed
+        if isolate:
+            half = -(-len(failed.sequences) // 2)
+            halves = set(failed.sequences[half:]), set(failed.sequences[:half])
+            self.suspects += [group for group in halves if group]
+        self.check()
+
+    def drain(self) -> None:
+        """Until nothing is left: a step computes at least one token of the oldest sequence."""
+        num_steps = 8 + len(self.suspects) + sum(2 * seq.max_tokens + 8 for seq in self.live)
+        for _ in range(num_steps):
+            if not self.live and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"no progress in {num_steps} steps")
+
+    # -- what must hold ---------------------------------------------------------------
+
+    def check(self) -> None:
+        """After every operation."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        scheduler.check_integrity()
+        assert scheduler.sequences == self.live, "lost, or out of order"
+        used = {block for seq in scheduler.running for block in seq.block_table}
+        assert pool.num_used == len(used)
+        assert pool.num_used + pool.num_idle == self.num_blocks
+        assert 0 <= pool.num_cached <= pool.num_idle
+        assert len(scheduler.running) <= self.max_sequences
+        for seq in self.live:
+            assert 0 <= seq.num_in_flight <= len(self.in_flight)
+            is_running = seq in scheduler.running
+            assert seq.status is (SequenceStatus.RUNNING if is_running else SequenceStatus.WAITING)
+
+    def _check_batch(self, batch: Batch, before: Before, only: set[Sequence] | None) -> None:
+        assert batch.num_tokens <= self.max_batch_tokens
+        assert all(seq.slot >= 0 for seq in batch.reset), "a reset of a sequence without a slot"
+        self._check_entries(batch, before)
+        preempted = [s for s in before.running if s.num_preemptions > before.num_preemptions[s]]
+        kept = before.running[: len(before.running) - len(preempted)]
+        admitted = self.scheduler.running[len(kept) :]
+        assert preempted == before.running[len(kept) :], "an older one preempted"
+        assert not preempted or preempted[0] is not self.live[0], "the oldest one preempted"
+        assert self.scheduler.running[: len(kept)] == kept
+        self._check_fairness(batch, before, kept, admitted, only)
+        self._check_admission(batch, admitted, only)
+        if only is None and self.live:
+            assert batch.scheduled or self.in_flight, "nothing runs and nothing will"
+
+    def _check_entries(self, batch: Batch, before: Before) -> None:
+        owners = [block for seq in self.scheduler.running for block in seq.block_table]
+        sequences = [entry.sequence for entry in batch.scheduled]
+        assert len(set(sequences)) == len(sequences)
+        for entry in batch.scheduled:
+            seq = entry.sequence
+            assert entry.is_current
+            assert entry.slot == seq.slot >= 0
+            assert entry.num_tokens >= 1
+            assert entry.end == seq.num_computed < seq.max_tokens
+            assert entry.samples == (entry.end == before.num_tokens[seq])
+            assert seq.num_tokens == before.num_tokens[seq] + entry.samples
+            written = seq.block_table[entry.start // BLOCK_SIZE : num_blocks_for(entry.end)]
+            assert len(written) == num_blocks_for(entry.end) - entry.start // BLOCK_SIZE
+            assert all(owners.count(block) == 1 for block in written), "a write to a shared block"
+
+    def _check_fairness(
+        self,
+        batch: Batch,
+        before: Before,
+        kept: list[Sequence],
+        admitted: list[Sequence],
+        only: set[Sequence] | None,
+    ) -> None:
+        """Every decode; then prefills, oldest first, for as long as the budget lasts."""
+        entries = {entry.sequence: entry for entry in batch.scheduled}
+        if only is not None:
+            assert set(entries) <= only
+            kept = [seq for seq in kept if seq in only]
+        for seq in kept:
+            if before.behind[seq] == 1 and before.num_tokens[seq] < seq.max_tokens:
+                assert seq in entries, "a decode left out"
+        prefills = [seq for seq in kept if before.behind[seq] > 1] + admitted
+        scheduled = [seq for seq in prefills if seq in entries]
+        assert scheduled == prefills[: len(scheduled)], "a younger prefill first"
+        assert all(entries[seq].samples for seq in scheduled[:-1]), "a younger prefill first"
+        if len(scheduled) < len(prefills) or any(not e.samples for e in batch.scheduled):
+            assert batch.num_tokens == self.max_batch_tokens, "budget left over"
+
+    def _check_admission(
+        self, batch: Batch, admitted: list[Sequence], only: set[Sequence] | None
+    ) -> None:
+        entries = {entry.sequence: entry for entry in batch.scheduled}
+        assert only is None or not admitted
+        for seq in admitted:
+            assert seq in batch.reset
+            num_known = seq.num_tokens - entries[seq].samples
+            assert num_known == len(seq.token_ids), "admitted with ids in flight"
+            assert len(seq.block_table) == num_blocks_for(num_known)
+        waiting = self.scheduler.waiting
+        has_room = len(self.scheduler.running) < self.max_sequences
+        if only is None and waiting and has_room and batch.num_tokens < self.max_batch_tokens:
+            head = waiting[0]
+            fits = num_blocks_for(head.num_tokens) <= self.scheduler.pool.num_idle
+            assert head.num_in_flight or not fits, "the head of the queue fits, and waits"

@@ -1,0 +1,151 @@
+"""The engine behind an event loop: one last event each, aborts, permits, honest status."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from engine.async_engine import AsyncEngine, Overloaded
+from engine.engine import Engine
+from engine.errors import EngineDead
+from engine.request import Event, Failed, Finished, Request, TokenOutput
+from engine.step_inputs import StepInputs
+from tests.engine.driving import greedy, make_engine
+from tests.engine.models import family
+from tests.engine.test_failures import sabotage
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def serving(engine: Engine, **options: float) -> AsyncIterator[AsyncEngine]:
+    served = AsyncEngine(engine, **options)  # type: ignore[arg-type]
+    served.start()
+    try:
+        yield served
+    finally:
+        await served.stop()
+
+
+async def answer(served: AsyncEngine, request: Request) -> list[Event]:
+    with served.submit(request) as generation:
+        return [event async for events in generation.events() for event in events]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def idle(engine: Engine) -> Callable[[], bool]:
+    return lambda: not engine.has_work and engine.figures().num_used_blocks == 0
+
+
+async def test_many_at_once_get_their_own_tokens_and_one_last_event() -> None:
+    engine = make_engine(family("llama"), max_sequences=4)
+    async with serving(engine) as served:
+        requests = [greedy([i, i + 1], 10) for i in range(12)]
+        answers = await asyncio.gather(*(answer(served, r) for r in requests))
+        again = await answer(served, greedy([3, 4], 10))
+    for events in answers:
+        assert [type(e) for e in events] == [TokenOutput] * 10 + [Finished]
+    ids = [[e.token.id for e in events if isinstance(e, TokenOutput)] for events in answers]
+    assert [e.token.id for e in again if isinstance(e, TokenOutput)] == ids[3]
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3])
+async def test_leaving_early_frees_the_sequence(seen: int) -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        with served.submit(greedy(range(40), 150)) as generation:
+            for _ in range(seen):
+                await anext(generation.events())
+        await eventually(idle(engine))
+        assert (await answer(served, greedy([1], 2)))[-1].__class__ is Finished
+
+
+async def test_a_cancelled_task_frees_the_sequence() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        task = asyncio.create_task(answer(served, greedy(range(40), 150)))
+        await eventually(lambda: engine.has_work)
+        task.cancel()
+        await eventually(idle(engine))
+
+
+async def test_permits_are_refused_beyond_the_limit_and_given_back() -> None:
+    async with serving(make_engine(family("llama")), max_concurrent_requests=3) as served:
+        with served.admit(2):
+            with served.admit(), pytest.raises(Overloaded):
+                served.admit()
+            with pytest.raises(Overloaded):
+                served.admit(2)
+        with served.admit(3):
+            pass
+
+
+async def test_status_turns_stalled_while_a_step_hangs_and_recovers() -> None:
+    engine, release = make_engine(family("llama")), threading.Event()
+
+    def hang(_: StepInputs) -> bool:
+        release.wait(10)
+        return False
+
+    sabotage(engine, hang, ValueError())
+    async with serving(engine, stall_timeout_s=0.1) as served:
+        assert served.status().state == "ready"
+        task = asyncio.create_task(answer(served, greedy([1, 2], 3)))
+        await eventually(lambda: served.status().state == "stalled")
+        started = time.perf_counter()
+        assert "no progress" in (served.status().reason or "")
+        assert time.perf_counter() - started < 0.05
+        release.set()
+        assert isinstance((await task)[-1], Finished)
+        assert served.status().healthy
+
+
+async def test_a_dead_engine_fails_everyone_and_says_why() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+
+        def die() -> None:
+            raise RuntimeError("no such device")
+
+        requests = [greedy([i], 200) for i in range(3)]
+        tasks = [asyncio.create_task(answer(served, r)) for r in requests]
+        await eventually(lambda: len(engine.scheduler.running) == 3)
+        engine.step = die  # type: ignore[method-assign, assignment]
+        for task in tasks:
+            assert (await task)[-1] == Failed("no such device")
+        assert served.status().state == "dead"
+        assert served.status().reason == "no such device"
+        with pytest.raises(EngineDead, match="no such device"):
+            served.submit(greedy([1], 1))
+
+
+async def test_stopping_fails_what_is_unfinished() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        task = asyncio.create_task(answer(served, greedy([1], 200)))
+        await eventually(lambda: engine.has_work)
+    assert isinstance((await task)[-1], Failed)
+
+
+async def test_one_crossing_per_step() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        crossings, call = [], served._loop.call_soon_threadsafe
+
+        class CountingLoop:
+            def call_soon_threadsafe(self, *args: object) -> None:
+                crossings.append(args)
+                call(*args)  # type: ignore[arg-type]
+
+        served._loop = CountingLoop()  # type: ignore[assignment]
+        await asyncio.gather(*(answer(served, greedy([i], 20)) for i in range(8)))
+        assert 20 <= len(crossings) <= engine.num_steps
+        served._loop = asyncio.get_running_loop()

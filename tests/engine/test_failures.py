@@ -1,0 +1,153 @@
+"""Whatever is thrown at it, the engine goes on serving, and every request ends once."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.errors import EngineDead
+from engine.request import Failed, Finished, Request
+from engine.step_inputs import StepInputs
+from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
+from tests.engine.models import family
+
+POISON = 255  # a token id that makes the forward raise, in the tests that want it
+
+
+def sabotage(engine: Engine, fails: Callable[[StepInputs], bool], error: Exception) -> None:
+    """Make the forward raise for some steps."""
+    forward = engine.runner.forward
+
+    def forward_or_raise(inputs: StepInputs) -> torch.Tensor:
+        if fails(inputs):
+            raise error
+        return forward(inputs)
+
+    engine.runner.forward = forward_or_raise  # type: ignore[method-assign]
+
+
+def poisoned(inputs: StepInputs) -> bool:
+    return POISON in inputs.input_ids.tolist()
+
+
+def finished(answers: Answers, request: Request) -> bool:
+    return isinstance(answers.last(request), Finished)
+
+
+def test_a_poisoned_request_fails_alone() -> None:
+    engine = make_engine(family("llama"))
+    sabotage(engine, poisoned, ValueError("poison"))
+    healthy = [greedy([i, i + 1, i + 2], 12) for i in range(5)]
+    bad = greedy([9, POISON, 9], 12)
+    answers = run(engine, [(i, r) for i, r in enumerate([*healthy, bad])])
+    answers.check_endings([*healthy, bad])
+    assert answers.last(bad) == Failed("ValueError: poison")
+    for request in healthy:
+        check_greedy(family("llama").model, answers, request)
+
+
+def test_a_request_that_turns_poisonous_while_decoding_fails_alone() -> None:
+    engine = make_engine(family("llama"))
+    requests = [greedy([i, i + 1, i + 2], 12) for i in range(4)]
+    sabotage(
+        engine,
+        lambda inputs: 9 in inputs.position_ids[inputs.token_slots == 2].tolist(),
+        ValueError("poison"),
+    )
+    answers = run(engine, [(0, r) for r in requests])
+    answers.check_endings(requests)
+    assert [finished(answers, r) for r in requests] == [True, True, False, True]
+    for request in requests[:2]:
+        check_greedy(family("llama").model, answers, request)
+
+
+def test_a_step_that_is_too_large_runs_in_halves() -> None:
+    engine = make_engine(family("llama"))
+    sabotage(
+        engine,
+        lambda inputs: len(inputs.attention.seq_lens) > 2,
+        torch.OutOfMemoryError("out of memory"),
+    )
+    requests = [greedy([i, i + 1, i + 2], 8) for i in range(5)]
+    answers = run(engine, [(0, r) for r in requests])
+    answers.check_endings(requests)
+    for request in requests:
+        check_greedy(family("llama").model, answers, request)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"do_sample": True, "seed": 5}, {"repetition_penalty": 1.5}]
+)
+def test_a_replayed_step_changes_nothing(parameters: dict[str, object]) -> None:
+    def serve(failing_steps: set[int]) -> list[list[int]]:
+        engine = make_engine(family("llama"))
+        sabotage(engine, lambda _: engine.num_steps in failing_steps, ValueError("once"))
+        requests = [greedy([i, i + 1, i + 2], 12, **parameters) for i in range(3)]
+        answers = run(engine, [(0, r) for r in requests])
+        answers.check_endings(requests)
+        return [answers.ids(r) for r in requests]
+
+    assert serve({3, 11}) == serve(set())
+
+
+def test_a_failure_on_the_host_side_of_a_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family("llama"))
+    request, later = greedy([1, 2, 3], 6), greedy([4, 5, 6], 6)
+    build, calls = engine._builder.build, iter([True, False])
+
+    def fail_once(batch: object) -> object:
+        if next(calls, False):
+            raise KeyError("inputs")
+        return build(batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._builder, "build", fail_once)
+    answers = run(engine, [(0, request), (4, later)])
+    answers.check_endings([request, later])
+    assert isinstance(answers.last(request), Failed)
+    assert finished(answers, later)
+
+
+def test_a_token_whose_text_cannot_be_made_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(family("llama"))
+    bad, good = greedy([1, 2, 3], 6), greedy([4, 5, 6], 6)
+    engine.add(bad)
+    monkeypatch.setattr(engine._live[bad.request_id][1], "_text", None)
+    answers = run(engine, [(0, good)])
+    answers.check_endings([bad, good])
+    assert isinstance(answers.last(bad), Failed)
+    assert finished(answers, good)
+
+
+def test_a_lost_device_is_told_apart() -> None:
+    engine = make_engine(family("llama"))
+    sabotage(engine, lambda _: True, torch.AcceleratorError("CUDA error: unspecified launch"))
+    requests = [greedy([i, 1], 4) for i in range(3)]
+    with pytest.raises(EngineDead, match="CUDA error"):
+        run(engine, [(0, r) for r in requests])
+    endings = engine.fail_all("the device is lost")
+    assert [event for _, event in endings] == [Failed("the device is lost")] * 3
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_an_abort_in_any_phase_frees_everything_at_once(steps: int) -> None:
+    """Waiting, in mid-prefill, decoding, or with its last token in flight."""
+    engine = make_engine(family("llama"), max_batch_tokens=16)
+    request = greedy(range(40), 3)
+    engine.add(request)
+    for _ in range(steps):
+        engine.step()
+    engine.abort(request.request_id)
+    engine.abort(request.request_id)
+    assert engine.figures().num_used_blocks == 0
+    assert run(engine, []).events == {}
+
+
+def test_blocks_of_a_cancelled_request_stay_usable() -> None:
+    engine = make_engine(family("llama"))
+    cancelled, again = greedy(range(50), 20), greedy(range(50), 5)
+    answers = run(engine, [(0, cancelled), (8, again)], aborts={7: cancelled})
+    check_greedy(family("llama").model, answers, again)
+    assert engine.figures().num_prefix_hit_tokens == 48

@@ -1,0 +1,78 @@
+"""From a name to a served model, and the refusals that say what to do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Phi3Config
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig, LoadConfig
+from engine.engine import Engine
+from engine.errors import LoadError
+from engine.loader import adopt, load
+from tests.engine.driving import check_greedy, greedy, make_engine, run
+from tests.engine.models import build, byte_tokenizer, family
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    family("llama").model.save_pretrained(tmp_path)
+    byte_tokenizer()._hf.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_local_folder_is_served(saved: Path) -> None:
+    loaded = load(LoadConfig(str(saved)))
+    request = greedy([1, 2, 3], 5)
+    check_greedy(loaded.model, run(make_engine(loaded), [(0, request)]), request)
+    assert loaded.info.model_id == str(saved)
+    assert loaded.max_positions == 256
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
+    loaded = load(LoadConfig(str(saved), dtype=dtype))
+    assert loaded.model.dtype == getattr(torch, dtype)
+    request = greedy([1, 2, 3], 5)
+    assert len(run(make_engine(loaded), [(0, request)]).ids(request)) == 5
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="cannot be loaded"):
+        load(LoadConfig(str(tmp_path)))
+
+
+def test_a_missing_gguf_file_is_refused() -> None:
+    with pytest.raises(LoadError, match="there is no file"):
+        load(LoadConfig("/nowhere/model.gguf"))
+
+
+def test_a_sequence_longer_than_the_cache_is_refused() -> None:
+    config = EngineConfig(num_blocks=4, max_total_tokens=65)
+    with pytest.raises(LoadError, match=r"max_total_tokens=65.*room for 64"):
+        Engine(family("llama"), config)
+
+
+def test_limits_say_where_they_come_from() -> None:
+    summary = "\n".join(make_engine(family("llama")).summary())
+    assert "max_total_tokens 256: the model's maximum" in summary
+    assert "max_batch_tokens 64: set" in summary
+
+
+def test_longrope_does_not_change_with_the_neighbours() -> None:
+    """One long request would otherwise switch every other to the long frequencies."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    model = build(
+        Phi3Config,
+        rope_parameters=rope | factors,
+        original_max_position_embeddings=64,
+        max_position_embeddings=256,
+    )
+    loaded = adopt(model, byte_tokenizer(), Checkpoint(Path("/nowhere"), "tiny-phi3"))
+    alone, neighbour = greedy([1, 2, 3], 12), greedy(range(100), 12)
+    expected = run(make_engine(loaded), [(0, alone)]).ids(alone)
+    in_company = greedy([1, 2, 3], 12)
+    answers = run(make_engine(loaded), [(0, in_company), (0, neighbour)])
+    assert answers.ids(in_company) == expected

@@ -1,0 +1,77 @@
+"""The embedded default model, for real: every scene of the engine, against transformers."""
+
+import random
+
+import pytest
+
+from engine.config import DEFAULT_MODEL_ID, LoadConfig
+from engine.loader import LoadedModel, load
+from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n",
+    "日本の首都は",
+    "🙂🙃",
+    "List three colours of the rainbow, one per line, and then explain in detail why " * 6,
+]
+NUM_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LoadedModel:
+    return load(LoadConfig(DEFAULT_MODEL_ID))
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: LoadedModel) -> list[list[int]]:
+    return [smollm2.tokenizer.encode(text) for text in PROMPTS]
+
+
+def test_alone_it_says_what_generate_says(smollm2: LoadedModel, prompts: list[list[int]]) -> None:
+    engine = make_engine(smollm2)
+    for prompt in prompts:
+        request = greedy(prompt, NUM_TOKENS)
+        answers = run(engine, [(0, request)])
+        check_greedy(smollm2.model, answers, request)
+        assert answers.ids(request) == generate(smollm2.model, prompt, NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"max_sequences": 4}, id="company"),
+        pytest.param({"max_batch_tokens": 11, "max_sequences": 6}, id="chunks"),
+        pytest.param({"num_blocks": 14, "max_total_tokens": 200}, id="preemption"),
+    ],
+)
+def test_in_company_it_says_the_same(
+    smollm2: LoadedModel, prompts: list[list[int]], config: dict[str, int]
+) -> None:
+    engine = make_engine(smollm2, **config)
+    requests = [greedy(p, NUM_TOKENS) for p in [*prompts, prompts[-1]]]
+    leaving = greedy(prompts[1], 100)
+    arrivals = [(2 * i, r) for i, r in enumerate(requests)] + [(1, leaving)]
+    answers = run(engine, arrivals, aborts={9: leaving})
+    answers.check_endings(requests)
+    for request in requests:
+        check_greedy(smollm2.model, answers, request)
+    if "num_blocks" in config:
+        assert engine.figures().num_preemptions > 0
+    else:
+        assert engine.figures().num_prefix_hit_tokens > 0
+
+
+def test_random_traffic_over_a_full_pool(smollm2: LoadedModel, prompts: list[list[int]]) -> None:
+    rng = random.Random(0)
+    engine = make_engine(smollm2, num_blocks=16, max_batch_tokens=48, max_total_tokens=200)
+    requests = [
+        greedy(rng.choice(prompts)[: rng.randrange(1, 60)], rng.randrange(1, 24)) for _ in range(16)
+    ]
+    answers = run(engine, [(rng.randrange(30), r) for r in requests])
+    answers.check_endings(requests)
+    for request in requests:
+        check_greedy(smollm2.model, answers, request)
