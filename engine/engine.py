@@ -12,15 +12,25 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from engine.config import EngineConfig, LoadConfig
-from engine.errors import EngineDead
+from engine.errors import EngineDead, LoadError
 from engine.kv_cache import bind_kv_cache
 from engine.loader import LoadedModel, freeze_rotary, load
 from engine.metrics import EngineFigures
 from engine.model_runner import ModelRunner
 from engine.output import SequenceOutput
-from engine.request import Event, Failed, Finished, FinishReason, Request
+from engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+    StoppingParams,
+    TokenOutput,
+)
 from engine.sampler import SampledTokens, Sampler
 from engine.scheduler import Batch, ScheduledSequence, Scheduler
 from engine.sequence import Sequence
@@ -55,8 +65,10 @@ class Engine:
 
     @classmethod
     def load(cls, load_config: LoadConfig, config: EngineConfig) -> "Engine":
-        """Raises LoadError with what to do."""
-        return cls(load(load_config), config)
+        """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
+        engine = cls(load(load_config), config)
+        engine.warm_up()
+        return engine
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig):
         self.limits = decide_limits(loaded, config)
@@ -80,6 +92,28 @@ class Engine:
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
         self.num_steps = 0
+
+    def warm_up(self) -> None:
+        """Run the largest prefill and a few sampled decodes, so that no user is the first.
+
+        Raises LoadError when even that does not work.
+        """
+        length = min(self.limits.max_batch_tokens, self.limits.max_total_tokens - 4)
+        self.add(
+            Request(
+                request_id="warm-up",
+                prompt_ids=[0] * length,
+                sampling=SamplingParams(do_sample=True, temperature=0.7, logprobs=True),
+                stopping=StoppingParams(max_new_tokens=4, ignore_eos=True),
+            )
+        )
+        with tqdm(total=4, desc="Warming up") as progress:
+            while self.has_work:
+                for _, event in self.step():
+                    if isinstance(event, Failed):
+                        raise LoadError(f"the model fails to run: {event.message}")
+                    progress.update(isinstance(event, TokenOutput))
+        self.scheduler.pool.forget_cached()
 
     def summary(self) -> list[str]:
         """What is served and under which limits, a line each, with where they come from."""

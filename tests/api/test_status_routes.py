@@ -29,13 +29,6 @@ async def test_health_is_503_with_the_reason(state: EngineState) -> None:
     )
 
 
-async def test_health_is_200_while_draining() -> None:
-    engine = ScriptedEngine()
-    engine.state = "draining"
-    async with client(engine) as http:
-        assert (await http.get("/health")).status_code == 200
-
-
 async def test_info_tells_model_and_limits() -> None:
     async with client(ScriptedEngine(), max_input_tokens=1000) as http:
         answer = await http.get("/info")

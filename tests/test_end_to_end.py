@@ -1,0 +1,213 @@
+"""The whole worker over real sockets: HTTP in front of a real engine and a tiny real model."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+
+from api.app import create_app
+from api.config import Settings
+from api.state import build_state
+from bench.load import LengthMix, LoadPlan, run_load
+from engine.async_engine import AsyncEngine
+from engine.engine import Engine
+from tests.engine.driving import generate, make_engine
+from tests.engine.models import byte_tokenizer, family
+from tests.engine.test_failures import sabotage
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = "The quick brown fox jumps over the lazy dog, again and again."
+
+
+@dataclass
+class Worker:
+    engine: Engine
+    served: AsyncEngine
+    port: int
+
+    def client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    async def open(self, path: str, body: dict[str, Any]) -> asyncio.StreamWriter:
+        """Send a request and keep the socket, to close it at will."""
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        payload = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload)
+        await writer.drain()
+        return writer
+
+
+@asynccontextmanager
+async def worker(engine: Engine, **options: Any) -> AsyncIterator[Worker]:
+    limits = {"max_concurrent_requests": 128, "stall_timeout_s": 60.0} | options
+    served = AsyncEngine(engine, **limits)
+    settings = Settings(max_concurrent_requests=limits["max_concurrent_requests"])
+    app = create_app(build_state(served, settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="httptools"))
+    task = asyncio.create_task(server.serve())
+    await eventually(lambda: server.started)
+    try:
+        yield Worker(engine, served, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def body(num_tokens: int, prompt: str = PROMPT, **parameters: Any) -> dict[str, Any]:
+    return {"inputs": prompt, "parameters": {"max_new_tokens": num_tokens} | parameters}
+
+
+async def test_streamed_and_unstreamed_answers_are_what_generate_says() -> None:
+    loaded = family("llama")
+    ids = generate(loaded.model, byte_tokenizer().encode(PROMPT), 16)
+    async with worker(make_engine(loaded)) as w, w.client() as client:
+        plain = (await client.post("/generate", json=body(16, details=True))).json()
+        stream = await client.post("/generate_stream", json=body(16, details=True))
+    events = [json.loads(e.removeprefix("data: ")) for e in stream.text.split("\n\n") if e]
+    assert [t["id"] for t in plain["details"]["tokens"]] == ids
+    assert [e["token"]["id"] for e in events] == ids
+    assert [e["token"] for e in events] == plain["details"]["tokens"]
+    assert events[-1]["generated_text"] == plain["generated_text"]
+    assert "".join(e["token"]["text"] for e in events) == plain["generated_text"]
+
+
+async def test_many_clients_at_once_are_all_answered() -> None:
+    async with worker(make_engine(family("llama"), num_blocks=24, max_batch_tokens=32)) as w:
+        plan = LoadPlan(
+            api="tgi",
+            num_requests=48,
+            concurrency=16,
+            input_len=LengthMix.parse("2:12"),
+            output_len=LengthMix.parse("1:24"),
+        )
+        result = await run_load(f"http://127.0.0.1:{w.port}", plan)
+        assert result.summary.completed == 48
+        assert result.summary.failed == 0
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+@pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding"])
+async def test_a_client_that_goes_away_frees_its_slot_and_blocks_within_one_step(
+    path: str, phase: str
+) -> None:
+    engine = make_engine(family("llama"), max_sequences=1, max_batch_tokens=16)
+    gate = threading.Semaphore(0)
+    sabotage(engine, lambda _: not gate.acquire(timeout=10), TimeoutError())
+    async with worker(engine) as w:
+        ahead = await w.open("/generate_stream", body(3, "x")) if phase == "queued" else None
+        steps = {"queued": 0, "prefilling": 2, "decoding": 7}[phase]
+        await eventually(lambda: engine.num_steps > 0 or ahead is None)
+        leaver = await w.open(path, body(100))
+        for _ in range(steps):
+            gate.release()
+        await eventually(lambda: len(w.served._generations) == (2 if ahead else 1))
+        await eventually(lambda: engine.num_steps >= steps + 2 or ahead is not None)
+        leaver.close()
+        await eventually(lambda: len(w.served._generations) == (1 if ahead else 0))
+        gate.release()  # the step in progress ends; the abort is heeded before the next
+        await eventually(lambda: len(engine._live) == (1 if ahead else 0))
+        assert engine.num_steps <= steps + 3
+        assert ahead or engine.figures().num_used_blocks == 0
+        gate.release(100)
+        async with w.client() as client:
+            assert (await client.post("/generate", json=body(2))).status_code == 200
+        if ahead:
+            ahead.close()
+
+
+async def test_health_answers_at_once_while_a_step_runs_and_tells_when_it_hangs() -> None:
+    engine, release = make_engine(family("llama")), threading.Event()
+    sabotage(engine, lambda _: not release.wait(10), TimeoutError())
+    async with worker(engine, stall_timeout_s=0.3) as w, w.client() as client:
+        assert (await client.get("/health")).status_code == 200
+        task = asyncio.create_task(client.post("/generate", json=body(2)))
+        await eventually(lambda: engine.num_steps > 0)
+        assert (await client.get("/health")).status_code == 200
+        await asyncio.sleep(0.4)
+        stalled = await client.get("/health")
+        assert stalled.status_code == 503
+        assert stalled.json()["error_type"] == "healthcheck"
+        assert "no progress" in stalled.json()["reason"]
+        release.set()
+        assert (await task).status_code == 200
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_dead_engine_is_told_to_everyone() -> None:
+    engine = make_engine(family("llama"))
+    async with worker(engine) as w, w.client() as client:
+
+        def die() -> None:
+            raise RuntimeError("the device is lost")
+
+        engine.step = die  # type: ignore[method-assign, assignment]
+        answer = await client.post("/generate", json=body(2))
+        assert answer.status_code == 424
+        assert answer.json() == {
+            "error": "Request failed during generation: the device is lost",
+            "error_type": "generation",
+        }
+        assert (await client.get("/health")).json()["reason"] == "the device is lost"
+        assert (await client.post("/generate", json=body(2))).status_code == 424
+
+
+async def test_more_than_the_permitted_requests_are_refused_and_change_nothing() -> None:
+    engine, release = make_engine(family("llama")), threading.Event()
+    sabotage(engine, lambda _: not release.wait(10), TimeoutError())
+    async with worker(engine, max_concurrent_requests=2) as w, w.client() as client:
+        tasks = [asyncio.create_task(client.post("/generate", json=body(3))) for _ in range(2)]
+        await eventually(lambda: w.served._free_permits == 0)
+        refused = await client.post("/generate", json=body(3))
+        assert refused.status_code == 429
+        assert refused.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+        release.set()
+        assert [(await task).status_code for task in tasks] == [200, 200]
+        assert (await client.post("/generate", json=body(3))).status_code == 200
+
+
+@pytest.mark.parametrize("stop", ["again", "qu"])
+async def test_stop_sequences_end_a_generation(stop: str) -> None:
+    """Whatever the random model says, one of its own two-letter texts stops it there."""
+    async with worker(make_engine(family("llama"))) as w, w.client() as client:
+        free = (await client.post("/generate", json=body(40))).json()["generated_text"]
+        found = next((free[i : i + 2] for i in range(4, 36) if free[i : i + 2].isascii()), stop)
+        answer = (await client.post("/generate", json=body(40, stop=[found], details=True))).json()
+    assert answer["details"]["finish_reason"] == "stop_sequence"
+    assert answer["generated_text"] == free[: free.index(found) + len(found)]
+
+
+async def test_truncate_keeps_the_end_and_full_text_the_whole_prompt() -> None:
+    async with worker(make_engine(family("llama"))) as w, w.client() as client:
+        last = (await client.post("/generate", json=body(6, PROMPT[-9:]))).json()
+        cut = await client.post(
+            "/generate", json=body(6, truncate=9, return_full_text=True, details=True)
+        )
+    assert cut.json()["generated_text"] == PROMPT + last["generated_text"]
+    assert cut.headers["x-prompt-tokens"] == "9"
+
+
+async def test_the_same_seed_gives_the_same_text_streamed_or_not() -> None:
+    request = body(12, do_sample=True, temperature=0.9, seed=1234, details=True)
+    async with worker(make_engine(family("llama"))) as w, w.client() as client:
+        answers = [(await client.post("/generate", json=request)).json() for _ in range(2)]
+        stream = await client.post("/generate_stream", json=request)
+    last = json.loads(stream.text.split("data: ")[-1])
+    assert answers[0] == answers[1]
+    assert answers[0]["details"]["seed"] == 1234
+    assert last["generated_text"] == answers[0]["generated_text"]
+    assert last["details"]["seed"] == 1234
