@@ -38,7 +38,9 @@ class Limits:
 
 
 class Settings(BaseSettings):
-    """Serve one model as Text Generation Inference does. Environment: MAX_BEST_OF=4 and so on."""
+    """Serve one model as Text Generation Inference does. Every flag is an environment variable
+    too: --max-best-of 4 is MAX_BEST_OF=4; a flag wins. HF_TOKEN opens gated models.
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,

@@ -7,6 +7,7 @@ nothing in the engine asks again. Each accepted request is answered by any numbe
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -61,8 +62,11 @@ class Request:
     cache_salt: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+# Two of these are made for each token: a named tuple takes a third of a frozen dataclass's
+# time (0.3 and 0.9 microseconds on CPython 3.11).
+
+
+class Token(NamedTuple):
     """`logprob` is None where it was not asked for or is not finite."""
 
     id: int
@@ -71,8 +75,7 @@ class Token:
     special: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """One generated token; `top_tokens` is empty unless asked for."""
 
     token: Token

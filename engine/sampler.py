@@ -5,7 +5,7 @@ is a function of (seed, position, token id), see `kernels.sampling`. Logprobs ar
 of the processed scores, as Text Generation Inference reports them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._parameters = np.zeros(max_sequences, dtype=_PARAMETERS)
+        # Greedy and nothing else, as most of a batch often is: no parameter to look at.
+        self._plain = np.ones(max_sequences, dtype=np.bool_)
         self._counts: Tensor | None = None
 
     # -- engine thread, ahead of the step ---------------------------------------------
@@ -87,6 +89,7 @@ class Sampler:
     def set_parameters(self, slot: int, params: SamplingParams) -> None:
         """A new sequence in this slot."""
         self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.fields or ())
+        self._plain[slot] = replace(params, seed=0, logprobs=False) == SamplingParams()
 
     def needs_counts(self, slot: int) -> bool:
         return bool(_uses_penalties(self._parameters[slot]))
@@ -94,6 +97,9 @@ class Sampler:
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
         """`positions` [rows] are those of the tokens about to be drawn."""
         p, device = self._parameters[slots], self._device
+        logprobs = bool(p["logprobs"].any())
+        if self._plain[slots].all():
+            return SamplingPlan(None, [], None, None, logprobs, 0)
         processors = (
             Temperature.build(p["temperature"], device),
             TopK.build(p["top_k"], device),
@@ -101,14 +107,17 @@ class Sampler:
             TypicalP.build(p["typical_p"], device),
         )
         noisy = select_rows(p["do_sample"], device)
-        keys = noise_keys(p["seed"], positions)[p["do_sample"]]
         return SamplingPlan(
             penalties=self._plan_penalties(slots, p),
             processors=[processor for processor in processors if processor is not None],
             noisy=noisy,
-            noise_keys=None if noisy is None else to_device(keys, device),
-            logprobs=bool(p["logprobs"].any() or p["top_n_tokens"].any()),
-            num_top=int(p["top_n_tokens"].max(initial=0)),
+            noise_keys=(
+                None
+                if noisy is None
+                else to_device(noise_keys(p["seed"], positions)[p["do_sample"]], device)
+            ),
+            logprobs=logprobs or bool(p["top_n_tokens"].any()),
+            num_top=int(p["top_n_tokens"].max()),
         )
 
     def _plan_penalties(self, slots: np.ndarray, p: np.ndarray) -> Penalties | None:

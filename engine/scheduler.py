@@ -22,14 +22,14 @@ later, and nothing is findable in it until a completed step registers it.
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.block_pool import BlockHasher, BlockPool
 from engine.config import BLOCK_SIZE
 from engine.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """`num_tokens` tokens of `sequence` from position `start`, into `slot`'s state.
 
     `samples` says that these are its last known tokens, so the step draws the next.
