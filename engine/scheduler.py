@@ -58,8 +58,9 @@ class ScheduledSequence(NamedTuple):
 class Batch:
     """One step, and what changed in the slots since the last one.
 
-    `reset` sequences are new to their slot, or were rewound: what the slot holds is not
-    theirs. `grown` lists blocks appended to tables as (slot, index in the table, block).
+    `reset` lists those of the scheduled sequences that are new to their slot, or were
+    rewound: what the slot holds is not theirs. `grown` lists blocks appended to tables as
+    (slot, index in the table, block).
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
@@ -89,7 +90,8 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefix_caching = prefix_caching
         self._hasher = BlockHasher(hash_key)
-        self._rewound: list[Sequence] = []
+        # Running sequences whose slot holds something else, until a step resets it.
+        self._stale: set[Sequence] = set()
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
@@ -122,8 +124,7 @@ class Scheduler:
 
         With `only`, no other sequence runs and none is admitted.
         """
-        batch = Batch(reset=[seq for seq in self._rewound if seq.slot >= 0])
-        self._rewound.clear()
+        batch = Batch()
         budget = self._schedule_decodes(batch, self._max_batch_tokens, only)
         budget = self._schedule_prefills(batch, budget, only)
         if only is None:
@@ -159,7 +160,7 @@ class Scheduler:
             self.running.append(seq)
             seq.status = SequenceStatus.RUNNING
             seq.slot = self._free_slots.pop()
-            batch.reset.append(seq)
+            self._stale.add(seq)
             budget -= self._commit(batch, seq, min(seq.num_tokens - seq.num_computed, budget))
 
     def _commit(self, batch: Batch, seq: Sequence, num_tokens: int) -> int:
@@ -168,6 +169,9 @@ class Scheduler:
         samples = seq.num_computed == seq.num_tokens
         if samples:
             seq.num_tokens += 1
+        if seq in self._stale:
+            self._stale.remove(seq)
+            batch.reset.append(seq)
         batch.scheduled.append(
             ScheduledSequence(seq, seq.slot, start, num_tokens, samples, seq.num_preemptions)
         )
@@ -237,6 +241,7 @@ class Scheduler:
         self.pool.release(seq.block_table)
         seq.block_table = []
         self._free_slots.append(seq.slot)
+        self._stale.discard(seq)
         seq.slot = -1
 
     # -- steps come back --------------------------------------------------------------
@@ -260,7 +265,7 @@ class Scheduler:
         seq.num_tokens = len(seq.token_ids)
         seq.num_computed = seq.num_completed
         if seq.status is SequenceStatus.RUNNING:
-            self._rewound.append(seq)
+            self._stale.add(seq)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, slots and queues agree."""
@@ -268,6 +273,7 @@ class Scheduler:
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert len(set(slots)) == len(slots), "a slot with two owners"
         assert all(not seq.block_table and seq.slot == -1 for seq in self.waiting)
+        assert self._stale <= set(self.running), "a slot to be reset without an owner"
         for seq in self.running:
             assert seq.num_completed <= seq.num_computed <= seq.num_tokens <= seq.max_tokens
             assert seq.num_computed <= len(seq.block_table) * BLOCK_SIZE

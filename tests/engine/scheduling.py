@@ -228,6 +228,8 @@ class Driver:
             if self.launch(only=self.suspects.pop()).scheduled:
                 self.collect()
             return
+        if len(self.in_flight) == MAX_IN_FLIGHT:
+            self.collect()
         launched = bool(self.launch().scheduled)
         if self.in_flight and not (launched and len(self.in_flight) < MAX_IN_FLIGHT):
             self.collect()
@@ -238,7 +240,6 @@ class Driver:
         assert all(step.built for step in self.in_flight), "a launch on top of a failed one"
         before = Before.of(self.scheduler)
         batch = self.scheduler.schedule(only)
-        self.check()
         self._check_batch(batch, before, only)
         if batch.scheduled:
             step = Step(self.num_launched, batch, built)
@@ -246,6 +247,7 @@ class Driver:
             if built:
                 self.device.run(step, self.truths, self.last_collected)
             self.in_flight.append(step)
+        self.check()
         return batch
 
     def collect(self) -> None:
