@@ -3,6 +3,7 @@
 import math
 
 from engine.request import FinishReason, Token, TokenOutput
+from engine.sampler import TIE_MARGIN
 from engine.sequence import Sequence
 from engine.tokenizer import TextStream, Tokenizer
 
@@ -58,13 +59,15 @@ class SequenceOutput:
         )
 
     def _top_tokens(self, top: list[tuple[int, float]]) -> tuple[Token, ...]:
-        """Those at least as likely as the n-th; what the processors excluded is left out."""
+        """Those at least as likely as the n-th, as far as a request that is alone would see
+        them; what the processors excluded is left out.
+        """
         n = min(self._seq.request.sampling.top_n_tokens, len(top))
         threshold = max(top[n - 1][1], -math.inf)
         tokenizer = self._tokenizer
         return tuple(
             Token(i, tokenizer.token_text(i), logprob, i in tokenizer.special_ids)
-            for i, logprob in top
+            for i, logprob in top[: n + TIE_MARGIN]
             if logprob >= threshold and logprob != -math.inf
         )
 

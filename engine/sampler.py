@@ -26,7 +26,7 @@ from engine.logits_processors import (
 from engine.request import SamplingParams
 from kernels.sampling import gumbel_noise, noise_keys
 
-_TIE_MARGIN = 16
+TIE_MARGIN = 16
 """How many tokens that tie with the n-th best are still found."""
 
 _PARAMETERS = np.dtype(
@@ -163,8 +163,8 @@ class Sampler:
         chosen = logprobs.gather(-1, ids[:, None])[:, 0]
         if not plan.num_top:
             return SampledTokens(ids, chosen, None, None)
-        top = logprobs.topk(min(plan.num_top + _TIE_MARGIN, logprobs.shape[-1]), dim=-1)
-        return SampledTokens(ids, chosen, top.indices, top.values)
+        top_ids = _best(logprobs, plan.num_top + TIE_MARGIN)
+        return SampledTokens(ids, chosen, top_ids, logprobs.gather(-1, top_ids))
 
 
 def _uses_penalties(parameters: np.ndarray) -> np.ndarray:
@@ -179,3 +179,15 @@ def _choose(scores: Tensor, plan: SamplingPlan) -> Tensor:
     if isinstance(plan.noisy, slice):
         return drawn
     return scores.argmax(dim=-1).index_copy_(0, plan.noisy, drawn)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k highest scores of each row, [rows, k], best first, of equals the lowest id.
+
+    `topk` leaves the order of equals to k, which is the company's to choose. Here no two
+    keys are equal: the score's bits, ordered as integers, above the id's.
+    """
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    keys = (ordered << 32) - torch.arange(scores.shape[-1], device=scores.device)
+    return keys.topk(min(k, scores.shape[-1]), dim=-1).indices

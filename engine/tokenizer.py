@@ -12,6 +12,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 5
+_INCOMPLETE = "\ufffd"
+_MAX_UTF8_BYTES = 4
 
 
 class Tokenizer:
@@ -61,39 +63,73 @@ class Tokenizer:
     def generated_text(self, prompt_ids: Seq[int], generated_ids: Seq[int]) -> str:
         """The text that `generated_ids` add to the prompt, without special tokens.
 
-        The last prompt token is decoded along, so that a leading space survives.
+        The last prompt token is decoded along, so that a leading space survives; where it
+        is a byte of a character, the whole character, or the bytes of both would mix.
         """
-        context = prompt_ids[-1:]
+        context = self._whole_context(prompt_ids)
         text = self.decode([*context, *generated_ids], skip_special_tokens=True)
         return text[len(self.decode(context, skip_special_tokens=True)) :]
+
+    def _whole_context(self, prompt_ids: Seq[int]) -> Seq[int]:
+        for num_tokens in range(1, _MAX_UTF8_BYTES + 1):
+            context = prompt_ids[-num_tokens:]
+            if not self.decode(context, skip_special_tokens=True).endswith(_INCOMPLETE):
+                return context
+        return prompt_ids[-1:]
 
 
 class TextStream:
     """The pieces of text that a sequence's tokens add, one after the other.
 
-    Text Generation Inference's incremental decoding: a token that does not complete a
-    character adds "", and the one that does adds all of it. Special tokens are kept.
+    Text Generation Inference's incremental decoding, with two offsets: a token that does
+    not complete a character adds "", and the one that does adds all of it. Special tokens
+    are kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Seq[int]):
         self._tokenizer = tokenizer
         self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._held: list[int] = []
-        self._stream = DecodeStream(ids=self._context, skip_special_tokens=False)
+        self._stream = self._make_stream()
 
     def push(self, token_id: int) -> str:
-        text: str | None = self._stream.step(self._tokenizer.fast, token_id)
+        text = self._step(token_id)
         if text is None:
             self._held.append(token_id)
             return ""
         self._context = [*self._held, token_id]
         self._held.clear()
+        if self._stream is None:
+            self._stream = self._make_stream()
         return text
 
     def flush(self) -> str:
         """What is still held back when the sequence ends within a character."""
-        if not self._held:
-            return ""
-        decode = self._tokenizer.decode
-        before = decode(self._context, skip_special_tokens=False)
-        return decode([*self._context, *self._held], skip_special_tokens=False)[len(before) :]
+        return self._behind_context(self._held) if self._held else ""
+
+    def _make_stream(self) -> DecodeStream | None:
+        """The library's stream takes a tenth of the time, but would repeat a context that
+        ends within a character.
+        """
+        if self._decode(self._context).endswith(_INCOMPLETE):
+            return None
+        return DecodeStream(ids=self._context, skip_special_tokens=False)
+
+    def _step(self, token_id: int) -> str | None:
+        if self._stream is not None:
+            try:
+                text: str | None = self._stream.step(self._tokenizer.fast, token_id)
+            except Exception:
+                # A stray byte: the character before it, said already, decodes no more.
+                self._stream = None
+            else:
+                return text
+        text = self._behind_context([*self._held, token_id])
+        return text if text and not text.endswith(_INCOMPLETE) else None
+
+    def _behind_context(self, token_ids: list[int]) -> str:
+        before = self._decode(self._context)
+        return self._decode([*self._context, *token_ids])[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
