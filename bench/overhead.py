@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     engine = Engine(load(LoadConfig(DEFAULT_MODEL_ID)), EngineConfig(max_batch_tokens=8192))
-    engine.runner.launch = _launch  # type: ignore[method-assign, assignment]
+    engine.runner.launch = _launch  # type: ignore[method-assign]
     for num_sequences in map(int, options.sequences.split(",")):
         cost = microseconds_per_step(engine, num_sequences, options.steps)
         print(f"{num_sequences:4} sequences: {cost:7.0f} us per step")

@@ -25,15 +25,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 import uvloop
 
-from bench.load import LengthMix, LoadPlan, run_load
+from bench.load import run_load
+from bench.workload import LengthMix, LoadPlan
 from engine.attention import ATTENTION_NAME
 from engine.checkpoint import locate
 from engine.config import BLOCK_SIZE, DEFAULT_MODEL_ID, LoadConfig
@@ -141,10 +144,11 @@ def time_raw(loaded: LoadedModel, shape: Shape, seed: int) -> float:
 
 @torch.inference_mode()
 def time_generate(loaded: LoadedModel, shape: Shape, seed: int) -> float:
-    use_attention(loaded.model, "sdpa")
+    model: Any = loaded.model  # `generate` is a mixin's, unknown to the base class
+    use_attention(model, "sdpa")
     ids = torch.tensor(shape.prompts(seed))
     started = time.perf_counter()
-    loaded.model.generate(
+    model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=shape.output_len,
@@ -157,13 +161,14 @@ def time_generate(loaded: LoadedModel, shape: Shape, seed: int) -> float:
 @torch.inference_mode()
 def time_continuous(loaded: LoadedModel, shape: Shape, seed: int) -> float:
     """`generate_batch`, its set-up left out: the clock runs from the first request on."""
-    use_attention(loaded.model, "sdpa")
+    model: Any = loaded.model
+    use_attention(model, "sdpa")
     # By default it takes 60 % of all memory; this is ample for the shapes here.
     config = transformers.ContinuousBatchingConfig(max_memory_percent=0.05)
     options = transformers.GenerationConfig(
         max_new_tokens=shape.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    with loaded.model.continuous_batching_context_manager(
+    with model.continuous_batching_context_manager(
         generation_config=options, continuous_batching_config=config
     ) as manager:
         started = time.perf_counter()
@@ -190,7 +195,9 @@ def report(shape: Shape, seconds: dict[str, list[float]]) -> dict[str, object]:
     """Tokens per second of each, and the server's ratio to the others, as medians."""
     rates = {name: shape.num_tokens / statistics.median(s) for name, s in seconds.items()}
     ratios = {
-        name: statistics.median(other / own for own, other in zip(seconds["server"], s, strict=True))
+        name: statistics.median(
+            other / own for own, other in zip(seconds["server"], s, strict=True)
+        )
         for name, s in seconds.items()
         if name != "server"
     }
@@ -209,10 +216,10 @@ def main() -> None:
         for concurrency in map(int, options.concurrency.split(",")):
             shape = Shape(concurrency, options.input_len, options.output_len)
             contestants: dict[str, Callable[[int], float]] = {
-                "server": lambda seed, s=shape: time_server(url, s, seed),
-                "raw": lambda seed, s=shape: time_raw(loaded, s, seed),
-                "generate": lambda seed, s=shape: time_generate(loaded, s, seed),
-                "continuous": lambda seed, s=shape: time_continuous(loaded, s, seed),
+                "server": partial(time_server, url, shape),
+                "raw": partial(time_raw, loaded, shape),
+                "generate": partial(time_generate, loaded, shape),
+                "continuous": partial(time_continuous, loaded, shape),
             }
             rows.append(report(shape, measure(contestants, options.rounds)))
     if options.json:

@@ -15,7 +15,8 @@ import uvicorn
 from api.app import create_app
 from api.config import Settings
 from api.state import build_state
-from bench.load import LengthMix, LoadPlan, run_load
+from bench.load import run_load
+from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from tests.engine.driving import generate, make_engine
