@@ -89,11 +89,13 @@ def serving(model: Path, *flags: str) -> Iterator[str]:
         text=True,
     ) as process:
         assert process.stdout is not None
-        ready = next((line for line in process.stdout if line.startswith("Ready on ")), None)
-        if ready is None:
-            raise RuntimeError("the server ended before it was ready")
-        yield "http://" + ready.removeprefix("Ready on ").split(". ")[0]
-        process.terminate()
+        try:
+            ready = next((line for line in process.stdout if line.startswith("Ready on ")), None)
+            if ready is None:
+                raise RuntimeError("the server ended before it was ready")
+            yield "http://" + ready.removeprefix("Ready on ").split(". ")[0]
+        finally:
+            process.terminate()
 
 
 def time_server(url: str, shape: Shape, seed: int) -> float:
@@ -158,13 +160,12 @@ def time_generate(loaded: LoadedModel, shape: Shape, seed: int) -> float:
     return time.perf_counter() - started
 
 
-@torch.inference_mode()
 def time_continuous(loaded: LoadedModel, shape: Shape, seed: int) -> float:
     """`generate_batch`, its set-up left out: the clock runs from the first request on."""
     model: Any = loaded.model
     use_attention(model, "sdpa")
     # By default it takes 60 % of all memory; this is ample for the shapes here.
-    config = transformers.ContinuousBatchingConfig(max_memory_percent=0.05)
+    config = transformers.ContinuousBatchingConfig(max_memory_percent=0.1, max_batch_tokens=512)
     options = transformers.GenerationConfig(
         max_new_tokens=shape.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
@@ -176,7 +177,9 @@ def time_continuous(loaded: LoadedModel, shape: Shape, seed: int) -> float:
         num_finished = 0
         while num_finished < shape.concurrency:
             result = manager.get_result(timeout=1)
-            num_finished += result is not None and result.is_finished()
+            if result is not None and result.is_finished():
+                assert len(result.generated_tokens) == shape.output_len, result.error
+                num_finished += 1
         return time.perf_counter() - started
 
 
