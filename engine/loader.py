@@ -13,8 +13,9 @@ from engine.config import LoadConfig
 from engine.errors import LoadError
 from engine.kv_cache import AttentionCall
 from engine.metrics import ModelInfo
-from engine.probe import discover, verify
+from engine.probe import discover, own_logits, verify
 from engine.tokenizer import Tokenizer
+from kernels.packed_linear import pack_linears
 
 _UNBOUNDED = 1 << 40
 
@@ -52,14 +53,16 @@ def load(config: LoadConfig) -> LoadedModel:
 
 
 def adopt(model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint) -> LoadedModel:
-    """Make a transformers model that is in memory already ready for the engine."""
+    """Make a transformers model that is in memory already ready for the engine, in place."""
     model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     max_positions = min(
         getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
     )
     calls = discover(model)
-    verify(model, calls)
+    expected = own_logits(model)
+    pack_linears(model)
+    verify(model, calls, expected)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

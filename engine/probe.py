@@ -2,9 +2,10 @@
 
 Nothing here knows a model by name. `discover` runs one short forward with a recording
 attention function in place of the real one, and reads each call's geometry, mask and
-sharing from what the model passes. `verify` then runs two prompts through the paged
-cache, in chunks, side by side in one packed row, and compares every logit with the
-model's own forward. What either cannot answer for is refused with the reason.
+sharing from what the model passes. `own_logits` are those of two prompts, before anything
+about the model is changed; `verify` then runs both through the paged cache, in chunks,
+side by side in one packed row, and compares every logit. What cannot be answered for is
+refused with the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -193,19 +194,23 @@ def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
 
 
 @torch.inference_mode()
-def verify(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
+def own_logits(model: PreTrainedModel) -> list[Tensor]:
+    """What the model's own forward says to each of the probe's prompts, [length, vocab_size]."""
+    with _attention(model, "eager"):
+        return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in _prompts(model)]
+
+
+@torch.inference_mode()
+def verify(model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor]) -> None:
     """Raise LoadError unless packed, paged and chunked logits equal the model's own.
 
     A model that keeps state between tokens anywhere but in its attention fails here,
     since neither the chunks nor the sequences of a packed row see each other.
     Leaves the model with our attention function selected and a small cache bound.
     """
-    prompts = [_prompt(model, 2 * BLOCK_SIZE + 5, seed=1), _prompt(model, 13, seed=2)]
-    with _attention(model, "eager"):
-        expected = [model(input_ids=ids, use_cache=False).logits[0].float() for ids in prompts]
     use_attention(model, ATTENTION_NAME)
     try:
-        actual = _packed_logits(model, calls, prompts)
+        actual = _packed_logits(model, calls, _prompts(model))
     except Exception as error:
         raise _refusal(model, calls, f"its packed forward failed: {error}") from error
     worst = max(
@@ -255,6 +260,10 @@ def _packed_logits(
             logits[member].append(part)
         done += sizes
     return [torch.cat(parts) for parts in logits]
+
+
+def _prompts(model: PreTrainedModel) -> list[Tensor]:
+    return [_prompt(model, 2 * BLOCK_SIZE + 5, seed=1), _prompt(model, 13, seed=2)]
 
 
 def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from tests.engine.driving import generate, make_engine
-from tests.engine.models import byte_tokenizer, family
+from tests.engine.models import byte_tokenizer, family, reference
 from tests.engine.test_failures import sabotage
 
 pytestmark = pytest.mark.anyio
@@ -75,7 +75,7 @@ def body(num_tokens: int, prompt: str = PROMPT, **parameters: Any) -> dict[str, 
 
 async def test_streamed_and_unstreamed_answers_are_what_generate_says() -> None:
     loaded = family("llama")
-    ids = generate(loaded.model, byte_tokenizer().encode(PROMPT), 16)
+    ids = generate(reference("llama"), byte_tokenizer().encode(PROMPT), 16)
     async with worker(make_engine(loaded)) as w, w.client() as client:
         plain = (await client.post("/generate", json=body(16, details=True))).json()
         stream = await client.post("/generate_stream", json=body(16, details=True))

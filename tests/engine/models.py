@@ -106,3 +106,10 @@ def family(name: str) -> LoadedModel:
     config_class, options = FAMILIES[name]
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     return adopt(build(config_class, **options), byte_tokenizer(), checkpoint)
+
+
+@cache
+def reference(name: str) -> PreTrainedModel:
+    """The same model as transformers made it, never touched by the engine."""
+    config_class, options = FAMILIES[name]
+    return build(config_class, **options)

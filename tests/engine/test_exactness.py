@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.engine import Engine
 from engine.request import Request
 from tests.engine.driving import Answers, check_greedy, generate, greedy, make_engine, run
-from tests.engine.models import FAMILIES, VOCAB_SIZE, family
+from tests.engine.models import FAMILIES, VOCAB_SIZE, family, reference
 
 NUM_TOKENS = 12
 
@@ -28,7 +28,7 @@ def prompts() -> list[list[int]]:
 def check(name: str, answers: Answers, requests: list[Request]) -> None:
     answers.check_endings(requests)
     for request in requests:
-        check_greedy(family(name).model, answers, request)
+        check_greedy(reference(name), answers, request)
 
 
 FAST = ("llama", "gemma2")
@@ -44,7 +44,7 @@ class TestEveryFamily:
             request = greedy(prompt, NUM_TOKENS)
             answers = run(engine, [(0, request)])
             check(name, answers, [request])
-            assert answers.ids(request) == generate(loaded.model, prompt, NUM_TOKENS)
+            assert answers.ids(request) == generate(reference(name), prompt, NUM_TOKENS)
 
     def test_in_company_that_comes_and_goes(self, name: str) -> None:
         engine = make_engine(family(name), max_sequences=4)

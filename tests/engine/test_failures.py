@@ -10,7 +10,7 @@ from engine.errors import EngineDead
 from engine.request import Failed, Finished, Request
 from engine.step_inputs import StepInputs
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
-from tests.engine.models import family
+from tests.engine.models import family, reference
 
 POISON = 255  # a token id that makes the forward raise, in the tests that want it
 
@@ -44,7 +44,7 @@ def test_a_poisoned_request_fails_alone() -> None:
     answers.check_endings([*healthy, bad])
     assert answers.last(bad) == Failed("ValueError: poison")
     for request in healthy:
-        check_greedy(family("llama").model, answers, request)
+        check_greedy(reference("llama"), answers, request)
 
 
 def test_a_request_that_turns_poisonous_while_decoding_fails_alone() -> None:
@@ -59,7 +59,7 @@ def test_a_request_that_turns_poisonous_while_decoding_fails_alone() -> None:
     answers.check_endings(requests)
     assert [finished(answers, r) for r in requests] == [True, True, False, True]
     for request in requests[:2]:
-        check_greedy(family("llama").model, answers, request)
+        check_greedy(reference("llama"), answers, request)
 
 
 def test_a_step_that_is_too_large_runs_in_halves() -> None:
@@ -73,7 +73,7 @@ def test_a_step_that_is_too_large_runs_in_halves() -> None:
     answers = run(engine, [(0, r) for r in requests])
     answers.check_endings(requests)
     for request in requests:
-        check_greedy(family("llama").model, answers, request)
+        check_greedy(reference("llama"), answers, request)
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,5 @@ def test_blocks_of_a_cancelled_request_stay_usable() -> None:
     engine = make_engine(family("llama"))
     cancelled, again = greedy(range(50), 20), greedy(range(50), 5)
     answers = run(engine, [(0, cancelled), (8, again)], aborts={7: cancelled})
-    check_greedy(family("llama").model, answers, again)
+    check_greedy(reference("llama"), answers, again)
     assert engine.figures().num_prefix_hit_tokens == 48

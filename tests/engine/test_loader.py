@@ -12,12 +12,12 @@ from engine.engine import Engine
 from engine.errors import LoadError
 from engine.loader import adopt, load
 from tests.engine.driving import check_greedy, greedy, make_engine, run
-from tests.engine.models import build, byte_tokenizer, family
+from tests.engine.models import build, byte_tokenizer, family, reference
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    family("llama").model.save_pretrained(tmp_path)
+    reference("llama").save_pretrained(tmp_path)
     byte_tokenizer()._hf.save_pretrained(tmp_path)
     return tmp_path
 
@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_local_folder_is_served(saved: Path) -> None:
     loaded = load(LoadConfig(str(saved)))
     request = greedy([1, 2, 3], 5)
-    check_greedy(loaded.model, run(make_engine(loaded), [(0, request)]), request)
+    check_greedy(reference("llama"), run(make_engine(loaded), [(0, request)]), request)
     assert loaded.info.model_id == str(saved)
     assert loaded.max_positions == 256
 

@@ -3,7 +3,10 @@
 import random
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from engine.checkpoint import locate
 from engine.config import DEFAULT_MODEL_ID, LoadConfig
 from engine.loader import LoadedModel, load
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
@@ -27,17 +30,25 @@ def smollm2() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    """As transformers loads it, never touched by the engine."""
+    return AutoModelForCausalLM.from_pretrained(locate(DEFAULT_MODEL_ID).path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
 def prompts(smollm2: LoadedModel) -> list[list[int]]:
     return [smollm2.tokenizer.encode(text) for text in PROMPTS]
 
 
-def test_alone_it_says_what_generate_says(smollm2: LoadedModel, prompts: list[list[int]]) -> None:
+def test_alone_it_says_what_generate_says(
+    smollm2: LoadedModel, reference: PreTrainedModel, prompts: list[list[int]]
+) -> None:
     engine = make_engine(smollm2)
     for prompt in prompts:
         request = greedy(prompt, NUM_TOKENS)
         answers = run(engine, [(0, request)])
-        check_greedy(smollm2.model, answers, request)
-        assert answers.ids(request) == generate(smollm2.model, prompt, NUM_TOKENS)
+        check_greedy(reference, answers, request)
+        assert answers.ids(request) == generate(reference, prompt, NUM_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +60,10 @@ def test_alone_it_says_what_generate_says(smollm2: LoadedModel, prompts: list[li
     ],
 )
 def test_in_company_it_says_the_same(
-    smollm2: LoadedModel, prompts: list[list[int]], config: dict[str, int]
+    smollm2: LoadedModel,
+    reference: PreTrainedModel,
+    prompts: list[list[int]],
+    config: dict[str, int],
 ) -> None:
     engine = make_engine(smollm2, **config)
     requests = [greedy(p, NUM_TOKENS) for p in [*prompts, prompts[-1]]]
@@ -58,14 +72,16 @@ def test_in_company_it_says_the_same(
     answers = run(engine, arrivals, aborts={9: leaving})
     answers.check_endings(requests)
     for request in requests:
-        check_greedy(smollm2.model, answers, request)
+        check_greedy(reference, answers, request)
     if "num_blocks" in config:
         assert engine.figures().num_preemptions > 0
     else:
         assert engine.figures().num_prefix_hit_tokens > 0
 
 
-def test_random_traffic_over_a_full_pool(smollm2: LoadedModel, prompts: list[list[int]]) -> None:
+def test_random_traffic_over_a_full_pool(
+    smollm2: LoadedModel, reference: PreTrainedModel, prompts: list[list[int]]
+) -> None:
     rng = random.Random(0)
     engine = make_engine(smollm2, num_blocks=16, max_batch_tokens=48, max_total_tokens=200)
     requests = [
@@ -74,4 +90,4 @@ def test_random_traffic_over_a_full_pool(smollm2: LoadedModel, prompts: list[lis
     answers = run(engine, [(rng.randrange(30), r) for r in requests])
     answers.check_endings(requests)
     for request in requests:
-        check_greedy(smollm2.model, answers, request)
+        check_greedy(reference, answers, request)
