@@ -36,7 +36,7 @@ from engine.scheduler import Batch, ScheduledSequence, Scheduler
 from engine.sequence import Sequence
 from engine.sizing import decide_limits
 from engine.step_inputs import StepBuilder
-from engine.stream import Pending, make_stream
+from engine.stream import Pending, in_passing_thread, make_stream
 
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
@@ -66,7 +66,7 @@ class Engine:
     @classmethod
     def load(cls, load_config: LoadConfig, config: EngineConfig) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
-        engine = cls(load(load_config), config)
+        engine = in_passing_thread(lambda: cls(load(load_config), config))
         engine.warm_up()
         return engine
 

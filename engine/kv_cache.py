@@ -46,7 +46,7 @@ def bind_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> StepContext:
-    """Allocate the cache and give every attention module its share of it.
+    """Allocate the cache, uninitialised, and give every attention module its share of it.
 
     Calls of equal geometry share one K and one V tensor of
     [calls, num_blocks, block_size, num_kv_heads, dim]. The step's metadata then reaches
@@ -72,8 +72,8 @@ def _allocate(
     stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for (num_heads, head_dim, value_dim), indices in by_geometry.items():
         shape = (len(indices), num_blocks, BLOCK_SIZE, num_heads)
-        keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+        keys = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+        values = torch.empty(*shape, value_dim, dtype=dtype, device=device)
         stored |= {index: (keys[i], values[i]) for i, index in enumerate(indices)}
     return [
         LayerCache(

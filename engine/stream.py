@@ -5,6 +5,7 @@ when the work is done. On a CPU one worker thread gives the same behaviour, so t
 is written once: launch step N+1, then look at what step N produced.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
@@ -67,6 +68,26 @@ class CudaStream:
 
     def close(self) -> None:
         pass
+
+
+def in_passing_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread that ends with it, and wait.
+
+    Each thread that computes on a CPU keeps a team of OpenMP threads until it ends. With a
+    second team alive there are more threads than cores, and libgomp then puts them to sleep
+    between any two operations: a forward takes half as long again.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon, so that an interrupt from the keyboard ends the process.
+    threading.Thread(target=run, name="skiff-load", daemon=True).start()
+    return done.result()
 
 
 def make_stream(device: torch.device) -> Stream:
