@@ -58,7 +58,8 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and (
-        weight.dtype is torch.float32
-        or (weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype is torch.float32 or (
+        weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
