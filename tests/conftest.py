@@ -1,8 +1,12 @@
-"""What every test has: the leak detector, and models that load in no time."""
+"""What every test has: kernels that run without a GPU, and the leak detector."""
 
 from collections.abc import Iterator
 
 import pytest
+
+from tests import interpreter
+
+interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,99 @@
+"""Kernels compiled for GPUs that are not there, and what the assembler says of them.
+
+In processes of their own: Triton decides at its import whether it interprets or compiles.
+"""
+
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TARGETS = (80, 90, 100, 120)
+"""Compute capabilities: 90 is 9.0."""
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that one block may have (CUDA programming guide, table 27)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Of one kernel: registers a thread, bytes of stack a thread (spills), shared bytes a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def compile_everywhere(
+    kernel: str,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    divisible: AbstractSet[str] = frozenset(),
+) -> dict[int, Resources]:
+    """Compile `kernel`, "module.function" in `kernels`, for each of `TARGETS`.
+
+    `arguments` are Triton types by name ("*bf16", "i32"); pointers, and the integers named
+    in `divisible`, are taken as multiples of 16, as the launcher finds them for real shapes.
+    """
+    futures = {
+        target: _workers().submit(
+            _compile, target, kernel, arguments, constants, num_warps, num_stages, divisible
+        )
+        for target in TARGETS
+    }
+    return {target: future.result() for target, future in futures.items()}
+
+
+@cache
+def _workers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
+def _compile(
+    target: int,
+    kernel: str,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    divisible: AbstractSet[str],
+) -> Resources:
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, function = kernel.rpartition(".")
+    jitted = getattr(importlib.import_module(f"kernels.{module}"), function)
+    names = jitted.arg_names
+    attrs = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in arguments.items()
+        if kind.startswith("*") or name in divisible
+    }
+    source = ASTSource(
+        fn=jitted,
+        signature={name: arguments.get(name, "constexpr") for name in names},
+        constexprs=constants,
+        attrs=attrs,
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", report)}
+    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
