@@ -1,18 +1,426 @@
-"""Write this step's keys and values to their slots in the paged cache."""
+"""Rotate queries and keys to their positions, and write keys and values to the paged cache.
 
+A step's keys and values pass through once: read where the projection left them, rotated,
+rounded to the cache's type and written to their slots.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+_E4M3_MAX = 448.0
 
-def store_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Where each token's vectors are turned to, in the tables that the model made.
+
+    The first dimensions of a head form pairs, each turned by an angle of its own; those
+    past the last pair stay. Each family has its way to pair them and to lay out the tables:
+
+                            pairs             tables      arithmetic
+        most                (i, i + pairs)    "halves"    by type
+        olmo*, lfm3         (i, i + pairs)    "halves"    float32, as the tables are
+        glm, glm4, helium   (2i, 2i + 1)      "halves"    by type
+        ernie4_5            (2i, 2i + 1)      "halves"    float32, as the tables are
+        cohere*             (2i, 2i + 1)      "repeated"  float32, the tables are not
+        blt                 (2i, 2i + 1)      "repeated"  by type
+        gpt_oss             (i, i + pairs)    "pairs"     by type
+        gptj, codegen       (2i, 2i + 1)      "pairs"     by type
+
+    By type: each product and their sum are rounded to the type that torch promotes the
+    vectors' and the tables' to; the result is rounded to the vectors'.
+
+    cos, sin     [num_tokens, columns], any strides; both alike
+    interleaved  neighbours are pairs
+    tables       "halves": the pairs twice, one after the other; "repeated": each column
+                 twice; "pairs": once
+    in_float32   the arithmetic is float32 whatever the types
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+    tables: Literal["halves", "repeated", "pairs"] = "halves"
+    in_float32: bool = False
+
+    @property
+    def num_pairs(self) -> int:
+        columns = self.cos.shape[-1]
+        return columns if self.tables == "pairs" else columns // 2
+
+    def by_pair(self, table: Tensor) -> Tensor:
+        """[num_tokens, num_pairs]: the columns of `cos` or `sin` that count."""
+        return table[:, ::2] if self.tables == "repeated" else table[:, : self.num_pairs]
+
+
+def store_kv_torch(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Scatter `key` and `value` into the caches, in place.
 
-    key           [num_tokens, num_kv_heads, head_dim], any strides
-    value         [num_tokens, num_kv_heads, value_dim]
-    key_cache     [num_blocks, block_size, num_kv_heads, head_dim], contiguous
-    value_cache   [num_blocks, block_size, num_kv_heads, value_dim], contiguous
-    slot_mapping  [num_tokens] int64: block * block_size + offset of each token
+    key               [num_tokens, num_kv_heads, head_dim], any strides
+    value             [num_tokens, num_kv_heads, value_dim], any strides
+    key_cache         [num_blocks, block_size, num_kv_heads, head_dim], contiguous
+    value_cache       [num_blocks, block_size, num_kv_heads, value_dim], contiguous
+    slot_mapping      [num_tokens] int64: block * block_size + offset of each token;
+                      a token with a negative one is not stored
+    k_scale, v_scale  [num_kv_heads] float32 where the caches are float8_e4m3fn: they then
+                      hold key / k_scale, saturated at 448 and rounded to nearest even
     """
-    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
-    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+    # Only a GPU would have to be waited for to know.
+    every = slot_mapping.is_cpu and bool((slot_mapping >= 0).all())
+    for source, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        flat = cache.flatten(0, 1)
+        if scale is not None:  # torch copies no float8 by index, but any byte
+            flat, source = flat.view(torch.uint8), _to_e4m3(source, scale).view(torch.uint8)
+        if every:
+            flat.index_copy_(0, slot_mapping, source)
+        else:
+            _store_some(source, flat, slot_mapping)
+
+
+def _store_some(source: Tensor, flat: Tensor, slot_mapping: Tensor) -> None:
+    """A row without a slot repeats the one with the highest, which is then stored twice.
+
+    Where no row has one, all of them put back what the first slot holds.
+    """
+    order = torch.arange(len(slot_mapping), device=slot_mapping.device)
+    rows = torch.where(slot_mapping < 0, slot_mapping.argmax(), order)
+    slots = slot_mapping[rows]
+    stored = torch.where(slots[:, None, None] < 0, flat[:1], source[rows])
+    flat.index_copy_(0, slots.clamp(min=0), stored)
+
+
+def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale[:, None]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """`x` [num_tokens, heads, dim], any strides, turned to its tokens' positions; contiguous."""
+    pairs = rotary.num_pairs
+    cos, sin = (rotary.by_pair(table).unsqueeze(1) for table in (rotary.cos, rotary.sin))
+    turned = x[..., : 2 * pairs].float() if rotary.in_float32 else x[..., : 2 * pairs]
+    if rotary.interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    turned_first = (first * cos - second * sin).to(x.dtype)
+    turned_second = (second * cos + first * sin).to(x.dtype)
+    if rotary.interleaved:
+        turned = torch.stack((turned_first, turned_second), dim=-1).flatten(-2)
+        return torch.cat((turned, x[..., 2 * pairs :]), dim=-1)
+    return torch.cat((turned_first, turned_second, x[..., 2 * pairs :]), dim=-1)
+
+
+def rotary_store_kv_torch(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    rotary: Rotary,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """The query rotated, [num_tokens, num_heads, head_dim], contiguous; the rotated key and
+    the value go to the caches as in `store_kv_torch`.
+
+    query  [num_tokens, num_heads, head_dim], any strides
+    key    None, as the value then is, where the layer reads what an earlier one stored
+    """
+    if key is not None and value is not None:
+        key = rotate(key, rotary)
+        store_kv_torch(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    return rotate(query, rotary)
+
+
+def store_kv_triton(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """As `store_kv_torch`, for keys and values whose last dimension is contiguous.
+
+    Reads each key and value once and writes it once, in the cache's type.
+    """
+    caches = key_cache, value_cache
+    _launch(None, None, key, value, None, *caches, slot_mapping, k_scale, v_scale)
+
+
+def rotary_store_kv_triton(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    rotary: Rotary,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """As `rotary_store_kv_torch`, for tensors whose last dimension is contiguous; the tables
+    have any strides. One launch.
+
+    Reads query, key and value once, writes the query once and the others in the cache's
+    type. The tables' rows come from the L2 cache for all heads but the first.
+    """
+    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    caches = key_cache, value_cache
+    _launch(query, rotated, key, value, rotary, *caches, slot_mapping, k_scale, v_scale)
+    return rotated
+
+
+def _launch(
+    query: Tensor | None,
+    rotated: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    rotary: Rotary | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    if k_scale is not None:
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
+    head_dim = key_cache.shape[-1]
+    num_heads = 0 if query is None else query.shape[1]
+    num_kv_heads = 0 if key is None else key.shape[1]
+    # 16 bytes for each thread of two warps: many programs even for few tokens.
+    heads_per_program = max(1, 1024 // triton.next_power_of_2(head_dim))
+    query_programs = triton.cdiv(num_heads, heads_per_program)
+    kv_programs = triton.cdiv(num_kv_heads, heads_per_program)
+    _rotary_store_kv_kernel[(len(slot_mapping) * (query_programs + 2 * kv_programs),)](
+        *_with_strides(query),
+        rotated,
+        *_with_strides(key),
+        *_with_strides(value),
+        *_tables(rotary),
+        key_cache,
+        value_cache,
+        slot_mapping,
+        k_scale,
+        v_scale,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_cache.shape[-1],
+        PAIRS=0 if rotary is None else rotary.num_pairs,
+        INTERLEAVED=rotary is not None and rotary.interleaved,
+        IN_FLOAT32=rotary is not None and rotary.in_float32,
+        HEADS=heads_per_program,
+        QUERY_PROGRAMS=query_programs,
+        KV_PROGRAMS=kv_programs,
+        num_warps=2,
+        # transformers rounds each product; fused with the sum it would not be.
+        enable_fp_fusion=False,
+    )
+
+
+def _with_strides(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    if x is None:
+        return None, 0, 0
+    assert x.stride(2) == 1
+    return x, x.stride(0), x.stride(1)
+
+
+def _tables(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if rotary is None:
+        return None, None, 0, 0
+    assert rotary.cos.stride() == rotary.sin.stride()
+    token_stride, column_stride = rotary.cos.stride()
+    pair_stride = column_stride * (2 if rotary.tables == "repeated" else 1)
+    return rotary.cos, rotary.sin, token_stride, pair_stride
+
+
+@triton.jit
+def _rotary_store_kv_kernel(
+    query_ptr,
+    query_token_stride,
+    query_head_stride,
+    rotated_ptr,
+    key_ptr,
+    key_token_stride,
+    key_head_stride,
+    value_ptr,
+    value_token_stride,
+    value_head_stride,
+    cos_ptr,
+    sin_ptr,
+    table_token_stride,
+    table_pair_stride,
+    key_cache_ptr,
+    value_cache_ptr,
+    slot_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERY_PROGRAMS: tl.constexpr,
+    KV_PROGRAMS: tl.constexpr,
+):
+    """Some heads of one token: of its query, of its key or of its value."""
+    programs: tl.constexpr = QUERY_PROGRAMS + 2 * KV_PROGRAMS
+    program = tl.program_id(0) % programs
+    token = (tl.program_id(0) // programs).to(tl.int64)
+    cos = None
+    sin = None
+    if PAIRS > 0:
+        cos, sin = cos_ptr + token * table_token_stride, sin_ptr + token * table_token_stride
+
+    if query_ptr is not None:  # noqa: SIM102 (this is decided when compiling, what follows later)
+        if program < QUERY_PROGRAMS:
+            heads = program * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+            _move_heads(
+                query_ptr + token * query_token_stride + heads * query_head_stride,
+                rotated_ptr + (token * NUM_HEADS + heads) * HEAD_DIM,
+                heads,
+                heads < NUM_HEADS,
+                None,
+                cos,
+                sin,
+                table_pair_stride,
+                HEAD_DIM,
+                PAIRS,
+                INTERLEAVED,
+                IN_FLOAT32,
+            )
+
+    if key_ptr is not None:
+        slot = tl.load(slot_ptr + token)
+        if (program >= QUERY_PROGRAMS) & (slot >= 0):
+            of_kv = program - QUERY_PROGRAMS
+            heads = of_kv % KV_PROGRAMS * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+            if of_kv < KV_PROGRAMS:
+                _move_heads(
+                    key_ptr + token * key_token_stride + heads * key_head_stride,
+                    key_cache_ptr + (slot * NUM_KV_HEADS + heads) * HEAD_DIM,
+                    heads,
+                    heads < NUM_KV_HEADS,
+                    k_scale_ptr,
+                    cos,
+                    sin,
+                    table_pair_stride,
+                    HEAD_DIM,
+                    PAIRS,
+                    INTERLEAVED,
+                    IN_FLOAT32,
+                )
+            else:
+                _move_heads(
+                    value_ptr + token * value_token_stride + heads * value_head_stride,
+                    value_cache_ptr + (slot * NUM_KV_HEADS + heads) * VALUE_DIM,
+                    heads,
+                    heads < NUM_KV_HEADS,
+                    v_scale_ptr,
+                    None,
+                    None,
+                    0,
+                    VALUE_DIM,
+                    0,
+                    INTERLEAVED,
+                    IN_FLOAT32,
+                )
+
+
+@triton.jit
+def _move_heads(
+    source,
+    target,
+    heads,
+    keep,
+    scale_ptr,
+    cos_ptr,
+    sin_ptr,
+    pair_stride,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Rows of DIM from `source` to `target`, pointers [heads, 1], the first PAIRS turned."""
+    scale = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + heads, keep, 1.0)
+    if PAIRS > 0:
+        dtype: tl.constexpr = source.dtype.element_ty
+        by_type: tl.constexpr = cos_ptr.dtype.element_ty == dtype and not IN_FLOAT32
+        rounded: tl.constexpr = dtype if by_type else tl.float32
+        block: tl.constexpr = triton.next_power_of_2(PAIRS)
+        # The tables for each head again, out of the L1 cache: no exchange between threads.
+        pairs = tl.broadcast_to(tl.arange(0, block)[None, :], (source.shape[0], block))
+        in_pairs = keep & (pairs < PAIRS)
+        cos = tl.load(cos_ptr + pairs * pair_stride, in_pairs, 0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + pairs * pair_stride, in_pairs, 0.0).to(tl.float32)
+        both = tl.arange(0, 2 * block)[None, :]
+        in_both = keep & (both < 2 * PAIRS)
+        if INTERLEAVED:
+            x = tl.load(source + both, in_both, 0.0)
+            first, second = tl.split(tl.reshape(x, (source.shape[0], block, 2)))
+        else:
+            first = tl.load(source + pairs, in_pairs, 0.0)
+            second = tl.load(source + PAIRS + pairs, in_pairs, 0.0)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        turned_first = (first * cos).to(rounded).to(tl.float32)
+        turned_first -= (second * sin).to(rounded).to(tl.float32)
+        turned_second = (second * cos).to(rounded).to(tl.float32)
+        turned_second += (first * sin).to(rounded).to(tl.float32)
+        if INTERLEAVED:
+            turned = tl.join(turned_first, turned_second)
+            turned = tl.reshape(turned, (source.shape[0], 2 * block)).to(dtype)
+            _store(target + both, turned, in_both, scale)
+        else:
+            _store(target + pairs, turned_first.to(dtype), in_pairs, scale)
+            _store(target + PAIRS + pairs, turned_second.to(dtype), in_pairs, scale)
+    if 2 * PAIRS < DIM:
+        rest = 2 * PAIRS + tl.arange(0, triton.next_power_of_2(DIM - 2 * PAIRS))[None, :]
+        mask = keep & (rest < DIM)
+        _store(target + rest, tl.load(source + rest, mask, 0.0), mask, scale)
+
+
+@triton.jit
+def _store(target, x, mask, scale):
+    if scale is not None:
+        x = _e4m3_bits(tl.div_rn(x.to(tl.float32), scale))
+    tl.store(target, x, mask)
+
+
+@triton.jit
+def _e4m3_bits(x):
+    """float32 to the bits of float8_e4m3fn, to nearest even, saturated; NaN stays NaN.
+
+    In integers, and so on GPUs that have no such type, and the same on all.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    bounded = tl.minimum(size, 0x43E00000)  # 448
+    # Three bits of fraction stay of 23, and the exponent's bias goes from 127 to 7.
+    normal = ((bounded + 0x7FFFF + ((bounded >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes are multiples of 2^-9, which is what a float32 near 2^14 is rounded to.
+    tiny = (bounded.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(bounded < 0x3C800000, tiny, normal)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

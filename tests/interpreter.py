@@ -1,4 +1,4 @@
-"""Triton's interpreter on the CPU, with the two things that it lacks for bfloat16."""
+"""Triton's interpreter on the CPU, with what it lacks for bfloat16."""
 
 import os
 from typing import Any
@@ -12,8 +12,9 @@ INTERPRETED = not torch.cuda.is_available()
 def install() -> None:
     """Interpret every kernel. Call before anything imports Triton, which decides then.
 
-    The interpreter keeps bfloat16 as the bits of it, and multiplies matrices of those bits
-    as if they were numbers; here they become float32 first, as tensor cores have it.
+    The interpreter keeps bfloat16 as the bits of it. It multiplies matrices of those bits as
+    if they were numbers, where tensor cores widen them; it cuts float32 off to bfloat16, where
+    GPUs round to the nearest, ties to even; and it is wrong about subnormal numbers.
     """
     if not INTERPRETED:
         return
@@ -21,17 +22,29 @@ def install() -> None:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
     def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def constant(_: Any, value: float) -> Any:
-        bits = np.array([value], dtype=np.float32).view(np.uint32) >> 16
-        return TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+    def rounded(data: np.ndarray) -> Any:
+        bits = data.astype(np.float32).view(np.uint32)
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        nearest = np.where(is_nan, bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
+        return TensorHandle((nearest >> 16).astype(np.uint16), tl.bfloat16)
 
-    create_dot = InterpreterBuilder.create_dot
+    def cast(builder: Any, source: Any, dtype: Any) -> Any:
+        match source.dtype.scalar, dtype.scalar:
+            case tl.float32, tl.bfloat16:
+                return rounded(source.data)
+            case tl.bfloat16, tl.float32:
+                return widened(source)
+        return cast_impl(builder, source, dtype)
+
+    InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(
         self, widened(a), widened(b), *rest
     )
-    InterpreterBuilder.get_bf16 = constant
+    InterpreterBuilder.get_bf16 = lambda _, value: rounded(np.array([value]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
-from kernels.store_kv import store_kv
+from kernels.store_kv import store_kv_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = torch.tensor([math.nan, math.inf, -math.inf])
@@ -114,7 +114,7 @@ def page(case: Case, seed: int = 0) -> Paged:
         slots = torch.from_numpy(
             table[positions // block_size] * block_size + positions % block_size
         )
-        store_kv(seq.key, seq.value, key_cache, value_cache, slots)
+        store_kv_torch(seq.key, seq.value, key_cache, value_cache, slots)
         mapping.append(slots[len(seq.key) - len(seq.query) :])
     # Heads first in memory, as a transformers module makes them.
     query = torch.cat([seq.query for seq in seqs]).transpose(0, 1).contiguous().transpose(0, 1)

@@ -1,0 +1,189 @@
+"""RMSNorm and LayerNorm as transformers' families write them, roundings included.
+
+The models agree on the formula and differ in where they round, which decides the last bit
+of every activation. The arithmetic is float32 throughout; with w the weight plus `offset`:
+
+    rounds_first    (w * x_hat.to(dtype)).to(dtype)     llama, qwen, mistral, phi3, t5
+    else            (w * x_hat).to(dtype)               gemma, olmo2, gpt_oss, helium, LayerNorm
+
+Without a weight the two are one. Only the order in which a mean is summed is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NormForm:
+    """How one family writes its norm.
+
+    centred       subtract the mean: LayerNorm
+    offset        added to the weight, in float32: gemma's 1
+    rounds_first  round to the activations' type before the product with the weight
+    """
+
+    eps: float
+    centred: bool = False
+    offset: float = 0.0
+    rounds_first: bool = True
+
+
+def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
+    """Normalise the last dimension; the result is contiguous and has the type of `x`.
+
+    x             [..., hidden], any strides
+    weight, bias  [hidden], or None
+
+    Some ten passes over memory: one for each operation.
+    """
+    x_hat = x.float()
+    if form.centred:
+        x_hat = x_hat - x_hat.mean(-1, keepdim=True)
+    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + form.eps)
+    if form.rounds_first:
+        x_hat = x_hat.to(x.dtype).float()
+    if weight is not None:
+        x_hat = x_hat * (weight.float() + form.offset)
+    if bias is not None:
+        x_hat = x_hat + bias.float()
+    return x_hat.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def add_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm
+) -> tuple[Tensor, Tensor]:
+    """The norm of `x + residual`, and that sum, rounded to their type before it is normalised."""
+    total = x + residual
+    return norm_torch(total, weight, bias, form), total
+
+
+def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
+    """As `norm_torch`, for `x` with a contiguous last dimension and any other strides.
+
+    Dimensions before the last two must merge into one, as those of [1, T, heads, dim] do.
+    Reads `x` once and writes as much; the weight comes from the L2 cache.
+    """
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, None, normed, weight, bias, form)
+    return normed
+
+
+def add_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm
+) -> tuple[Tensor, Tensor]:
+    """As `add_norm_torch`; strides as in `norm_triton`, for `x` and `residual` each.
+
+    Reads `x` and `residual` once and writes both results: 4 * rows * hidden elements,
+    where an addition and a norm of its own would move 5.
+    """
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(normed)
+    _launch(x, residual, total, normed, weight, bias, form)
+    return normed, total
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    normed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    form: NormForm,
+) -> None:
+    hidden = x.shape[-1]
+    block = triton.next_power_of_2(hidden)
+    # Eight elements a thread, 16 bytes, for short rows, which are gathered into one tile;
+    # sixteen for long ones, until a block has no more threads to give.
+    rows_per_program = max(1, 1024 // block)
+    num_warps = min(32, max(4, block // 512))
+    heads, *x_strides = _two_levels(x)
+    _, *residual_strides = _two_levels(x if residual is None else residual)
+    num_rows = x.numel() // hidden
+    _norm_kernel[(triton.cdiv(num_rows, rows_per_program),)](
+        x,
+        *x_strides,
+        residual,
+        *residual_strides,
+        total,
+        normed,
+        weight,
+        bias,
+        num_rows,
+        heads,
+        HIDDEN=hidden,
+        BLOCK=block,
+        ROWS=rows_per_program,
+        EPS=form.eps,
+        CENTRED=form.centred,
+        OFFSET=form.offset,
+        ROUNDS_FIRST=form.rounds_first,
+        num_warps=num_warps,
+    )
+
+
+def _two_levels(x: Tensor) -> tuple[int, int, int]:
+    """Rows by (token, head): how many heads there are, and both strides."""
+    assert x.stride(-1) == 1
+    if x.dim() == 2:
+        return 1, x.stride(0), 0
+    if x.dim() > 3:
+        x = x.view(x.shape[:-2].numel(), *x.shape[-2:])
+    return x.shape[1], x.stride(0), x.stride(1)
+
+
+# A step's number of tokens takes any value: nothing is compiled anew for one.
+@triton.jit(do_not_specialize=["num_rows", "heads"])
+def _norm_kernel(
+    x_ptr,
+    x_token_stride,
+    x_head_stride,
+    residual_ptr,
+    residual_token_stride,
+    residual_head_stride,
+    total_ptr,
+    normed_ptr,
+    weight_ptr,
+    bias_ptr,
+    num_rows,
+    heads,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    # Broadcast, so that each row loads the weight where it needs it, out of the L1 cache.
+    cols = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
+    in_row = cols < HIDDEN
+    mask = (rows < num_rows) & in_row
+    token, head = (rows // heads).to(tl.int64), (rows % heads).to(tl.int64)
+    written = rows.to(tl.int64) * HIDDEN + cols
+    dtype: tl.constexpr = normed_ptr.dtype.element_ty
+
+    x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + cols, mask, 0.0)
+    x = x.to(tl.float32)
+    if residual_ptr is not None:
+        added = residual_ptr + token * residual_token_stride + head * residual_head_stride
+        x += tl.load(added + cols, mask, 0.0).to(tl.float32)
+        total = x.to(dtype)
+        tl.store(total_ptr + written, total, mask)
+        x = total.to(tl.float32)
+
+    if CENTRED:
+        x = tl.where(in_row, x - tl.sum(x, 1, keep_dims=True) * (1.0 / HIDDEN), 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) * (1.0 / HIDDEN) + EPS)
+    if ROUNDS_FIRST:
+        y = y.to(dtype).to(tl.float32)
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + cols, in_row, 0.0).to(tl.float32) + OFFSET
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, in_row, 0.0).to(tl.float32)
+    tl.store(normed_ptr + written, y.to(dtype), mask)

@@ -1,0 +1,129 @@
+"""The kernels between the GEMMs compile for every GPU at real shapes, and nothing spills."""
+
+from typing import Any
+
+import pytest
+
+from tests.kernels.compiling import SHARED_LIMIT, compile_everywhere
+
+pytestmark = pytest.mark.slow
+
+
+def check(
+    kernel: str, arguments: dict[str, str], constants: dict[str, Any], **options: Any
+) -> None:
+    compiled = compile_everywhere(kernel, arguments, constants, **options)
+    for target, resources in compiled.items():
+        assert resources.stack == 0, target
+        assert resources.shared <= SHARED_LIMIT[target], target
+
+
+HIDDEN_SIZES = {"llama-3.1-8b": 4096, "gemma-2-9b": 3584, "large": 16384}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("model", HIDDEN_SIZES)
+def test_norm_of_hidden_states(model: str, added: bool, dtype: str) -> None:
+    hidden = HIDDEN_SIZES[model]
+    block = 1 << (hidden - 1).bit_length()
+    check_norm(dtype, added, hidden, block, rows=1, num_warps=min(32, block // 512))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_norm_of_heads(head_dim: int) -> None:
+    check_norm("bf16", False, head_dim, head_dim, rows=1024 // head_dim, num_warps=4)
+
+
+def check_norm(dtype: str, added: bool, hidden: int, block: int, rows: int, num_warps: int) -> None:
+    tensors = ["x_ptr", "normed_ptr", "weight_ptr", "bias_ptr"]
+    tensors += ["residual_ptr", "total_ptr"] if added else []
+    strides = ["x_token_stride", "x_head_stride", "residual_token_stride", "residual_head_stride"]
+    check(
+        "norm._norm_kernel",
+        dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys([*strides, "num_rows", "heads"], "i32"),
+        {
+            **({} if added else {"residual_ptr": None, "total_ptr": None}),
+            "HIDDEN": hidden,
+            "BLOCK": block,
+            "ROWS": rows,
+            "EPS": 1e-6,
+            "CENTRED": True,
+            "OFFSET": 1.0,
+            "ROUNDS_FIRST": True,
+        },
+        num_warps=num_warps,
+        divisible=set(strides),
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "n"), [("silu", 14336), ("gelu_tanh", 14336), ("gelu", 14336), ("relu2", 6912)]
+)
+def test_act_mul(activation: str, n: int) -> None:
+    check(
+        "activation._act_mul_kernel",
+        dict.fromkeys(["gate_ptr", "up_ptr", "output_ptr"], "*bf16")
+        | {"gate_stride": "i32", "up_stride": "i32"},
+        {"N": n, "ACTIVATION": activation, "BLOCK": 1024},
+        divisible={"gate_stride", "up_stride"},
+    )
+
+
+MODELS = {"llama-3.1-8b": (32, 8, 128), "gemma-2-9b": (16, 8, 256)}
+
+
+@pytest.mark.parametrize("cache", ["bf16", "u8"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_rotary_store_kv(model: str, interleaved: bool, cache: str) -> None:
+    num_heads, num_kv_heads, head_dim = MODELS[model]
+    check_store(num_heads, num_kv_heads, head_dim, head_dim // 2, interleaved, cache)
+
+
+@pytest.mark.parametrize("cache", ["bf16", "u8"])
+def test_store_kv_alone(cache: str) -> None:
+    check_store(0, 8, 128, 0, False, cache)
+
+
+def test_rotary_of_the_query_alone() -> None:
+    check_store(32, 0, 128, 64, False, "bf16")
+
+
+def check_store(
+    num_heads: int, num_kv_heads: int, head_dim: int, pairs: int, interleaved: bool, cache: str
+) -> None:
+    heads_per_program = 1024 // head_dim
+    pointers = {"key_cache_ptr": f"*{cache}", "value_cache_ptr": f"*{cache}", "slot_ptr": "*i64"}
+    present = {
+        "*bf16": ["query_ptr", "rotated_ptr"] * bool(num_heads)
+        + ["key_ptr", "value_ptr"] * bool(num_kv_heads)
+        + ["cos_ptr", "sin_ptr"] * bool(pairs),
+        "*fp32": ["k_scale_ptr", "v_scale_ptr"] * (cache == "u8"),
+    }
+    for kind, names in present.items():
+        pointers |= dict.fromkeys(names, kind)
+    optional = {"query_ptr", "rotated_ptr", "key_ptr", "value_ptr", "cos_ptr", "sin_ptr"}
+    absent = (optional | {"k_scale_ptr", "v_scale_ptr"}) - pointers.keys()
+    strides = [f"{x}_{y}_stride" for x in ("query", "key", "value") for y in ("token", "head")]
+    strides += ["table_token_stride"]
+    check(
+        "store_kv._rotary_store_kv_kernel",
+        pointers | dict.fromkeys(strides, "i32"),
+        {
+            **dict.fromkeys(absent),
+            "table_pair_stride": 1,
+            "NUM_HEADS": num_heads,
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": head_dim,
+            "PAIRS": pairs,
+            "INTERLEAVED": interleaved,
+            "IN_FLOAT32": False,
+            "HEADS": heads_per_program,
+            "QUERY_PROGRAMS": -(-num_heads // heads_per_program),
+            "KV_PROGRAMS": -(-num_kv_heads // heads_per_program),
+        },
+        num_warps=2,
+        divisible=set(strides),
+    )
