@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from engine.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
+from engine.config import DEFAULT_MODEL_ID, EngineConfig, KVCacheType, LoadConfig, Quantization
 
 _ENGINE_DEFAULTS = EngineConfig()
 
@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the weights; None is the best that the processor has"
+    )
+    quantize: Quantization | None = Field(
+        None, description="quantise the weights as they load; None takes them as they are"
     )
     trust_remote_code: bool = Field(False, description="run Python code from the model's repo")
     huggingface_hub_cache: str | None = Field(
@@ -107,6 +110,9 @@ class Settings(BaseSettings):
     cuda_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         _ENGINE_DEFAULTS.memory_fraction, description="share of the device's memory to use"
     )
+    kv_cache_dtype: KVCacheType | None = Field(
+        None, description="type of the cached keys and values; None is the model's own"
+    )
     disable_prefix_caching: bool = Field(
         False, description="compute every prompt anew instead of reusing common beginnings"
     )
@@ -139,6 +145,7 @@ class Settings(BaseSettings):
             model_id=self.model_id,
             revision=self.revision,
             dtype=self.dtype,
+            quantize=self.quantize,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -148,6 +155,7 @@ class Settings(BaseSettings):
             max_batch_tokens=self.max_batch_prefill_tokens,
             max_total_tokens=self.max_total_tokens,
             memory_fraction=self.cuda_memory_fraction,
+            kv_cache_dtype=self.kv_cache_dtype,
             prefix_caching=not self.disable_prefix_caching,
         )
 

@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.loader import load
 from engine.request import Request, SamplingParams, StoppingParams
 from engine.sampler import SampledTokens
-from engine.step_inputs import StepInputs
+from engine.step_inputs import HostStep
 
 _TOKEN = 260  # an ordinary word piece of the default model
 
@@ -35,8 +35,8 @@ class _Done:
         return self._tokens
 
 
-def _launch(inputs: StepInputs) -> _Done:
-    return _Done(len(inputs.sampled_rows))
+def _launch(step: HostStep) -> _Done:
+    return _Done(step.num_sampled)
 
 
 def microseconds_per_step(engine: Engine, num_sequences: int, num_steps: int) -> float:

@@ -39,12 +39,12 @@ from transformers import AutoModelForCausalLM
 from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
 from engine.attention import ATTENTION_NAME
+from engine.attention_plan import FixedTables, StepSequences
 from engine.checkpoint import locate
 from engine.config import BLOCK_SIZE, DEFAULT_MODEL_ID, LoadConfig
 from engine.kv_cache import bind_kv_cache
 from engine.loader import LoadedModel, load
 from engine.probe import use_attention
-from kernels.paged_attention import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +119,19 @@ def time_raw(loaded: LoadedModel, shape: Shape, seed: int) -> float:
     model, batch = loaded.model, shape.concurrency
     num_blocks = -(-(shape.input_len + shape.output_len) // BLOCK_SIZE)
     use_attention(model, ATTENTION_NAME)
-    context = bind_kv_cache(loaded.calls, batch * num_blocks, model.dtype, model.device)
+    context = bind_kv_cache(loaded.calls, batch * num_blocks, model.dtype, model.device, loaded.ops)
     tables = np.arange(batch * num_blocks).reshape(batch, num_blocks)
+    attention = FixedTables(loaded.ops, loaded.calls, tables, model.device)
     ids = torch.tensor(shape.prompts(seed)).view(1, -1)
     started, computed = time.perf_counter(), 0
     for _ in range(shape.output_len):
         length = ids.shape[1] // batch
-        positions = np.tile(np.arange(computed, computed + length), batch)
-        blocks = tables[np.repeat(np.arange(batch), length), positions // BLOCK_SIZE]
+        step = StepSequences(np.arange(batch), np.full(batch, computed), np.full(batch, length))
+        context.metadata = attention.metadata(step)
         computed += length
-        context.metadata = AttentionMetadata(
-            query_lens=np.full(batch, length),
-            seq_lens=np.full(batch, computed),
-            block_tables=tables,
-            slot_mapping=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-        )
         logits = model(
             input_ids=ids,
-            position_ids=torch.from_numpy(positions)[None],
+            position_ids=torch.from_numpy(step.positions)[None],
             use_cache=False,
             logits_to_keep=torch.arange(1, batch + 1) * length - 1,
         ).logits

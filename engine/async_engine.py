@@ -218,8 +218,9 @@ class AsyncEngine:
 
     def _await_work(self) -> None:
         while not (self._engine.has_work or self._inbox or self._stopping):
-            self._wake.wait()
-            self._wake.clear()
+            if not self._engine.prepare():
+                self._wake.wait()
+                self._wake.clear()
 
     def _drain_inbox(self) -> None:
         while self._inbox:

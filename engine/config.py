@@ -1,9 +1,16 @@
 """The engine's settings: built once, by whoever starts it, and never changed."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 BLOCK_SIZE = 16
 """Tokens in one KV block: a power of two, so that slot arithmetic is shifts."""
+
+Quantization = Literal["bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"]
+"""8 bits, and two kinds of 4: see `engine/quantization.py`."""
+
+KVCacheType = Literal["fp8_e4m3fn"]
+"""Text Generation Inference's name for 8-bit floats of 4 exponent bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +20,14 @@ class LoadConfig:
     `model_id` is a hub id, a local folder or a .gguf file. `dtype` is a torch
     dtype's name, or None for the best the processor has: the checkpoint's own on
     CUDA, float32 on a CPU (whose bfloat16 is slower beyond one sequence).
+    `quantize` is what to do to the weights as they load; None leaves them as they are,
+    quantised or not.
     """
 
     model_id: str
     revision: str | None = None
     dtype: str | None = None
+    quantize: Quantization | None = None
     trust_remote_code: bool = False
     device: str | None = None
 
@@ -29,6 +39,8 @@ class EngineConfig:
     `max_total_tokens` bounds one sequence (prompt and output); `max_batch_tokens`
     is the token budget of one step; `num_blocks` is the size of the KV pool in
     blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
+    `kv_cache_dtype` stores keys and values in fewer bits than the model computes in;
+    None keeps the model's type.
     """
 
     max_sequences: int = 256
@@ -37,6 +49,7 @@ class EngineConfig:
     num_blocks: int | None = None
     memory_fraction: float = 0.9
     prefix_caching: bool = True
+    kv_cache_dtype: KVCacheType | None = None
 
 
 DEFAULT_MODEL_ID = "smollm2-135m-instruct"

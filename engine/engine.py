@@ -7,19 +7,21 @@ ended has sometimes run once too often: its surplus token is dropped.
 """
 
 import contextlib
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig, LoadConfig
 from engine.errors import EngineDead, LoadError
-from engine.kv_cache import bind_kv_cache
+from engine.graphs import Capture, CudaCapture
 from engine.loader import LoadedModel, freeze_rotary, load
 from engine.metrics import EngineFigures
-from engine.model_runner import ModelRunner
+from engine.model_runner import build_runner
 from engine.output import SequenceOutput
 from engine.request import (
     Event,
@@ -31,17 +33,18 @@ from engine.request import (
     StoppingParams,
     TokenOutput,
 )
-from engine.sampler import SampledTokens, Sampler
+from engine.sampler import SampledTokens
 from engine.scheduler import Batch, ScheduledSequence, Scheduler
 from engine.sequence import Sequence
-from engine.sizing import decide_limits
-from engine.step_inputs import StepBuilder
+from engine.sizing import Limits, decide_limits, with_smaller_cache
 from engine.stream import Pending, in_passing_thread, make_stream
 
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
 
 _MAX_IN_FLIGHT = 2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +69,39 @@ class Engine:
     @classmethod
     def load(cls, load_config: LoadConfig, config: EngineConfig) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
-        engine = in_passing_thread(lambda: cls(load(load_config), config))
-        engine.warm_up()
-        return engine
+        loaded = in_passing_thread(lambda: load(load_config))
+        limits = in_passing_thread(lambda: decide_limits(loaded, config))
+        while True:
+            try:
+                engine = in_passing_thread(partial(cls, loaded, config, limits))
+                engine.warm_up()
+            except torch.OutOfMemoryError:
+                limits = with_smaller_cache(loaded, config, limits)
+                logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
+            else:
+                return engine
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig):
-        self.limits = decide_limits(loaded, config)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        limits: Limits | None = None,
+        capture: Capture | None = None,
+    ):
+        """`capture` records decode steps as graphs: CUDA's, where nothing else is said."""
+        if capture is None and loaded.model.device.type == "cuda":
+            capture = CudaCapture()
+        self.limits = limits or decide_limits(loaded, config)
         self.info = loaded.info
         self.tokenizer = loaded.tokenizer
         self._eos_token_ids = loaded.eos_token_ids
-        model, limits = loaded.model, self.limits
-        freeze_rotary(model, limits.max_total_tokens)
+        limits = self.limits
+        freeze_rotary(loaded.model, limits.max_total_tokens)
         self.scheduler = Scheduler(
             limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
         )
-        vocab_size = model.config.get_text_config().vocab_size
-        sampler = Sampler(limits.max_sequences, vocab_size, model.device)
-        self._builder = StepBuilder(
-            limits.max_sequences, limits.max_total_tokens, sampler, model.device
-        )
-        context = bind_kv_cache(loaded.calls, limits.num_blocks, model.dtype, model.device)
-        self._stream = make_stream(model.device)
-        self.runner = ModelRunner(model, context, sampler, self._stream, limits.max_sequences)
+        self._stream = make_stream(loaded.model.device)
+        self._builder, self.runner = build_runner(loaded, limits, self._stream, capture)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
@@ -96,7 +110,8 @@ class Engine:
     def warm_up(self) -> None:
         """Run the largest prefill and a few sampled decodes, so that no user is the first.
 
-        Raises LoadError when even that does not work.
+        Raises LoadError when even that does not work, torch.OutOfMemoryError when there is
+        not the memory for it.
         """
         length = min(self.limits.max_batch_tokens, self.limits.max_total_tokens - 4)
         self.add(
@@ -111,7 +126,7 @@ class Engine:
             while self.has_work:
                 for _, event in self.step():
                     if isinstance(event, Failed):
-                        raise LoadError(f"the model fails to run: {event.message}")
+                        raise _warm_up_error(event.message)
                     progress.update(isinstance(event, TokenOutput))
         self.scheduler.pool.forget_cached()
 
@@ -162,6 +177,18 @@ class Engine:
 
     def close(self) -> None:
         self._stream.close()
+
+    def prepare(self) -> bool:
+        """Do one thing ahead of the step that would need it; False when nothing is left to do.
+
+        For when there is no work: captures the largest graph that is missing.
+        """
+        sizes = reversed(self._builder.graph_sizes)
+        missing = next((size for size in sizes if not self.runner.has_graph(size)), None)
+        if missing is None:
+            return False
+        self.runner.launch(self._builder.empty(missing)).result()
+        return True
 
     # -- one step ---------------------------------------------------------------------
 
@@ -302,6 +329,12 @@ def _wait(step: _Step) -> None:
     """Let a step that no longer counts run to its end."""
     with contextlib.suppress(Exception):
         step.pending.result()
+
+
+def _warm_up_error(message: str) -> Exception:
+    if message.startswith(torch.OutOfMemoryError.__name__):
+        return torch.OutOfMemoryError(message)
+    return LoadError(f"the model fails to run: {message}")
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from engine.attention import LayerCache, PagedAttention, StepContext
-from engine.config import BLOCK_SIZE
+from engine.config import BLOCK_SIZE, EngineConfig
+from kernels.ops import Ops
 from kernels.paged_attention import MaskSpec
 
 
@@ -19,6 +20,7 @@ class AttentionCall:
     """
 
     module: nn.Module
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
@@ -28,6 +30,10 @@ class AttentionCall:
     @property
     def geometry(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_dim, self.value_dim
+
+
+def cache_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3fn" else model_dtype
 
 
 def bytes_per_block(calls: list[AttentionCall], dtype: torch.dtype) -> int:
@@ -45,15 +51,20 @@ def bind_kv_cache(
     num_blocks: int,
     dtype: torch.dtype,
     device: torch.device,
+    ops: Ops,
 ) -> StepContext:
     """Allocate the cache, uninitialised, and give every attention module its share of it.
 
     Calls of equal geometry share one K and one V tensor of
     [calls, num_blocks, block_size, num_kv_heads, dim]. The step's metadata then reaches
-    the modules through the returned context.
+    the modules through the returned context. A cache bound before is dropped first. What an
+    8-bit cache holds is the values themselves: scales of 1, as long as no checkpoint brings
+    others.
     """
+    for call in calls:
+        call.module.paged_attention = None  # type: ignore[assignment]
     caches = _allocate(calls, num_blocks, dtype, device)
-    context = StepContext()
+    context = StepContext(ops)
     per_module: dict[nn.Module, list[LayerCache]] = defaultdict(list)
     for call, cache in zip(calls, caches, strict=True):
         per_module[call.module].append(cache)
@@ -75,11 +86,14 @@ def _allocate(
         keys = torch.empty(*shape, head_dim, dtype=dtype, device=device)
         values = torch.empty(*shape, value_dim, dtype=dtype, device=device)
         stored |= {index: (keys[i], values[i]) for i, index in enumerate(indices)}
+    is_scaled = dtype.itemsize == 1
     return [
         LayerCache(
             *stored[index if call.shared_with is None else call.shared_with],
             mask=call.mask,
             writes=call.shared_with is None,
+            k_scale=torch.ones(call.num_kv_heads, device=device) if is_scaled else None,
+            v_scale=torch.ones(call.num_kv_heads, device=device) if is_scaled else None,
         )
         for index, call in enumerate(calls)
     ]

@@ -1,20 +1,24 @@
 """Weights, tokenizer and what the engine has to know about the model they make."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint import Checkpoint, locate
 from engine.config import LoadConfig
 from engine.errors import LoadError
+from engine.fusion import fuse, observed
 from engine.kv_cache import AttentionCall
 from engine.metrics import ModelInfo
-from engine.probe import discover, own_logits, verify
+from engine.probe import difference, discover, own_logits, verify
+from engine.quantization import compute_in_served_type, loading_options
 from engine.tokenizer import Tokenizer
+from kernels.ops import Ops, ops_for
 from kernels.packed_linear import pack_linears
 
 _UNBOUNDED = 1 << 40
@@ -31,6 +35,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     info: ModelInfo
     calls: list[AttentionCall]
+    ops: Ops
     eos_token_ids: frozenset[int]
     max_positions: int
 
@@ -52,17 +57,25 @@ def load(config: LoadConfig) -> LoadedModel:
     return adopt(model, tokenizer, checkpoint)
 
 
-def adopt(model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint) -> LoadedModel:
-    """Make a transformers model that is in memory already ready for the engine, in place."""
+def adopt(
+    model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint, ops: Ops | None = None
+) -> LoadedModel:
+    """Make a transformers model that is in memory already ready for the engine, in place.
+
+    `ops` are the kernels to run it with: those of its device, if not said otherwise.
+    """
     model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     max_positions = min(
         getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
     )
+    ops = ops or ops_for(model.device)
     calls = discover(model)
-    expected = own_logits(model)
+    with observed(model, [call.module for call in calls]) as sights:
+        expected = own_logits(model)
+    fuse(model, sights, ops, partial(difference, model, calls, expected, ops))
     pack_linears(model)
-    verify(model, calls, expected)
+    verify(model, calls, expected, ops)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -74,6 +87,7 @@ def adopt(model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint) 
             device=_device_name(model.device),
         ),
         calls=calls,
+        ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=max_positions,
     )
@@ -82,13 +96,20 @@ def adopt(model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint) 
 def _load_weights(
     checkpoint: Checkpoint, config: LoadConfig, device: torch.device
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if device.type == "cuda":
-        options |= {"dtype": config.dtype or "auto", "device_map": {"": device}}
-    else:
-        options |= {"dtype": config.dtype or "float32"}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": checkpoint.path,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    model_config = AutoConfig.from_pretrained(**source)
     transformers_logging.enable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(checkpoint.path, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=config.dtype or ("auto" if device.type == "cuda" else "float32"),
+        device_map={"": device},
+        **loading_options(checkpoint.model_id, model_config, config.quantize),
+    )
+    compute_in_served_type(model)
+    return model
 
 
 def _device_name(device: torch.device) -> str:

@@ -110,15 +110,18 @@ class TopK(_PerRow):
 
 
 class TopP(_PerRow):
-    """Drop the least likely tokens whose probabilities sum to at most 1 - p."""
+    """Drop the least likely tokens whose probabilities sum to at most 1 - p.
+
+    Ties stay or go together: with one of them kept, all are; those of the best token stay.
+    """
 
     neutral = 1.0
 
     def apply(self, scores: Tensor) -> Tensor:
-        ascending, order = scores.sort(dim=-1)
+        ascending = scores.sort(dim=-1).values
         drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.values
-        drop[:, -1] = False
-        return scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        num_dropped = drop.sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        return scores.masked_fill(scores < ascending.gather(-1, num_dropped), -torch.inf)
 
 
 class TypicalP(_PerRow):

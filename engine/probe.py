@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from engine.attention import ATTENTION_NAME
+from engine.attention_plan import FixedTables, StepSequences
 from engine.config import BLOCK_SIZE
 from engine.errors import LoadError
 from engine.kv_cache import AttentionCall, bind_kv_cache
-from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec
+from kernels.ops import Ops
+from kernels.paged_attention import NO_LIMIT, MaskSpec
 
 _RECORDER_NAME = "skiff_recorder"
 # Keywords by which attention depends on more than positions; serving without heeding
@@ -129,6 +131,7 @@ class _Recorder:
         self._refuse_unsupported(module, kwargs)
         call = AttentionCall(
             module=module,
+            num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             head_dim=key.shape[3],
             value_dim=value.shape[3],
@@ -195,30 +198,46 @@ def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
 
 @torch.inference_mode()
 def own_logits(model: PreTrainedModel) -> list[Tensor]:
-    """What the model's own forward says to each of the probe's prompts, [length, vocab_size]."""
+    """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
+
+    Run under an observer, it also shows how the model computes: the prompts are no special case.
+    """
     with _attention(model, "eager"):
         return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in _prompts(model)]
 
 
 @torch.inference_mode()
-def verify(model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor]) -> None:
+def verify(
+    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+) -> None:
     """Raise LoadError unless packed, paged and chunked logits equal the model's own.
 
     A model that keeps state between tokens anywhere but in its attention fails here,
     since neither the chunks nor the sequences of a packed row see each other.
     Leaves the model with our attention function selected and a small cache bound.
     """
+    problem = difference(model, calls, expected, ops)
+    if problem is not None:
+        raise _refusal(model, calls, problem)
+
+
+@torch.inference_mode()
+def difference(
+    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+) -> str | None:
+    """What is wrong with the model's packed answers; None when they are its own."""
     use_attention(model, ATTENTION_NAME)
     try:
-        actual = _packed_logits(model, calls, _prompts(model))
+        actual = _packed_logits(model, calls, _prompts(model), ops)
     except Exception as error:
-        raise _refusal(model, calls, f"its packed forward failed: {error}") from error
+        return f"its packed forward failed: {error}"
     worst = max(
         float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
         for a, e in zip(actual, expected, strict=True)
     )
     if not worst <= _TOLERANCE[model.dtype]:
-        raise _refusal(model, calls, f"its packed logits are off by {worst:.2g} of their spread")
+        return f"its packed logits are off by {worst:.2g} of their spread"
+    return None
 
 
 def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) -> LoadError:
@@ -229,11 +248,12 @@ def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) ->
 
 
 def _packed_logits(
-    model: PreTrainedModel, calls: list[AttentionCall], prompts: list[Tensor]
+    model: PreTrainedModel, calls: list[AttentionCall], prompts: list[Tensor], ops: Ops
 ) -> list[Tensor]:
     """Logits of every position, computed in three packed steps over shuffled blocks."""
-    context = bind_kv_cache(calls, 8, model.dtype, model.device)
+    context = bind_kv_cache(calls, 8, model.dtype, model.device, ops)
     tables = np.array([[5, 2, 7, 0], [3, 6, 1, 4]])
+    attention = FixedTables(ops, calls, tables, model.device)
     lengths = np.array([ids.shape[1] for ids in prompts])
     logits: list[list[Tensor]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), dtype=np.int64)
@@ -241,20 +261,12 @@ def _packed_logits(
         sizes = np.minimum(chunk, lengths - done)
         members = np.flatnonzero(sizes)
         starts, ends = done[members], (done + sizes)[members]
-        positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
-        owners = np.repeat(members, sizes[members])
-        slots = tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        context.metadata = AttentionMetadata(
-            query_lens=sizes[members],
-            seq_lens=ends,
-            block_tables=tables[members],
-            slot_mapping=torch.from_numpy(slots).to(model.device),
-            block_size=BLOCK_SIZE,
-        )
+        step = StepSequences(members, starts, sizes[members])
+        context.metadata = attention.metadata(step)
         ids = torch.cat(
             [prompts[m][:, s:e] for m, s, e in zip(members, starts, ends, strict=True)], dim=1
         )
-        position_ids = torch.from_numpy(positions)[None].to(model.device)
+        position_ids = torch.from_numpy(step.positions)[None].to(model.device)
         out = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0].float()
         for member, part in zip(members, out.split(sizes[members].tolist()), strict=True):
             logits[member].append(part)

@@ -5,7 +5,9 @@ is a function of (seed, position, token id), see `kernels.sampling`. Logprobs ar
 of the processed scores, as Text Generation Inference reports them.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from engine.logits_processors import (
     select_rows,
     to_device,
 )
+from engine.packed_arrays import View
 from engine.request import SamplingParams
 from kernels.sampling import gumbel_noise, noise_keys
 
@@ -60,6 +63,29 @@ class SampledTokens:
     top_ids: Tensor | None
     top_logprobs: Tensor | None
 
+    def to_host(self, rows: int) -> "SampledTokens":
+        """The first `rows`, on the host once what was launched so far is done."""
+        return SampledTokens(
+            ids=_to_host(self.ids, rows),
+            logprobs=_to_host(self.logprobs, rows),
+            top_ids=_to_host(self.top_ids, rows),
+            top_logprobs=_to_host(self.top_logprobs, rows),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerPlan:
+    """What one step's sampling needs.
+
+    arrays  to upload with the step
+    make    what `sample` takes, from the uploaded arrays
+    kind    what of it is decided on the host: a captured graph serves one kind
+    """
+
+    arrays: dict[str, np.ndarray]
+    make: Callable[[View], Any]
+    kind: Hashable
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
@@ -79,9 +105,11 @@ class Sampler:
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
         self._vocab_size = vocab_size
         self._device = device
-        self._parameters = np.zeros(max_sequences, dtype=_PARAMETERS)
+        # One more than there are sequences: the rows that only fill a graph, all greedy.
+        self._parameters = np.zeros(max_sequences + 1, dtype=_PARAMETERS)
         # Greedy and nothing else, as most of a batch often is: no parameter to look at.
-        self._plain = np.ones(max_sequences, dtype=np.bool_)
+        self._plain = np.ones(max_sequences + 1, dtype=np.bool_)
+        self.set_parameters(max_sequences, SamplingParams())
         self._counts: Tensor | None = None
 
     # -- engine thread, ahead of the step ---------------------------------------------
@@ -92,10 +120,18 @@ class Sampler:
         self._plain[slot] = replace(params, seed=0, logprobs=False) == SamplingParams()
 
     def needs_counts(self, slot: int) -> bool:
-        return bool(_uses_penalties(self._parameters[slot]))
+        return bool(self.uses_penalties(np.array([slot]))[0])
 
-    def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
+    def uses_penalties(self, slots: np.ndarray) -> np.ndarray:
+        p = self._parameters[slots]
+        return (p["repetition_penalty"] != 1) | (p["frequency_penalty"] != 0)
+
+    def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplerPlan:
         """`positions` [rows] are those of the tokens about to be drawn."""
+        plan = self._processors(slots, positions)
+        return SamplerPlan({}, lambda _: plan, None)
+
+    def _processors(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
         p, device = self._parameters[slots], self._device
         logprobs = bool(p["logprobs"].any())
         if self._plain[slots].all():
@@ -121,7 +157,7 @@ class Sampler:
         )
 
     def _plan_penalties(self, slots: np.ndarray, p: np.ndarray) -> Penalties | None:
-        used = _uses_penalties(p)
+        used = self.uses_penalties(slots)
         rows = select_rows(used, self._device)
         if rows is None:
             return None
@@ -147,8 +183,12 @@ class Sampler:
         counts = self._all_counts()[slot].zero_()
         counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
 
-    def sample(self, logits: Tensor, plan: SamplingPlan) -> SampledTokens:
-        """`logits` [rows, vocab_size] in the model's type, overwritten."""
+    def sample(self, logits: Tensor, plan: Any, kind: Hashable = None) -> SampledTokens:
+        """`logits` [rows, vocab_size] in the model's type, overwritten; `plan` from the
+        `SamplerPlan`, as its `kind` is.
+        """
+        del kind
+        assert isinstance(plan, SamplingPlan)
         scores = logits.float()
         if plan.penalties is not None:
             plan.penalties(scores)
@@ -165,10 +205,6 @@ class Sampler:
             return SampledTokens(ids, chosen, None, None)
         top_ids = _best(logprobs, plan.num_top + TIE_MARGIN)
         return SampledTokens(ids, chosen, top_ids, logprobs.gather(-1, top_ids))
-
-
-def _uses_penalties(parameters: np.ndarray) -> np.ndarray:
-    return (parameters["repetition_penalty"] != 1) | (parameters["frequency_penalty"] != 0)
 
 
 def _choose(scores: Tensor, plan: SamplingPlan) -> Tensor:
@@ -191,3 +227,15 @@ def _best(scores: Tensor, k: int) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     keys = (ordered << 32) - torch.arange(scores.shape[-1], device=scores.device)
     return keys.topk(min(k, scores.shape[-1]), dim=-1).indices
+
+
+@overload
+def _to_host(tensor: Tensor, rows: int) -> Tensor: ...
+@overload
+def _to_host(tensor: Tensor | None, rows: int) -> Tensor | None: ...
+def _to_host(tensor: Tensor | None, rows: int) -> Tensor | None:
+    """Start a copy, to pinned memory: a graph puts its next result in the same place."""
+    if tensor is None:
+        return None
+    host = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor[:rows], non_blocking=True)

@@ -1,18 +1,27 @@
-"""How much fits: the limits of the engine, each decided once and with its reason."""
+"""How much fits: the limits of the engine, each decided once and with its reason.
 
-from dataclasses import dataclass
+What a step needs beside the weights and the cache is not guessed: the largest one is run,
+over a cache of a few blocks, and the device says how much memory it took.
+"""
 
-import psutil
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
 
+from engine.attention import ATTENTION_NAME
+from engine.attention_plan import FixedTables, StepSequences
 from engine.config import BLOCK_SIZE, EngineConfig
+from engine.device_memory import DeviceMemory, device_memory
 from engine.errors import LoadError
-from engine.kv_cache import bytes_per_block
+from engine.kv_cache import bind_kv_cache, bytes_per_block, cache_dtype
 from engine.loader import LoadedModel
+from engine.probe import use_attention
 
 _CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
 _CUDA_BATCH_TOKENS = 4096
-_CPU_MAX_CACHE_BYTES = 8 << 30
+_GRAPH_SHARE = 0.25
+"""What captured steps keep, of what the largest step needs: theirs are a sixteenth of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +32,30 @@ class Limits:
     max_batch_tokens: int
     max_total_tokens: int
     num_blocks: int
+    cache_dtype: torch.dtype
     reasons: tuple[str, ...]
 
 
-def decide_limits(loaded: LoadedModel, config: EngineConfig) -> Limits:
+def decide_limits(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    memory: DeviceMemory | None = None,
+    why_blocks: str = "set",
+) -> Limits:
     """Raises LoadError where what is asked for does not fit, naming what would."""
-    on_cuda = loaded.model.device.type == "cuda"
+    memory = memory or device_memory(loaded.model.device, config.memory_fraction)
+    kind = loaded.model.device.type
     max_batch_tokens = config.max_batch_tokens or (
-        _CUDA_BATCH_TOKENS if on_cuda else _CPU_BATCH_TOKENS
+        _CUDA_BATCH_TOKENS if kind == "cuda" else _CPU_BATCH_TOKENS
     )
     max_sequences = min(config.max_sequences, max_batch_tokens)
-    block_bytes = bytes_per_block(loaded.calls, loaded.model.dtype)
-    cache_bytes = _cache_bytes(loaded, config, max_batch_tokens)
-    num_blocks = config.num_blocks or _useful_blocks(
-        cache_bytes // block_bytes, max_sequences, config.max_total_tokens or loaded.max_positions
-    )
+    dtype = cache_dtype(config, loaded.model.dtype)
+    block_bytes = bytes_per_block(loaded.calls, dtype)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        cache_bytes, why_blocks = _cache_bytes(loaded, memory, max_batch_tokens, max_sequences)
+        longest = config.max_total_tokens or loaded.max_positions
+        num_blocks = _useful_blocks(cache_bytes // block_bytes, max_sequences, longest)
     capacity = num_blocks * BLOCK_SIZE
     max_total_tokens = _max_total_tokens(loaded, config, capacity)
     return Limits(
@@ -45,14 +63,28 @@ def decide_limits(loaded: LoadedModel, config: EngineConfig) -> Limits:
         max_batch_tokens=max_batch_tokens,
         max_total_tokens=max_total_tokens,
         num_blocks=num_blocks,
+        cache_dtype=dtype,
         reasons=(
             f"max_total_tokens {max_total_tokens}: " + _why_total(loaded, config, max_total_tokens),
             f"KV cache {capacity} tokens ({num_blocks * block_bytes / 2**30:.2f} GiB): "
-            + ("set" if config.num_blocks else f"fits in {cache_bytes / 2**30:.2f} GiB"),
+            + why_blocks,
             f"max_batch_tokens {max_batch_tokens}: "
-            + ("set" if config.max_batch_tokens else f"default for {loaded.model.device.type}"),
+            + ("set" if config.max_batch_tokens else f"default for {kind}"),
             f"max_sequences {max_sequences}: at most one token of the budget each",
         ),
+    )
+
+
+def with_smaller_cache(loaded: LoadedModel, config: EngineConfig, limits: Limits) -> Limits:
+    """Where these ran out of memory all the same. Raises LoadError when there is no less."""
+    num_blocks = limits.num_blocks * 9 // 10
+    if config.num_blocks is not None or num_blocks < 1:
+        raise LoadError(
+            f"out of memory with a KV cache of {limits.num_blocks * BLOCK_SIZE} tokens: "
+            "ask for a smaller one, a smaller step or a quantised model"
+        )
+    return decide_limits(
+        loaded, replace(config, num_blocks=num_blocks), why_blocks="a tenth less than ran out"
     )
 
 
@@ -81,17 +113,40 @@ def _useful_blocks(fitting: int, max_sequences: int, longest: int) -> int:
     return min(fitting, 2 * max_sequences * -(-longest // BLOCK_SIZE))
 
 
-def _cache_bytes(loaded: LoadedModel, config: EngineConfig, max_batch_tokens: int) -> int:
-    if loaded.model.device.type == "cpu":
-        return min(int(psutil.virtual_memory().available * 0.3), _CPU_MAX_CACHE_BYTES)
-    free, total = torch.cuda.mem_get_info(loaded.model.device)
-    reserved = (1 - config.memory_fraction) * total
-    return int(free - reserved - _activation_bytes(loaded, config, max_batch_tokens))
+def _cache_bytes(
+    loaded: LoadedModel, memory: DeviceMemory, max_batch_tokens: int, max_sequences: int
+) -> tuple[int, str]:
+    """What is left for the cache beside the largest step and the graphs, and why."""
+    step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
+    available = memory.available()
+    graphs = int(step * _GRAPH_SHARE)
+    left = max(available - step - graphs, 0)
+    gib = 1 << 30
+    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB free"
+    if step:
+        reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept"
+    return left, reason
 
 
-def _activation_bytes(loaded: LoadedModel, config: EngineConfig, max_batch_tokens: int) -> int:
-    """A generous estimate of what the largest step holds at once beside the cache."""
-    text = loaded.model.config.get_text_config()
-    width = 8 * text.hidden_size + 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)
-    logits = 4 * config.max_sequences * text.vocab_size * 4
-    return max_batch_tokens * width * loaded.model.dtype.itemsize + logits
+@torch.inference_mode()
+def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> None:
+    """One prefill of the whole token budget with as many logits as there can be sequences.
+
+    The cache has a few blocks only, that all positions share: what is in it is of no interest.
+    """
+    model, num_blocks = loaded.model, 8
+    use_attention(model, ATTENTION_NAME)
+    context = bind_kv_cache(loaded.calls, num_blocks, model.dtype, model.device, loaded.ops)
+    tables = np.arange(-(-num_tokens // BLOCK_SIZE))[None] % num_blocks
+    attention = FixedTables(loaded.ops, loaded.calls, tables, model.device)
+    step = StepSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([num_tokens]))
+    context.metadata = attention.metadata(step)
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    logits = model(
+        input_ids=ids,
+        position_ids=torch.from_numpy(step.positions)[None].to(model.device),
+        use_cache=False,
+        logits_to_keep=ids[0, :num_sampled],
+    ).logits[0]
+    scores = logits.float().log_softmax(-1)
+    torch.empty(scores.shape, dtype=torch.int32, device=scores.device)  # counts, for penalties

@@ -5,19 +5,26 @@ indexed by slot and is updated by difference; the rest is computed here in a few
 calls and crosses to the device in one copy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention_plan import AttentionPlanner, StepSequences
 from engine.config import BLOCK_SIZE
-from engine.sampler import Sampler, SamplingPlan
+from engine.packed_arrays import PackedArrays, View
+from engine.sampler import Sampler, SamplerPlan
 from engine.scheduler import Batch
-from kernels.paged_attention import AttentionMetadata
+from kernels.paged_attention_triton import MAX_SPLITS
 
 _ON_DEVICE = -1
 """In place of a token id that only the device knows yet."""
+_NO_SLOT = -1
+"""In the slot mapping: write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,8 @@ class StepInputs:
     position_ids   [num_tokens] int64
     sampled_rows   [num_sampled] int64: rows of the packed row whose logits are needed
     sampled_slots  [num_sampled] int64
-    counts         slots to count the known tokens of, before sampling
+    attention      what the attention kernels of this device take
+    sampling       what the sampler of this device takes; None when nothing is sampled
     """
 
     input_ids: Tensor
@@ -37,80 +45,167 @@ class StepInputs:
     position_ids: Tensor
     sampled_rows: Tensor
     sampled_slots: Tensor
-    attention: AttentionMetadata
-    sampling: SamplingPlan | None
+    attention: Any
+    sampling: Any
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """A step on its way to the device.
+
+    sampling     None when nothing is sampled
+    graph_size   rows of the captured graph that runs it, the last ones empty; None: no graph
+    num_sampled  rows that are sampled, without those that only fill the graph
+    update       block tables that changed, if the device has to know
+    counts       slots to count the known tokens of, before sampling
+    """
+
+    arrays: PackedArrays
+    make_attention: Callable[[View], Any]
+    sampling: SamplerPlan | None
+    graph_size: int | None
+    num_sampled: int
+    update: PackedArrays | None
     counts: list[tuple[int, Tensor]]
+
+    def inputs(self, buffer: Tensor) -> StepInputs:
+        """The step's tensors, as views of `buffer`, a copy of the packed arrays."""
+        view = partial(self.arrays.view, buffer)
+        return StepInputs(
+            input_ids=view("input_ids"),
+            token_slots=view("token_slots"),
+            position_ids=view("position_ids"),
+            sampled_rows=view("sampled_rows"),
+            sampled_slots=view("sampled_slots"),
+            attention=self.make_attention(view),
+            sampling=None if self.sampling is None else self.sampling.make(view),
+        )
 
 
 class StepBuilder:
-    """Turns batches into inputs; holds the block table of each slot."""
+    """Turns batches into inputs; holds the block table of each slot.
+
+    The slot after the last is nobody's: rows that only fill a graph say it is theirs.
+    """
 
     def __init__(
-        self, max_sequences: int, max_total_tokens: int, sampler: Sampler, device: torch.device
+        self,
+        tables_shape: tuple[int, int],
+        sampler: Sampler,
+        planner: AttentionPlanner,
+        graph_sizes: tuple[int, ...],
+        device: torch.device,
     ):
-        max_blocks = -(-max_total_tokens // BLOCK_SIZE)
-        self._block_tables = np.zeros((max_sequences, max_blocks), dtype=np.int64)
+        self._block_tables = np.zeros(tables_shape, dtype=np.int64)
         self._sampler = sampler
+        self._planner = planner
+        self.graph_sizes = graph_sizes
         self._device = device
 
-    def build(self, batch: Batch) -> StepInputs:
-        counts = self._update_slots(batch)
+    def build(self, batch: Batch) -> HostStep:
+        update, counts = self._update_slots(batch)
         scheduled = batch.scheduled
         slots = np.array([entry.slot for entry in scheduled], dtype=np.int64)
         starts = np.array([entry.start for entry in scheduled], dtype=np.int64)
         lengths = np.array([entry.num_tokens for entry in scheduled], dtype=np.int64)
         samples = np.array([entry.samples for entry in scheduled], dtype=np.bool_)
+        input_ids = _token_ids(batch, int(lengths.sum()))
+        num_sampled = int(samples.sum())
 
-        ends = starts + lengths
-        packed_ends = np.cumsum(lengths)
-        positions = np.arange(packed_ends[-1]) + np.repeat(ends - packed_ends, lengths)
-        token_slots = np.repeat(slots, lengths)
-        blocks = self._block_tables[token_slots, positions // BLOCK_SIZE]
-        slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-
-        ids, owners, positions_t, mapping, rows, sampled = self._upload(
-            _token_ids(batch, int(packed_ends[-1])),
-            token_slots,
-            positions,
-            slot_mapping,
-            packed_ends[samples] - 1,
-            slots[samples],
-        )
-        width = -(-int(ends.max()) // BLOCK_SIZE)
-        return StepInputs(
-            input_ids=ids,
-            token_slots=owners,
-            position_ids=positions_t,
-            sampled_rows=rows,
-            sampled_slots=sampled,
-            attention=AttentionMetadata(
-                query_lens=lengths,
-                seq_lens=ends,
-                block_tables=self._block_tables[slots, :width],
-                slot_mapping=mapping,
-                block_size=BLOCK_SIZE,
-            ),
-            sampling=(self._sampler.plan(slots[samples], ends[samples]) if samples.any() else None),
+        graph_size = self._graph_size(len(input_ids), num_sampled)
+        if graph_size is not None:
+            empty = graph_size - len(scheduled)
+            slots = _padded(slots, empty, len(self._block_tables) - 1)
+            starts = _padded(starts, empty, -1)
+            lengths = _padded(lengths, empty, 1)
+            samples = _padded(samples, empty, True)
+            input_ids = _padded(input_ids, empty, 0)
+        return self._pack(
+            StepSequences(slots, starts, lengths),
+            input_ids,
+            samples,
+            graph_size=graph_size,
+            num_sampled=num_sampled,
+            update=update,
             counts=counts,
         )
 
-    def _update_slots(self, batch: Batch) -> list[tuple[int, Tensor]]:
-        counts = []
+    def empty(self, size: int) -> HostStep:
+        """A step for the graph of this size that computes nothing for anyone."""
+        nobody = np.full(size, len(self._block_tables) - 1)
+        step = StepSequences(nobody, np.full(size, -1), np.ones(size, dtype=np.int64))
+        sampled = np.ones(size, dtype=np.bool_)
+        return self._pack(
+            step,
+            np.zeros(size, dtype=np.int64),
+            sampled,
+            graph_size=size,
+            num_sampled=0,
+            update=None,
+            counts=[],
+        )
+
+    def _pack(
+        self, step: StepSequences, input_ids: np.ndarray, samples: np.ndarray, **rest: Any
+    ) -> HostStep:
+        positions = step.positions
+        token_slots = np.repeat(step.slots, step.lengths)
+        blocks = self._block_tables[token_slots, positions // BLOCK_SIZE]
+        slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        graph_size = rest["graph_size"]
+        if graph_size is not None:
+            slot_mapping = np.where(positions < 0, _NO_SLOT, slot_mapping)
+            positions = np.maximum(positions, 0)
+        for_attention, make_attention = self._planner.plan(step, self._block_tables)
+        sampling = (
+            self._sampler.plan(step.slots[samples], step.ends[samples]) if samples.any() else None
+        )
+        arrays = {
+            "input_ids": input_ids,
+            "token_slots": token_slots,
+            "position_ids": positions,
+            "slot_mapping": slot_mapping,
+            "sampled_rows": np.cumsum(step.lengths)[samples] - 1,
+            "sampled_slots": step.slots[samples],
+            **({} if sampling is None else sampling.arrays),
+            **for_attention,
+        }
+        return HostStep(
+            arrays=PackedArrays(arrays, graph_size and graph_size * MAX_SPLITS),
+            make_attention=make_attention,
+            sampling=sampling,
+            **rest,
+        )
+
+    def _graph_size(self, num_tokens: int, num_sampled: int) -> int | None:
+        """The smallest graph for a step that samples after every token; others vary too much."""
+        if num_tokens != num_sampled:
+            return None
+        return next((size for size in self.graph_sizes if size >= num_tokens), None)
+
+    def _update_slots(self, batch: Batch) -> tuple[PackedArrays | None, list[tuple[int, Tensor]]]:
+        width = self._block_tables.shape[1]
+        counts, index, blocks = [], [], []
         for seq in batch.reset:
-            self._block_tables[seq.slot, : len(seq.block_table)] = seq.block_table
+            index.append(seq.slot * width + np.arange(len(seq.block_table)))
+            blocks.append(np.array(seq.block_table, dtype=np.int64))
             self._sampler.set_parameters(seq.slot, seq.request.sampling)
             if self._sampler.needs_counts(seq.slot):
                 counts.append((seq.slot, torch.tensor(seq.token_ids, device=self._device)))
-        for slot, index, block in batch.grown:
-            self._block_tables[slot, index] = block
-        return counts
+        if batch.grown:
+            slots, columns, grown = np.array(batch.grown, dtype=np.int64).T
+            index.append(slots * width + columns)
+            blocks.append(grown)
+        if not index:
+            return None, counts
+        changed = np.concatenate(index)
+        tables = self._block_tables.reshape(-1)
+        tables[changed] = np.concatenate(blocks)
+        return self._planner.update(changed, tables), counts
 
-    def _upload(self, *arrays: np.ndarray) -> tuple[Tensor, ...]:
-        """One copy to the device for all of them."""
-        packed = torch.from_numpy(np.concatenate(arrays))
-        if self._device.type == "cuda":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
-        return packed.split([len(array) for array in arrays])
+
+def _padded(values: np.ndarray, count: int, filler: int) -> np.ndarray:
+    return np.concatenate([values, np.full(count, filler, dtype=values.dtype)])
 
 
 def _token_ids(batch: Batch, num_tokens: int) -> np.ndarray:

@@ -64,48 +64,65 @@ def paged_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention; returns [num_tokens, num_heads, value_dim] in `query`'s dtype.
 
-    query        [num_tokens, num_heads, head_dim], any strides
-    key_cache    [num_blocks, block_size, num_kv_heads, head_dim]
-    value_cache  [num_blocks, block_size, num_kv_heads, value_dim]
-    softcap      scores become softcap * tanh(scores / softcap)
-    sinks        [num_heads]: one more logit per head in the softmax, with no value
+    query         [num_tokens, num_heads, head_dim], any strides
+    key_cache     [num_blocks, block_size, num_kv_heads, head_dim]
+    value_cache   [num_blocks, block_size, num_kv_heads, value_dim]
+    softcap       scores become softcap * tanh(scores / softcap)
+    sinks         [num_heads]: one more logit per head in the softmax, with no value
+    alibi_slopes  [num_heads]: slope * (q - k) is subtracted from the scores
+    k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
     """
     output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
     for group in metadata.groups(spec, query.dtype):
-        keys, values = group.gather(key_cache), group.gather(value_cache)
+        keys = _decoded(group.gather(key_cache), k_scale, query.dtype)
+        values = _decoded(group.gather(value_cache), v_scale, query.dtype)
         queries = query[group.rows].unflatten(0, group.shape).transpose(1, 2)
-        if softcap is None and sinks is None:
+        if softcap is None and sinks is None and alibi_slopes is None:
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=group.mask, scale=scale, enable_gqa=True
             )
         else:
-            attended = _explicit_attention(queries, keys, values, group.mask, scale, softcap, sinks)
+            bias = group.mask.float()
+            if alibi_slopes is not None:
+                bias = bias - alibi_slopes.float().view(-1, 1, 1) * group.distances()
+            attended = _explicit_attention(queries, keys, values, bias, scale, softcap, sinks)
         output[group.rows] = attended.transpose(1, 2).flatten(0, 1)
     return output
+
+
+def _decoded(context: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, num_kv_heads, L, dim] times what each head's values are in units of."""
+    if scale is None:
+        return context.to(dtype)
+    return (context.float() * scale.view(-1, 1, 1)).to(dtype)
 
 
 def _explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """What `scaled_dot_product_attention` has no words for; float32 softmax.
 
-    query [B, num_heads, n, head_dim], key and value [B, num_kv_heads, L, ...].
+    query [B, num_heads, n, head_dim], key and value [B, num_kv_heads, L, ...], and bias, which
+    is added to the scores, [B, num_heads or 1, n, L].
     """
     num_kv_heads = key.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1))  # [B, num_kv_heads, group, n, head_dim]
     scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.flatten(1, 2).float() + mask.float()  # [B, num_heads, n, L]
+    scores = scores.flatten(1, 2).float() + bias  # [B, num_heads, n, L]
     if sinks is not None:
         column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -121,6 +138,7 @@ class _Group:
     blocks  [B * max_blocks] int64: their context, padded with the group's first block
     pad     [num_pad] int64: gathered positions past the end of their sequence
     mask    [B, 1, n, L] additive
+    q_pos   [B, n], and k_pos [B, L]: positions in their sequences
     """
 
     rows: Tensor | slice
@@ -128,6 +146,12 @@ class _Group:
     blocks: Tensor
     pad: Tensor
     mask: Tensor
+    q_pos: Tensor
+    k_pos: Tensor
+
+    def distances(self) -> Tensor:
+        """From key to query, [B, 1, n, L] float32."""
+        return (self.q_pos[:, None, :, None] - self.k_pos[:, None, None, :]).float()
 
     def gather(self, cache: Tensor) -> Tensor:
         """The group's context, [B, num_kv_heads, L, dim].
@@ -136,9 +160,12 @@ class _Group:
         their scores is not enough, 0 * NaN being NaN: they are zeroed, so that no
         sequence can ever harm another.
         """
+        dtype = cache.dtype
+        if dtype.itemsize == 1:  # float8 has no indexing on the CPU
+            cache = cache.view(torch.uint8)
         context = cache.flatten(1).index_select(0, self.blocks)
         context = context.view(-1, *cache.shape[2:]).index_fill_(0, self.pad, 0)
-        return context.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
+        return context.view(dtype).unflatten(0, (self.shape[0], -1)).transpose(1, 2)
 
 
 def _build_groups(metadata: AttentionMetadata, spec: MaskSpec, dtype: torch.dtype) -> list[_Group]:
@@ -190,6 +217,8 @@ def _build_group(
         blocks=torch.from_numpy(blocks.reshape(-1)).to(device),
         pad=torch.from_numpy(np.flatnonzero(key_pos >= seq_lens)).to(device),
         mask=torch.from_numpy(mask).to(device=device, dtype=dtype),
+        q_pos=torch.from_numpy(query_pos).to(device),
+        k_pos=torch.from_numpy(key_pos).to(device),
     )
 
 

@@ -10,6 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROW_PARAMETERS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("typical_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("do_sample", np.int32),
+        ("noise_key", np.int32, 2),
+        ("slot", np.int32),
+        ("context_length", np.int32),
+        ("top_n_tokens", np.int32),
+    ]
+)
+"""What `kernels.fused_sampling` knows of a row: words of 4 bytes, uploaded as int32 all together.
+
+Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, penalties
+1 and 0. Of `do_sample` and `top_n_tokens` only whether they are 0 matters. `slot` is the
+row of the token counts, `context_length` the sum of it; both count for penalties alone.
+"""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -29,13 +29,15 @@ def test_the_environment_sets_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -
 def test_settings_reach_the_engine() -> None:
     settings = read_settings(
         ["--max-batch-size", "7", "--max-batch-prefill-tokens", "512", "--max-total-tokens", "99",
-         "--cuda-memory-fraction", "0.5", "--disable-prefix-caching", "--dtype", "bfloat16"]
+         "--cuda-memory-fraction", "0.5", "--disable-prefix-caching", "--dtype", "bfloat16",
+         "--quantize", "bitsandbytes-nf4"]
     )  # fmt: skip
     engine = settings.engine_config()
     assert (engine.max_sequences, engine.max_batch_tokens) == (7, 512)
     assert (engine.max_total_tokens, engine.memory_fraction) == (99, 0.5)
     assert not engine.prefix_caching
-    assert settings.load_config().dtype == "bfloat16"
+    load = settings.load_config()
+    assert (load.dtype, load.quantize) == ("bfloat16", "bitsandbytes-nf4")
 
 
 @pytest.mark.parametrize("flag", ["--max-input-tokens", "--max-input-length"])
@@ -53,6 +55,11 @@ def test_input_tokens_leave_room_for_one_by_default() -> None:
         (["--port", "x"], "--port (PORT): Input should be a valid integer"),
         (["--max-best-of", "0"], "--max-best-of (MAX_BEST_OF): Input should be greater than 0"),
         (["--dtype", "int8"], "--dtype (DTYPE): Input should be 'float32', 'bfloat16' or"),
+        (
+            ["--quantize", "awq"],
+            "--quantize (QUANTIZE): Input should be 'bitsandbytes', 'bitsandbytes-nf4' or "
+            "'bitsandbytes-fp4', not 'awq'",
+        ),
         (
             ["--max-input-tokens", "1", "--max-input-length", "1"],
             "give --max-input-tokens or --max-input-length, not both",

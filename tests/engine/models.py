@@ -31,6 +31,7 @@ from transformers import (
 from engine.checkpoint import Checkpoint
 from engine.loader import LoadedModel, adopt
 from engine.tokenizer import Tokenizer
+from kernels.ops import Ops
 
 VOCAB_SIZE = 258
 MAX_POSITIONS = 256
@@ -103,13 +104,25 @@ def byte_tokenizer() -> Tokenizer:
 
 @cache
 def family(name: str) -> LoadedModel:
-    config_class, options = FAMILIES[name]
+    return adopted(name)
+
+
+def adopted(
+    name: str,
+    ops: Ops | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> LoadedModel:
+    """A model of this family, made ready for the engine anew, to run on these kernels."""
+    config_class, family_options = FAMILIES[name]
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
-    return adopt(build(config_class, **options), byte_tokenizer(), checkpoint)
+    model = build(config_class, **(family_options | options)).to(device, dtype)
+    return adopt(model, byte_tokenizer(), checkpoint, ops)
 
 
 @cache
-def reference(name: str) -> PreTrainedModel:
+def reference(name: str, **options: Any) -> PreTrainedModel:
     """The same model as transformers made it, never touched by the engine."""
-    config_class, options = FAMILIES[name]
-    return build(config_class, **options)
+    config_class, family_options = FAMILIES[name]
+    return build(config_class, **(family_options | options))

@@ -375,7 +375,8 @@ def test_top_tokens_of_a_row_do_not_depend_on_what_its_company_asks_for(ties: st
         for slot in range(num_rows):
             sampler.set_parameters(slot, SamplingParams(top_n_tokens=n))
         sampler.set_parameters(num_rows, SamplingParams(top_n_tokens=company))
-        sampled = sampler.sample(torch.cat([logits, logits[:1]]), sampler.plan(slots, slots))
+        plan = sampler.plan(slots, slots).make(None)
+        sampled = sampler.sample(torch.cat([logits, logits[:1]]), plan)
         shown.append([top_tokens(sampled, row, n, tokenizer) for row in range(num_rows)])
     assert shown[0] == shown[1] == shown[2]
 

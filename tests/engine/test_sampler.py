@@ -44,10 +44,10 @@ def process(logits: Tensor, params: SamplingParams, context: list[int]) -> Tenso
         kth = x.sort(descending=True).values[min(params.top_k, len(x)) - 1]
         x = x.masked_fill(x < kth, -math.inf)
     if params.top_p != 1:
-        ascending, order = x.sort()
+        ascending = x.sort().values
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - torch.tensor(params.top_p)
         drop[-1] = False
-        x = x.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -math.inf)
+        x = x.masked_fill(x < ascending[~drop][0], -math.inf)
     if params.typical_p != 1:
         logprobs = x.log_softmax(-1)
         entropy = -(logprobs * logprobs.exp()).nansum()
@@ -126,7 +126,9 @@ class Batch:
         """One token for each of these rows."""
         slots = np.array([self.slots[i] for i in rows])
         positions = np.array([len(self.contexts[i]) for i in rows])
-        sampled = self.sampler.sample(logits.clone(), self.sampler.plan(slots, positions))
+        sampled = self.sampler.sample(
+            logits.clone(), self.sampler.plan(slots, positions).make(None)
+        )
         for i, token in zip(rows, sampled.ids.tolist(), strict=True):
             self.contexts[i].append(token)
         return sampled
@@ -364,7 +366,7 @@ def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
     slots, rows = np.arange(2000), logits.expand(2000, 16)
     counts = torch.zeros(16)
     for position in range(20):
-        plan = sampler.plan(slots, np.full(2000, position))
+        plan = sampler.plan(slots, np.full(2000, position)).make(None)
         counts += torch.bincount(sampler.sample(rows.clone(), plan).ids, minlength=16)
         if plan.penalties is not None:  # the same context for each draw
             for slot in range(2000):
@@ -398,7 +400,9 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
         slots = rng.sample(sorted(live), rng.randint(1, len(live)))
         logits = data.draw(score_rows(len(slots), vocab_size))
         positions = np.array([len(live[s][1]) for s in slots])
-        sampled = sampler.sample(logits.clone(), sampler.plan(np.array(slots), positions))
+        sampled = sampler.sample(
+            logits.clone(), sampler.plan(np.array(slots), positions).make(None)
+        )
         for row, s in enumerate(slots):
             params, context = live[s]
             expected = process(logits[row], params, context).log_softmax(-1)

