@@ -133,7 +133,13 @@ class Engine:
     def summary(self) -> list[str]:
         """What is served and under which limits, a line each, with where they come from."""
         info = self.info
-        return [f"model {info.model_id} in {info.dtype} on {info.device}", *self.limits.reasons]
+        weights = f"{info.weight_bytes / 2**30:.2f} GiB of weights"
+        if info.quantization is not None:
+            weights += f" quantised by {info.quantization}"
+        return [
+            f"model {info.model_id} in {info.dtype}, {weights}, on {info.device}",
+            *self.limits.reasons,
+        ]
 
     # -- requests ---------------------------------------------------------------------
 

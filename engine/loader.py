@@ -16,7 +16,7 @@ from engine.fusion import fuse, observed
 from engine.kv_cache import AttentionCall
 from engine.metrics import ModelInfo
 from engine.probe import difference, discover, own_logits, verify
-from engine.quantization import compute_in_served_type, loading_options
+from engine.quantization import compute_in_served_type, loading_options, quantization_of
 from engine.tokenizer import Tokenizer
 from kernels.ops import Ops, ops_for
 from kernels.packed_linear import pack_linears
@@ -51,6 +51,11 @@ def load(config: LoadConfig) -> LoadedModel:
         model = _load_weights(checkpoint, config, device)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise LoadError(f"{config.model_id} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"{config.model_id} does not fit in the device's memory: quantise it (--quantize "
+            f"bitsandbytes-nf4 takes a third), or take a larger device ({error})"
+        ) from error
     if not hf_tokenizer.is_fast:
         raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
     tokenizer = Tokenizer(hf_tokenizer)
@@ -70,10 +75,12 @@ def adopt(
         getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
     )
     ops = ops or ops_for(model.device)
+    weight_bytes = model.get_memory_footprint()
     calls = discover(model)
     with observed(model, [call.module for call in calls]) as sights:
         expected = own_logits(model)
-    fuse(model, sights, ops, partial(difference, model, calls, expected, ops))
+    if ops.fuses:
+        fuse(model, sights, ops, partial(difference, model, calls, expected, ops))
     pack_linears(model)
     verify(model, calls, expected, ops)
     return LoadedModel(
@@ -85,6 +92,8 @@ def adopt(
             pipeline_tag=checkpoint.pipeline_tag,
             dtype=str(model.dtype).removeprefix("torch."),
             device=_device_name(model.device),
+            weight_bytes=weight_bytes,
+            quantization=quantization_of(model.config),
         ),
         calls=calls,
         ops=ops,

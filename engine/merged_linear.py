@@ -29,7 +29,7 @@ class _Joint(nn.Module):
     def take(self, x: Any, index: int) -> Tensor:
         if x is not self._input or index not in self._slices:
             self._input = x
-            self._slices = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+            self._slices = dict(enumerate(self.linear(x).split_with_sizes(self.sizes, dim=-1)))
         mine = self._slices.pop(index)
         if not self._slices:
             self._input = None

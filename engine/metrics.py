@@ -8,13 +8,18 @@ EngineState = Literal["ready", "stalled", "dead"]
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model as it was loaded. `sha` and `pipeline_tag` are the hub's, if it is from there."""
+    """The model as it was loaded. `sha` and `pipeline_tag` are the hub's, if it is from there.
+
+    `weight_bytes` are what its parameters and buffers take; `quantization` is their method.
+    """
 
     model_id: str
     sha: str | None
     pipeline_tag: str | None
     dtype: str
     device: str
+    weight_bytes: int
+    quantization: str | None
 
 
 @dataclass(frozen=True, slots=True)

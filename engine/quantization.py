@@ -53,12 +53,11 @@ def loading_options(
 
     Raises LoadError where the checkpoint's own quantisation is another, or unknown.
     """
-    own = _own_quantization(config)
+    own, name = _own_quantization(config), quantization_of(config)
     if own is None:
         if quantize is None:
             return {}
         return {"quantization_config": BitsAndBytesConfig(**_ARGUMENTS[quantize])}
-    name = _name(own)
     if not AutoHfQuantizer.supports_quant_method(own):
         raise LoadError(f"{model_id} is quantised with {name}, which transformers does not know")
     if quantize not in (None, name):
@@ -78,8 +77,11 @@ def _own_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def _name(own: dict[str, Any]) -> str:
-    """As `quantize` has it, or the method's own name."""
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """The method as `quantize` has it, or by its own name; None where there is none."""
+    own = _own_quantization(config)
+    if own is None:
+        return None
     if own.get("load_in_8bit"):
         return "bitsandbytes"
     if own.get("load_in_4bit"):

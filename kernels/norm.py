@@ -12,6 +12,7 @@ Without a weight the two are one. Only the order in which a mean is summed is ou
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,8 +39,11 @@ def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Norm
     x             [..., hidden], any strides
     weight, bias  [hidden], or None
 
-    Some ten passes over memory: one for each operation.
+    Some ten passes over memory: one for each operation. Float32, where there is nothing to
+    round on the way, takes torch's own.
     """
+    if x.dtype is torch.float32:
+        return _norm_float32(x, weight, bias, form)
     x_hat = x.float()
     if form.centred:
         x_hat = x_hat - x_hat.mean(-1, keepdim=True)
@@ -51,6 +55,15 @@ def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Norm
     if bias is not None:
         x_hat = x_hat + bias.float()
     return x_hat.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _norm_float32(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
+    if weight is not None and form.offset:
+        weight = weight + form.offset
+    if form.centred:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
+    normed = F.rms_norm(x, x.shape[-1:], weight, form.eps)
+    return (normed if bias is None else normed + bias).contiguous()
 
 
 def add_norm_torch(

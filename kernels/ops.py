@@ -11,9 +11,14 @@ from kernels import activation, norm, paged_attention, paged_attention_triton, s
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Each op's docstring is where it is defined. `is_triton` tells which metadata it takes."""
+    """Each op's docstring is where it is defined.
+
+    is_triton  which metadata they take: a list of work in device memory, or the host's numbers
+    fuses      one op is worth more than its parts: where each is a launch, as on a GPU
+    """
 
     is_triton: bool
+    fuses: bool
     paged_attention: Callable[..., Tensor]
     store_kv: Callable[..., None]
     rotary_store_kv: Callable[..., Tensor]
@@ -24,6 +29,7 @@ class Ops:
 
 TORCH = Ops(
     is_triton=False,
+    fuses=False,
     paged_attention=paged_attention.paged_attention,
     store_kv=store_kv.store_kv_torch,
     rotary_store_kv=store_kv.rotary_store_kv_torch,
@@ -33,6 +39,7 @@ TORCH = Ops(
 )
 TRITON = Ops(
     is_triton=True,
+    fuses=True,
     paged_attention=paged_attention_triton.paged_attention_triton,
     store_kv=store_kv.store_kv_triton,
     rotary_store_kv=store_kv.rotary_store_kv_triton,

@@ -53,9 +53,12 @@ class Rotary:
         columns = self.cos.shape[-1]
         return columns if self.tables == "pairs" else columns // 2
 
-    def by_pair(self, table: Tensor) -> Tensor:
-        """[num_tokens, num_pairs]: the columns of `cos` or `sin` that count."""
-        return table[:, ::2] if self.tables == "repeated" else table[:, : self.num_pairs]
+    def by_dim(self, table: Tensor) -> Tensor:
+        """`cos` or `sin` for each dimension that is turned, [num_tokens, 2 * num_pairs]."""
+        if self.tables == ("repeated" if self.interleaved else "halves"):
+            return table
+        pairs = table[:, ::2] if self.tables == "repeated" else table[:, : self.num_pairs]
+        return pairs.repeat_interleave(2, -1) if self.interleaved else pairs.repeat(1, 2)
 
 
 def store_kv_torch(
@@ -108,19 +111,18 @@ def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """`x` [num_tokens, heads, dim], any strides, turned to its tokens' positions; contiguous."""
-    pairs = rotary.num_pairs
-    cos, sin = (rotary.by_pair(table).unsqueeze(1) for table in (rotary.cos, rotary.sin))
-    turned = x[..., : 2 * pairs].float() if rotary.in_float32 else x[..., : 2 * pairs]
+    dims = 2 * rotary.num_pairs
+    turned = x[..., :dims].float() if rotary.in_float32 else x[..., :dims]
     if rotary.interleaved:
-        first, second = turned[..., ::2], turned[..., 1::2]
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:
-        first, second = turned[..., :pairs], turned[..., pairs:]
-    turned_first = (first * cos - second * sin).to(x.dtype)
-    turned_second = (second * cos + first * sin).to(x.dtype)
-    if rotary.interleaved:
-        turned = torch.stack((turned_first, turned_second), dim=-1).flatten(-2)
-        return torch.cat((turned, x[..., 2 * pairs :]), dim=-1)
-    return torch.cat((turned_first, turned_second, x[..., 2 * pairs :]), dim=-1)
+        first, second = turned.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    cos, sin = (rotary.by_dim(table).unsqueeze(1) for table in (rotary.cos, rotary.sin))
+    turned = (turned * cos + partner * sin).to(x.dtype)
+    if dims < x.shape[-1]:
+        return torch.cat((turned, x[..., dims:]), dim=-1)
+    return turned.contiguous()
 
 
 def rotary_store_kv_torch(

@@ -105,7 +105,9 @@ class ScriptedEngine:
     def __init__(self, script: Script = two_tokens, permits: int = 128) -> None:
         self.script = script
         self.tokenizer = WordTokenizer()
-        self.model = ModelInfo("org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200")
+        self.model = ModelInfo(
+            "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 1 << 30, None
+        )
         self.state: EngineState = "ready"
         self.reason: str | None = None
         self.max_permits = self.num_permits = permits

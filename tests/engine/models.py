@@ -1,5 +1,6 @@
 """Tiny models with random weights, of many families, and a byte tokenizer for them."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import (
 from engine.checkpoint import Checkpoint
 from engine.loader import LoadedModel, adopt
 from engine.tokenizer import Tokenizer
-from kernels.ops import Ops
+from kernels.ops import TORCH, Ops
 
 VOCAB_SIZE = 258
 MAX_POSITIONS = 256
@@ -102,9 +103,13 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
+FUSED = replace(TORCH, fuses=True)
+"""The torch kernels, put where a GPU would have its own."""
+
+
 @cache
 def family(name: str) -> LoadedModel:
-    return adopted(name)
+    return adopted(name, FUSED)
 
 
 def adopted(

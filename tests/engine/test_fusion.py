@@ -14,7 +14,7 @@ from engine.merged_linear import MemberLinear, merge, unmerge
 from engine.probe import difference, discover, own_logits
 from kernels.ops import TORCH, Ops
 from tests.engine.driving import check_greedy, greedy, make_engine, run
-from tests.engine.models import FAMILIES, adopted, build, reference
+from tests.engine.models import FAMILIES, FUSED, adopted, build, reference
 
 PER_LAYER = {  # of 4 layers: GEMMs of one input, norms besides the last, activations, rotations
     "llama": (2, 2, 1, 1),
@@ -74,17 +74,19 @@ def test_a_fusion_that_changes_the_answers_is_undone(
 
 def test_other_models_of_the_same_class_are_untouched() -> None:
     before = build(*FAMILIES["llama"][:1])
-    adopted("llama")
+    adopted("llama", FUSED)
     after = build(*FAMILIES["llama"][:1])
     for module in (*before.modules(), *after.modules()):
         assert "forward" not in vars(module)
         assert not isinstance(module, MemberLinear)
 
 
-def test_an_unfused_model_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.loader.fuse", lambda *_: [])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_where_nothing_is_launched_nothing_is_fused(name: str) -> None:
+    loaded = adopted(name, TORCH)
+    assert not any("forward" in vars(module) for module in loaded.model.modules())
     request = greedy(b"once upon", 6)
-    check_greedy(reference("llama"), run(make_engine(adopted("llama")), [(0, request)]), request)
+    check_greedy(reference(name), run(make_engine(loaded), [(0, request)]), request)
 
 
 # -- linears of one input ------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.engine.driving import Answers, check_greedy, greedy, run
 from tests.engine.models import adopted, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
-LAYERS = (2, 4)
+LAYERS = (1, 2)
 PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), list(b"a")]
 
 
