@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -123,7 +124,7 @@ async def test_compat_route_repeats_the_prompt_for_text_generation(
     tag: str | None, text: str
 ) -> None:
     engine = ScriptedEngine()
-    engine.model = type(engine.model)("m", None, tag, "float32", "cpu")
+    engine.model = replace(engine.model, pipeline_tag=tag)
     async with client(engine) as http:
         for parameters in ({}, {"return_full_text": None}):
             answer = await http.post("/", json={"inputs": "Hi", "parameters": parameters})
