@@ -1,0 +1,910 @@
+"""Paged attention in Triton: one launch for a step's decodes, one for its prefill chunks.
+
+**Tiles.** A tile is a few consecutive queries of one sequence, with all the query heads
+that share one key/value head: together the rows of a matrix. A program walks the keys
+they see with the online softmax of FlashAttention (Dao et al. 2022), in powers of two.
+
+**Splits.** The keys of a tile may be cut into splits. Each is computed from nothing, and
+what comes of it, a partial, is folded into that of the splits before it: always in that
+order, so an output is rounded in one way. How keys are cut depends on their sequence
+alone; how splits are dealt to programs decides nothing but the speed.
+
+- Decodes. The splits of all sequences and heads are one list, and every program takes an
+  equal run of it, so that any mix of lengths keeps the memory busy to the end (Stream-K,
+  Osama et al. 2023). Tiles that lie within one run never leave the registers.
+- Prefill. A program takes one split, and only short chunks with a long context have
+  several (Flash-Decoding, Dao et al. 2023).
+
+Partials of a tile that several programs share go through device memory; the program that
+comes last folds them.
+
+**Lists in device memory.** All that varies from step to step is read there by the kernel:
+a captured CUDA graph serves any step of its size.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.paged_attention import NO_LIMIT, MaskSpec
+
+MAX_SPLITS = 32
+"""Of the keys of a decode."""
+DECODE_SPLIT = 128
+"""Keys in a split of a decode, as long as that makes no more than `MAX_SPLITS`."""
+PREFILL_SPLIT = 1024
+"""Keys in a split of a prefill tile, at least."""
+CHUNK_QUERIES, STEP_QUERIES = 512, 16384
+"""Times their splits, so many queries of a chunk are split, and so many of a step: what
+has more has tiles enough, and the second bounds the memory for partials."""
+_TILE_ROWS = 128
+"""Of a prefill tile: queries times the heads that share keys."""
+
+# -- what a step computes ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tiles to compute, by their splits.
+
+    items      [capacity, 6] int32, on the device: the first `num_items` of them are real.
+               Those of a tile follow one another; tiles with several splits come first.
+               0  slot of the sequence
+               1  row of the first query in the packed row
+               2  number of queries, 1 to block_q
+               3  position of the first query; -1: nobody's, its output is zero
+               4  which split of the tile, ascending
+               5  number of splits
+    num_items  [1] int32, on the device
+    """
+
+    items: Tensor
+    num_items: Tensor
+    block_q: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """What every attention layer of one step needs to know.
+
+    slot_mapping  [num_tokens] int64
+    block_tables  [num_slots, max_blocks] int32: the blocks of each slot's sequence
+    decode        sequences with one query
+    prefill       sequences with several, by the `block_q` that a layer needs
+    counters      [`num_counters`] int32: zero before and after every launch
+    """
+
+    slot_mapping: Tensor
+    block_tables: Tensor
+    decode: Work | None
+    prefill: dict[int, Work]
+    counters: Tensor
+
+
+def plan_decode(slots: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Items, [n, 6] int32, for sequences with one query each, at `positions` and `rows`."""
+    num_splits = np.minimum(np.maximum(positions, 0) // DECODE_SPLIT + 1, MAX_SPLITS)
+    return _items(slots, rows, 1, positions, num_splits)
+
+
+def plan_prefill(
+    slots: np.ndarray,
+    query_lens: np.ndarray,
+    seq_lens: np.ndarray,
+    rows: np.ndarray,
+    block_q: int,
+) -> np.ndarray:
+    """Items, [n, 6] int32, for chunks: the last `query_lens` of `seq_lens`, from `rows` on.
+
+    Tiles with many keys come before those with few, so that the last to finish is short.
+    """
+    num_tiles = -(-query_lens // block_q)
+    chunk = np.repeat(np.arange(len(slots)), num_tiles)
+    start = (np.arange(len(chunk)) - (np.cumsum(num_tiles) - num_tiles)[chunk]) * block_q
+    num_queries = np.minimum(query_lens[chunk] - start, block_q)
+    positions = (seq_lens - query_lens)[chunk] + start
+
+    num_splits = np.minimum(
+        -(-(positions + num_queries) // PREFILL_SPLIT),
+        CHUNK_QUERIES // (num_tiles * block_q)[chunk],
+    )
+    num_splits = np.maximum(num_splits, 1)
+    if num_splits[num_splits > 1].sum() * block_q > STEP_QUERIES:
+        num_splits[:] = 1
+    order = np.lexsort((-positions, num_splits == 1))
+    columns = (slots[chunk], rows[chunk] + start, num_queries, positions, num_splits)
+    return _items(*(column[order] for column in columns))
+
+
+def _items(
+    slots: np.ndarray,
+    rows: np.ndarray,
+    num_queries: np.ndarray | int,
+    positions: np.ndarray,
+    num_splits: np.ndarray,
+) -> np.ndarray:
+    first = np.cumsum(num_splits) - num_splits
+    tiles = np.empty((len(slots), 6), dtype=np.int32)
+    for column, values in enumerate((slots, rows, num_queries, positions, first, num_splits)):
+        tiles[:, column] = values
+    items = tiles.repeat(num_splits, axis=0)
+    which = items[:, 4]
+    np.subtract(np.arange(len(items), dtype=np.int32), which, out=which)
+    return items
+
+
+def block_q_for(group_size: int) -> int:
+    """Queries in a prefill tile, where so many query heads share a key/value head."""
+    return max(_TILE_ROWS // group_size, 1)
+
+
+def num_counters(max_sequences: int, num_heads: int, num_kv_heads: int) -> int:
+    """Counters that steps of so many sequences may need."""
+    max_decode = max_sequences * MAX_SPLITS
+    max_prefill = STEP_QUERIES // block_q_for(num_heads // num_kv_heads)
+    return max(max_decode, max_prefill) * num_kv_heads
+
+
+# -- the kernel ----------------------------------------------------------------------------
+
+_LOG2_E = math.log2(math.e)
+_LOG2E = tl.constexpr(_LOG2_E)
+_NONE_SEEN = tl.constexpr(-1.0e30)
+"""The largest score of no scores: finite, so that differences of it are."""
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What the kernel is compiled for.
+
+    block_m           rows of a tile, padded to a power of two that tensor cores take
+    block_n           keys of a step
+    block_d, block_v  `head_dim` and `value_dim`, padded to powers of two
+    runs              whether a program takes a run of splits, or one
+    is_float8         whether caches are of float8: keys come as uint8, values as int16 pairs
+    as_bits           whether to decode them without an instruction for it
+    merge_m, merge_n  rows and splits of partials in flight at once
+    factor            makes logarithms to base 2 of products of query and key
+    cap               softcap to base 2; `factor` then makes the argument of exp2 in tanh
+    precision         of float32 products
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    key_block_stride: int
+    key_slot_stride: int
+    key_head_stride: int
+    value_block_stride: int
+    value_slot_stride: int
+    value_head_stride: int
+    table_stride: int
+    block_q: int
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    runs: bool
+    is_float8: bool
+    as_bits: bool
+    merge_m: int
+    merge_n: int
+    factor: float
+    cap: float | None
+    window: int | None
+    chunk: int | None
+    has_alibi: bool
+    precision: str | None
+
+
+class _Inputs(NamedTuple):
+    query: Any
+    query_row_stride: Any
+    query_head_stride: Any
+    key_cache: Any
+    value_cache: Any
+    block_tables: Any
+    items: Any
+    alibi_slopes: Any
+    k_scale: Any
+
+
+class _Scratch(NamedTuple):
+    """Partials, [units, rows, block_v] and [units, 2, rows] float32; counters [units]."""
+
+    acc: Any
+    stats: Any
+    counters: Any
+
+
+class _Outputs(NamedTuple):
+    output: Any
+    sinks: Any
+    v_scale: Any
+
+
+class _Tile(NamedTuple):
+    """Queries, their key/value head, and the steps of `block_n` keys that they see.
+
+    unit  the first of its units, one for each split: rows of the scratch memory
+    """
+
+    row: Any
+    num_queries: Any
+    position: Any
+    head: Any
+    unit: Any
+    first_step: Any
+    last_step: Any
+    split_steps: Any
+    num_splits: Any
+
+
+class _Operands(NamedTuple):
+    """A tile's queries, where the keys and values are, and how scores are made."""
+
+    query: Any
+    k_base: Any
+    v_base: Any
+    table: Any
+    factor: Any
+    row_factors: Any
+    slopes: Any
+
+
+class _Partial(NamedTuple):
+    """A softmax over some keys: sum of weighted values, largest score, sum of weights."""
+
+    acc: Any
+    peak: Any
+    total: Any
+
+
+@triton.jit
+def _attend_kernel(
+    output,
+    query,
+    key_cache,
+    value_cache,
+    block_tables,
+    items,
+    num_items,
+    counters,
+    partial_acc,
+    partial_stats,
+    sinks,
+    alibi_slopes,
+    k_scale,
+    v_scale,
+    query_row_stride,
+    query_head_stride,
+    S: tl.constexpr,
+):
+    inputs = _Inputs(
+        query,
+        query_row_stride,
+        query_head_stride,
+        key_cache,
+        value_cache,
+        block_tables,
+        items,
+        alibi_slopes,
+        k_scale,
+    )
+    scratch = _Scratch(partial_acc, partial_stats, counters)
+    outputs = _Outputs(output, sinks, v_scale)
+    num_units = tl.load(num_items) * S.num_kv_heads
+    program = tl.program_id(0)
+    if S.runs:
+        unit = (program.to(tl.int64) * num_units // tl.num_programs(0)).to(tl.int32)
+        end = ((program + 1).to(tl.int64) * num_units // tl.num_programs(0)).to(tl.int32)
+        while unit < end:
+            unit = _attend_units(unit, end, inputs, scratch, outputs, S)
+    elif program < num_units:
+        _attend_units(program, program + 1, inputs, scratch, outputs, S)
+
+
+@triton.jit
+def _attend_units(unit, end, inputs, scratch, outputs, S: tl.constexpr):
+    """Those from `unit` up to `end` that are of the same tile and head; the one after them.
+
+    Units are ordered by tile, then head, then split.
+    """
+    item = unit // S.num_kv_heads
+    item -= tl.load(inputs.items + item * 6 + 4)
+    fields = inputs.items + item * 6
+    num_splits = tl.load(fields + 5)
+    head = (unit - item * S.num_kv_heads) // num_splits
+    first_unit = item * S.num_kv_heads + head * num_splits
+    end = tl.minimum(end, first_unit + num_splits)
+    tile = _find_tile(fields, num_splits, head, first_unit, S)
+    start = unit - first_unit
+    stop = tl.minimum(end - first_unit, tile.num_splits)
+    if start < stop:
+        operands = _find_operands(inputs, tl.load(fields), tile, S)
+        if S.runs:
+            part = _attend_run(operands, tile, start, stop, scratch, S)
+        else:
+            part = _attend_split(operands, tile, start, S)
+        _finish(part, tile, start, stop, scratch, outputs, S)
+    return end
+
+
+@triton.jit
+def _find_tile(fields, num_splits, head, unit, S: tl.constexpr):
+    row = tl.load(fields + 1)
+    num_queries = tl.load(fields + 2)
+    position = tl.load(fields + 3)
+    first_key = 0
+    if S.window is not None:
+        first_key = tl.maximum(first_key, position - S.window + 1)
+    if S.chunk is not None:
+        first_key = tl.maximum(first_key, position // S.chunk * S.chunk)
+    first_step = first_key // S.block_n
+    last_step = (position + num_queries + S.block_n - 1) // S.block_n
+    # Where a window leaves few keys, there are fewer splits than items.
+    num_steps = last_step - first_step
+    split_steps = tl.maximum((num_steps + num_splits - 1) // num_splits, 1)
+    num_splits = tl.maximum((num_steps + split_steps - 1) // split_steps, 1)
+    return _Tile(
+        row, num_queries, position, head, unit, first_step, last_step, split_steps, num_splits
+    )
+
+
+@triton.jit
+def _find_operands(inputs, slot, tile, S: tl.constexpr):
+    m = tl.arange(0, S.block_m)
+    d = tl.arange(0, S.block_d)
+    q_head = tile.head * S.group + m % S.group
+    rows = (tile.row + m // S.group).to(tl.int64) * inputs.query_row_stride
+    rows += q_head * inputs.query_head_stride
+    valid = (m < tile.num_queries * S.group)[:, None] & (d < S.head_dim)[None, :]
+    query = tl.load(inputs.query + rows[:, None] + d[None, :], mask=valid, other=0.0)
+    factor = tl.full([], S.factor, tl.float32)
+    row_factors = tl.full([S.block_m], 1.0, tl.float32)
+    if S.is_float8 and query.dtype != tl.float32:
+        query, row_factors = _to_float16(query)
+    if S.as_bits:
+        factor *= 256
+    if inputs.k_scale is not None:
+        factor *= tl.load(inputs.k_scale + tile.head)
+    slopes = row_factors  # a tensor where there are none: functions cannot return None
+    if S.has_alibi:
+        slopes = tl.load(inputs.alibi_slopes + q_head).to(tl.float32) * _LOG2E
+    return _Operands(
+        query,
+        inputs.key_cache + tile.head * S.key_head_stride,
+        inputs.value_cache + tile.head * S.value_head_stride,
+        inputs.block_tables + slot.to(tl.int64) * S.table_stride,
+        factor,
+        row_factors,
+        slopes,
+    )
+
+
+@triton.jit
+def _to_float16(query):
+    """Rows divided by powers of two, so that none overflows, and those.
+
+    float8 becomes float16 in one instruction, and bfloat16 in four.
+    """
+    query = query.to(tl.float32)
+    largest = tl.max(tl.abs(query), 1)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(power > 0, power, 1.0)
+    return (query / power[:, None]).to(tl.float16), power
+
+
+@triton.jit
+def _attend_run(operands, tile, start, stop, scratch, S: tl.constexpr):
+    """Splits one after the other, without a break in the stream of loads.
+
+    The tile's first ones are folded here, later ones are left in the scratch memory.
+    """
+    begin = tile.first_step + start * tile.split_steps
+    end = tl.minimum(tile.first_step + stop * tile.split_steps, tile.last_step)
+    split_end = begin + tile.split_steps
+    folded = _nothing(S)
+    part = _nothing(S)
+    for step in tl.range(begin, end):
+        part = _attend_keys(operands, tile, step, part, S)
+        if (step + 1 == split_end) | (step + 1 == end):
+            if start == 0:
+                folded = _fold(folded, part)
+            else:
+                split = (step - tile.first_step) // tile.split_steps
+                _store_partial(scratch, tile, split, part, S)
+            part = _nothing(S)
+            split_end += tile.split_steps
+    return folded
+
+
+@triton.jit
+def _attend_split(operands, tile, split, S: tl.constexpr):
+    begin = tile.first_step + split * tile.split_steps
+    end = tl.minimum(begin + tile.split_steps, tile.last_step)
+    part = _nothing(S)
+    for step in tl.range(begin, end):
+        part = _attend_keys(operands, tile, step, part, S)
+    return part
+
+
+@triton.jit
+def _attend_keys(operands, tile, step, part, S: tl.constexpr):
+    """`part`, and the next `block_n` keys."""
+    k_pos = step * S.block_n + tl.arange(0, S.block_n)
+    # Past the end there is garbage, perhaps NaN: the last key stands in, and is masked.
+    at = tl.minimum(k_pos, tile.position + tile.num_queries - 1)
+    block = tl.load(operands.table + at // S.block_size).to(tl.int64)
+    k_rows = block * S.key_block_stride + at % S.block_size * S.key_slot_stride
+    v_rows = block * S.value_block_stride + at % S.block_size * S.value_slot_stride
+
+    query = operands.query
+    keys = _load_rows(operands.k_base, k_rows, S.head_dim, S.block_d)
+    keys = _decoded(keys, query.dtype, S)
+    scores = tl.dot(query, keys.T, input_precision=S.precision)
+    scores, factor = _scored(scores, k_pos, operands, tile, step, S)
+    peak = tl.maximum(part.peak, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - peak[:, None])
+    keep = tl.exp2(part.peak - peak)
+    total = part.total * keep + tl.sum(weights, 1)
+    acc = part.acc * keep[:, None]
+    acc = _add_values(acc, weights.to(query.dtype), operands.v_base, v_rows, S)
+    return _Partial(acc, peak, total)
+
+
+@triton.jit
+def _add_values(acc, weights, v_base, v_rows, S: tl.constexpr):
+    if S.is_float8:
+        # Matrix units want consecutive keys side by side, and only 16-bit values can be
+        # turned that way fast. So float8 values come in pairs, and `acc` has all the first
+        # ones before all the second ones.
+        pairs = _load_rows(v_base, v_rows, S.value_dim // 2, S.block_v // 2)
+        first = _decoded((pairs & 0xFF).to(tl.uint8), weights.dtype, S)
+        second = _decoded(((pairs >> 8) & 0xFF).to(tl.uint8), weights.dtype, S)
+        acc_first, acc_second = _halves(acc)
+        acc_first = tl.dot(weights, first, acc_first, input_precision=S.precision)
+        acc_second = tl.dot(weights, second, acc_second, input_precision=S.precision)
+        acc = tl.permute(tl.join(acc_first, acc_second), (0, 2, 1))
+        acc = tl.reshape(acc, [S.block_m, S.block_v])
+    else:
+        values = _load_rows(v_base, v_rows, S.value_dim, S.block_v)
+        acc = tl.dot(weights, values, acc, input_precision=S.precision)
+    return acc
+
+
+@triton.jit
+def _halves(acc):
+    """Of the columns. Only so do they stay where they are, in registers."""
+    halves = tl.reshape(acc, [acc.shape[0], 2, acc.shape[1] // 2])
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def _load_rows(base, rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    pointers = base + rows[:, None] + columns[None, :]
+    mask = (columns < DIM)[None, :] if DIM < BLOCK else None
+    return tl.load(pointers, mask=mask, other=None if mask is None else 0)
+
+
+@triton.jit
+def _decoded(x, dtype: tl.constexpr, S: tl.constexpr):
+    """float8_e4m3, if that is what the bytes are, by way of float16.
+
+    Where there is no instruction for it, moving the bits makes a 256th of the value. To
+    bfloat16 there is a fast one only from float32.
+    """
+    if S.is_float8:
+        if S.as_bits:
+            x = x.to(tl.uint16)
+            x = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        else:
+            x = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        if dtype != tl.float16:
+            x = x.to(tl.float32).to(dtype)
+    return x
+
+
+@triton.jit
+def _scored(scores, k_pos, operands, tile, step, S: tl.constexpr):
+    """Masked scores, and the factor that they lack."""
+    q_pos = tile.position + tl.arange(0, S.block_m) // S.group
+    factor = operands.factor
+    if S.is_float8:
+        scores *= operands.row_factors[:, None]
+    if S.cap is not None:
+        # cap * tanh; exp2 must not overflow, and NaN must not vanish.
+        scores = tl.minimum(scores * factor, 80.0, propagate_nan=tl.PropagateNan.ALL)
+        scores = S.cap - 2 * S.cap / (1 + tl.exp2(scores))
+        factor = 1.0
+    if S.has_alibi:
+        distance = (q_pos[:, None] - k_pos[None, :]).to(tl.float32)
+        scores = scores * factor - operands.slopes[:, None] * distance
+        factor = 1.0
+    if S.runs:
+        scores = _mask(scores, q_pos, k_pos, S)
+    else:
+        last_query = tile.position + tile.num_queries - 1
+        partly = (step + 1) * S.block_n > tile.position + 1
+        if S.window is not None:
+            partly |= step * S.block_n <= last_query - S.window
+        if S.chunk is not None:
+            partly |= step * S.block_n < last_query // S.chunk * S.chunk
+        if partly:
+            scores = _mask(scores, q_pos, k_pos, S)
+    return scores, factor
+
+
+@triton.jit
+def _mask(scores, q_pos, k_pos, S: tl.constexpr):
+    visible = k_pos[None, :] <= q_pos[:, None]
+    if S.window is not None:
+        visible &= k_pos[None, :] > (q_pos - S.window)[:, None]
+    if S.chunk is not None:
+        visible &= k_pos[None, :] >= (q_pos // S.chunk * S.chunk)[:, None]
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _nothing(S: tl.constexpr):
+    return _Partial(
+        tl.full([S.block_m, S.block_v], 0.0, tl.float32),
+        tl.full([S.block_m], _NONE_SEEN, tl.float32),
+        tl.full([S.block_m], 0.0, tl.float32),
+    )
+
+
+@triton.jit
+def _fold(first, second):
+    """The softmax over the keys of both.
+
+    Fused by hand, and so rounded alike wherever the compiler puts it.
+    """
+    peak = tl.maximum(first.peak, second.peak)
+    keep = tl.exp2(first.peak - peak)
+    take = tl.exp2(second.peak - peak)
+    takes = tl.broadcast_to(take[:, None], second.acc.shape)
+    acc = tl.fma(second.acc, takes, first.acc * keep[:, None])
+    return _Partial(acc, peak, tl.fma(second.total, take, first.total * keep))
+
+
+@triton.jit
+def _finish(part, tile, start, stop, scratch, outputs, S: tl.constexpr):
+    """Write the output, or leave the partial to whoever comes last."""
+    if (start == 0) & (stop == tile.num_splits):
+        _write_output(outputs, tile, tl.arange(0, S.block_m), part, S)
+    else:
+        if (start == 0) | (not S.runs):
+            _store_partial(scratch, tile, start, part, S)
+        # The barrier puts the stores of all threads before the atomic, which releases them
+        # to programs that come later and acquires what came before: the last one sees all
+        # partials. Nobody else will touch them, or the counter, in this launch. The upper
+        # half of the counter tells how many of the first splits are folded in one.
+        tl.debug_barrier()
+        count = stop - start
+        count += tl.where(start == 0, count << 16, 0)
+        arrived = tl.atomic_add(scratch.counters + tile.unit, count, sem="acq_rel") + count
+        if (arrived & 0xFFFF) == tile.num_splits:
+            tl.store(scratch.counters + tile.unit, 0)
+            _merge(tile, arrived >> 16, scratch, outputs, S)
+
+
+@triton.jit
+def _merge(tile, num_folded, scratch, outputs, S: tl.constexpr):
+    MERGE_N: tl.constexpr = S.merge_n
+    num_rows = tile.num_queries * S.group
+    for begin in tl.range(0, num_rows, S.merge_m):
+        m = begin + tl.arange(0, S.merge_m)
+        part = _load_partial(scratch, tile, 0, m, m < num_rows, S)
+        for splits in tl.range(num_folded, tile.num_splits, S.merge_n):
+            for i in tl.static_range(MERGE_N):
+                valid = (m < num_rows) & (splits + i < tile.num_splits)
+                part = _fold(part, _load_partial(scratch, tile, splits + i, m, valid, S))
+        _write_output(outputs, tile, m, part, S)
+
+
+@triton.jit
+def _store_partial(scratch, tile, split, part, S: tl.constexpr):
+    m = tl.arange(0, S.block_m)
+    valid = m < tile.num_queries * S.group
+    rows = (tile.unit.to(tl.int64) + split) * (S.block_q * S.group)
+    acc = scratch.acc + (rows + m)[:, None] * S.block_v
+    if S.is_float8:
+        v = tl.arange(0, S.block_v // 2)[None, :]
+        first, second = _halves(part.acc)
+        tl.store(acc + v, first, valid[:, None])
+        tl.store(acc + S.block_v // 2 + v, second, valid[:, None])
+    else:
+        v = tl.arange(0, S.block_v)[None, :]
+        tl.store(acc + v, part.acc, valid[:, None])
+    stats = scratch.stats + rows * 2 + m
+    tl.store(stats, part.peak, valid)
+    tl.store(stats + S.block_q * S.group, part.total, valid)
+
+
+@triton.jit
+def _load_partial(scratch, tile, split, m, valid, S: tl.constexpr):
+    """Past the first-level cache, which does not see what other programs store."""
+    v = tl.arange(0, S.block_v)
+    rows = (tile.unit.to(tl.int64) + split) * (S.block_q * S.group)
+    acc = scratch.acc + (rows + m)[:, None] * S.block_v + v[None, :]
+    stats = scratch.stats + rows * 2 + m
+    return _Partial(
+        tl.load(acc, valid[:, None], other=0.0, cache_modifier=".cg"),
+        tl.load(stats, valid, other=_NONE_SEEN, cache_modifier=".cg"),
+        tl.load(stats + S.block_q * S.group, valid, other=0.0, cache_modifier=".cg"),
+    )
+
+
+@triton.jit
+def _write_output(outputs, tile, m, part, S: tl.constexpr):
+    v = tl.arange(0, S.block_v)
+    q_head = tile.head * S.group + m % S.group
+    keep = 1.0
+    total = part.total
+    if outputs.sinks is not None:
+        sink = tl.load(outputs.sinks + q_head).to(tl.float32) * _LOG2E
+        peak = tl.maximum(part.peak, sink)
+        keep = tl.exp2(part.peak - peak)
+        total = total * keep + tl.exp2(sink - peak)
+    norm = keep / tl.where(total == 0, 1.0, total)
+    if outputs.v_scale is not None:
+        norm *= tl.load(outputs.v_scale + tile.head)
+    if S.as_bits:
+        norm *= 256
+    rows = (tile.row + m // S.group).to(tl.int64) * (S.num_kv_heads * S.group) + q_head
+    offsets = rows[:, None] * S.value_dim + v[None, :]
+    valid = (m < tile.num_queries * S.group)[:, None] & (v < S.value_dim)[None, :]
+    dtype = outputs.output.dtype.element_ty
+    if S.is_float8:
+        first, second = _halves(part.acc)
+        first, second = (first * norm[:, None]).to(dtype), (second * norm[:, None]).to(dtype)
+        output = tl.interleave(first, second)
+    else:
+        output = (part.acc * norm[:, None]).to(dtype)
+    tl.store(outputs.output + offsets, output, valid)
+
+
+# -- the launcher --------------------------------------------------------------------------
+
+
+def paged_attention_triton(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: PagedBatch,
+    spec: MaskSpec,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Causal attention; returns [num_tokens, num_heads, value_dim] in `query`'s dtype.
+
+    query         [num_tokens, num_heads, head_dim], any strides but 1 in the last dimension
+    key_cache     [num_blocks, block_size, num_kv_heads, head_dim], likewise
+    value_cache   [num_blocks, block_size, num_kv_heads, value_dim], likewise
+    scale         positive
+    softcap       scores become softcap * tanh(scores / softcap)
+    sinks         [num_heads]: one more logit per head in the softmax, with no value
+    alibi_slopes  [num_heads]: slope * (q - k) is subtracted from the scores
+    k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
+
+    Rows that no work item covers are not written. Reads the queries, and of each decode
+    the keys and values that it sees once per key/value head; of a prefill chunk once per
+    tile of about 128 rows, mostly from the second-level cache. Writes the output. Of tiles
+    whose splits are dealt to several programs, partials are written and read: a
+    4 * (value_dim + 2) / (split's keys * bytes of a key and its value) part of what decodes
+    read, times the query heads of a key/value head.
+    """
+    output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    target = target_of(query.device)
+    value_dim = value_cache.shape[-1]
+    if value_cache.dtype == torch.float8_e4m3fn:
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.int16)
+    works = [] if metadata.decode is None else [metadata.decode]
+    if metadata.prefill:
+        works.append(metadata.prefill[block_q_for(query.shape[1] // key_cache.shape[2])])
+    for work in works:
+        variant = variant_for(
+            target,
+            work is metadata.decode,
+            work.block_q,
+            query.dtype,
+            query.shape[1:],
+            key_cache.dtype,
+            key_cache.shape[1:],
+            key_cache.stride(),
+            value_dim,
+            value_cache.stride(),
+            metadata.block_tables.stride(0),
+            spec,
+            scale,
+            softcap,
+            alibi_slopes is not None,
+        )
+        num_units = len(work.items) * key_cache.shape[2]
+        acc, stats = _scratch(work, num_units, variant.spec, metadata.counters)
+        _attend_kernel[(min(num_units, variant.max_programs),)](
+            output,
+            query,
+            key_cache,
+            value_cache,
+            metadata.block_tables,
+            work.items,
+            work.num_items,
+            metadata.counters,
+            acc,
+            stats,
+            sinks,
+            alibi_slopes,
+            k_scale,
+            v_scale,
+            query.stride(0),
+            query.stride(1),
+            variant.spec,
+            num_warps=variant.num_warps,
+            num_stages=variant.num_stages,
+        )
+    return output
+
+
+def _scratch(work: Work, num_units: int, spec: _Spec, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the partials of all units that may be one of several splits."""
+    if not spec.runs:
+        num_units = min(num_units, STEP_QUERIES // work.block_q * spec.num_kv_heads)
+    assert len(counters) >= num_units, f"{len(counters)} counters for {num_units} units"
+    rows = num_units * work.block_q * spec.group
+    scratch = torch.empty(rows * (spec.block_v + 2), dtype=torch.float32, device=counters.device)
+    return scratch, scratch[rows * spec.block_v :]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU: compute capability (90 is 9.0), shared memory a block may have, processors."""
+
+    capability: int
+    shared_bytes: int
+    num_sms: int
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    if device.type != "cuda":  # interpreted
+        return Target(80, 163 << 10, 2)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target(
+        major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The kernel for one layer's shapes, and how it is launched."""
+
+    spec: _Spec
+    num_warps: int
+    num_stages: int
+    max_programs: int
+
+
+@cache
+def variant_for(
+    target: Target,
+    runs: bool,
+    block_q: int,
+    dtype: torch.dtype,
+    query_shape: tuple[int, int],
+    cache_dtype: torch.dtype,
+    key_shape: tuple[int, int, int],
+    key_strides: tuple[int, int, int, int],
+    value_dim: int,
+    value_strides: tuple[int, int, int, int],
+    table_stride: int,
+    mask: MaskSpec,
+    scale: float,
+    softcap: float | None,
+    has_alibi: bool,
+) -> Variant:
+    """`query_shape` and `key_shape` are without the first dimension."""
+    num_heads, head_dim = query_shape
+    block_size, num_kv_heads, _ = key_shape
+    group = num_heads // num_kv_heads
+    block_m = max(triton.next_power_of_2(group * block_q), 16)
+    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    key_bytes = (block_d + block_v) * cache_dtype.itemsize
+    query_bytes = block_m * block_d * dtype.itemsize
+    if runs:
+        other_bytes = query_bytes + block_m * block_v * 4
+        block_n, per_sm = _decode_tiling(
+            target, block_m, key_bytes, cache_dtype.itemsize, other_bytes
+        )
+        in_flight, max_programs = 2, target.num_sms * per_sm
+        num_warps = 4 if block_m < 64 else 8
+    else:
+        block_n, in_flight = _prefill_tiling(
+            target, block_m, block_v, key_bytes, query_bytes, dtype.itemsize
+        )
+        num_warps, max_programs = 8, 1 << 30
+    spec = _Spec(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        key_block_stride=key_strides[0],
+        key_slot_stride=key_strides[1],
+        key_head_stride=key_strides[2],
+        value_block_stride=value_strides[0],
+        value_slot_stride=value_strides[1],
+        value_head_stride=value_strides[2],
+        table_stride=table_stride,
+        block_q=block_q,
+        block_m=block_m,
+        block_n=block_n,
+        block_d=block_d,
+        block_v=block_v,
+        runs=runs,
+        is_float8=cache_dtype == torch.uint8,
+        as_bits=cache_dtype == torch.uint8 and target.capability < 89,
+        merge_m=min(triton.next_power_of_2(group * block_q), 16),
+        merge_n=4,
+        factor=scale * _LOG2_E if softcap is None else 2 * _LOG2_E * scale / softcap,
+        cap=None if softcap is None else softcap * _LOG2_E,
+        window=None if mask.window >= NO_LIMIT else mask.window,
+        chunk=None if mask.chunk >= NO_LIMIT else mask.chunk,
+        has_alibi=has_alibi,
+        precision="ieee" if dtype == torch.float32 else None,
+    )
+    # Addresses are loaded themselves, a stage ahead for each that their loads are.
+    return Variant(spec, num_warps, 2 * in_flight + 1, max_programs)
+
+
+def _decode_tiling(
+    target: Target, block_m: int, key_bytes: int, cache_itemsize: int, other_bytes: int
+) -> tuple[int, int]:
+    """Keys a step, and programs a processor.
+
+    A step is of 32 KB, with one more in flight: two programs keep a processor's share of the
+    memory's bandwidth, some 40 KB a microsecond, busy over its latency.
+    """
+    # Else registers are too few: for conversions, or for the scores of many heads.
+    most = 64 if cache_itemsize == 1 or block_m >= 64 else 128
+    block_n = min(max(1 << ((32 << 10) // key_bytes).bit_length() - 1, 16), most)
+    needed = 2 * block_n * (key_bytes + 4) + other_bytes + 1024
+    fits_twice = 2 * needed <= target.shared_bytes + 1024
+    return block_n, 2 if fits_twice and block_m < 64 else 1
+
+
+def _prefill_tiling(
+    target: Target, block_m: int, block_v: int, key_bytes: int, query_bytes: int, itemsize: int
+) -> tuple[int, int]:
+    """Keys a step, and steps in flight: as many as fit, two at best.
+
+    The matrix units of Hopper and Blackwell read shared memory in their own time, and so from
+    one more buffer; but Hopper's take the weights from registers.
+    """
+    generation = target.capability // 10
+    most = {9: 128, 10: 64}.get(generation, 32) if block_v <= 128 else 32  # by registers
+    for in_flight in (2, 1):
+        for block_n in (128, 64, 32, 16):
+            buffers = in_flight + (generation in (9, 10))
+            needed = query_bytes + buffers * block_n * key_bytes + 2048
+            needed += 0 if generation == 9 else block_m * block_n * itemsize
+            if block_n <= most and needed <= target.shared_bytes:
+                return block_n, in_flight
+    return 16, 0

@@ -1,0 +1,145 @@
+"""Attention for GPUs that are not there: it fits their registers and shared memory."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.paged_attention import MaskSpec
+from kernels.paged_attention_triton import Target, Variant, block_q_for, variant_for
+from tests.kernels import compiling
+from tests.kernels.compiling import SHARED_LIMIT, TARGETS, Resources
+
+EVERYTHING = MaskSpec()
+BLOCK_SIZE = 16
+NUM_SMS = 132
+REGISTERS = 64 << 10
+"""Of a multiprocessor."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`stack` is what a thread may keep out of registers: what its loop does not need."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    mask: MaskSpec = EVERYTHING
+    softcap: float | None = None
+    is_float8: bool = False
+    has_sinks: bool = False
+    has_alibi: bool = False
+    stack: int = 0
+
+
+LAYERS = {
+    "Llama-3.1-8B": Layer(32, 8, 128, 128),
+    "Llama-3.1-8B, float8 cache": Layer(32, 8, 128, 128, is_float8=True),
+    "Gemma-2-9B, float8 cache": Layer(16, 8, 256, 256, is_float8=True),
+    "Gemma-2-9B": Layer(16, 8, 256, 256, MaskSpec(window=4096), softcap=50.0),
+    "Phi-3-mini": Layer(32, 32, 96, 96, MaskSpec(window=2047)),
+    "DeepSeek-V2-Lite": Layer(16, 16, 192, 128),
+    "Llama-4-Scout": Layer(40, 8, 128, 128, MaskSpec(chunk=8192), stack=8),
+    "gpt-oss-20b": Layer(64, 8, 64, 64, MaskSpec(window=128), has_sinks=True),
+    "BLOOM-7B1": Layer(32, 32, 128, 128, has_alibi=True),
+    "StarCoder": Layer(48, 1, 128, 128, stack=16),
+    "Falcon-40B": Layer(128, 8, 64, 64),
+}
+
+
+def variant_on(target: int, layer: Layer, is_decode: bool) -> Variant:
+    cache_dtype = torch.uint8 if layer.is_float8 else torch.bfloat16
+    return variant_for(
+        Target(target, SHARED_LIMIT[target], NUM_SMS),
+        is_decode,
+        1 if is_decode else block_q_for(layer.num_heads // layer.num_kv_heads),
+        torch.bfloat16,
+        (layer.num_heads, layer.head_dim),
+        cache_dtype,
+        (BLOCK_SIZE, layer.num_kv_heads, layer.head_dim),
+        strides(layer, layer.head_dim),
+        layer.value_dim,
+        strides(layer, layer.value_dim // 2 if layer.is_float8 else layer.value_dim),
+        2048,
+        layer.mask,
+        layer.head_dim**-0.5,
+        layer.softcap,
+        layer.has_alibi,
+    )
+
+
+def strides(layer: Layer, dim: int) -> tuple[int, int, int, int]:
+    return BLOCK_SIZE * layer.num_kv_heads * dim, layer.num_kv_heads * dim, dim, 1
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """That compile from the start: they import Triton with the first variant they are sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+def compiled(
+    workers: ProcessPoolExecutor, layer: Layer, variants: dict[int, Variant]
+) -> dict[int, Resources]:
+    arguments = {
+        "output": "*bf16",
+        "query": "*bf16",
+        "key_cache": "*u8" if layer.is_float8 else "*bf16",
+        "value_cache": "*i16" if layer.is_float8 else "*bf16",
+        "block_tables": "*i32",
+        "items": "*i32",
+        "num_items": "*i32",
+        "counters": "*i32",
+        "partial_acc": "*fp32",
+        "partial_stats": "*fp32",
+        "query_row_stride": "i32",
+        "query_head_stride": "i32",
+    }
+    optional = {
+        "sinks": "*bf16" if layer.has_sinks else None,
+        "alibi_slopes": "*fp32" if layer.has_alibi else None,
+        "k_scale": "*fp32" if layer.is_float8 else None,
+        "v_scale": "*fp32" if layer.is_float8 else None,
+    }
+    arguments |= {name: kind for name, kind in optional.items() if kind is not None}
+    absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
+    futures = {
+        target: workers.submit(
+            compiling._compile,
+            target,
+            "paged_attention_triton._attend_kernel",
+            arguments,
+            {"S": variant.spec, **absent},
+            variant.num_warps,
+            variant.num_stages,
+            frozenset({"query_row_stride", "query_head_stride"}),
+        )
+        for target, variant in variants.items()
+    }
+    return {target: future.result() for target, future in futures.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "prefill"])
+def test_registers_and_shared_memory_suffice(
+    layer: Layer, is_decode: bool, workers: ProcessPoolExecutor
+) -> None:
+    variants = {target: variant_on(target, layer, is_decode) for target in TARGETS}
+    for target, resources in compiled(workers, layer, variants).items():
+        assert resources.stack <= layer.stack, (target, resources)
+        assert resources.shared <= SHARED_LIMIT[target], (target, resources)
+        if is_decode:
+            variant = variants[target]
+            programs = variant.max_programs // NUM_SMS
+            assert programs * (resources.shared + 1024) <= SHARED_LIMIT[target] + 1024
+            assert programs * variant.num_warps * 32 * resources.registers <= REGISTERS

@@ -1,0 +1,722 @@
+"""Paged attention in Triton against dense attention in float64, one query at a time.
+
+Every slot of the cache that no sequence owns holds NaN or an infinity, and every entry of
+the block tables that no sequence has yet is a block of those. Kernels are interpreted, where
+bfloat16 is truncated rather than rounded: its tolerance is twice that of the others.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import paged_attention_triton as module
+from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
+from kernels.paged_attention_triton import (
+    CHUNK_QUERIES,
+    DECODE_SPLIT,
+    MAX_SPLITS,
+    PREFILL_SPLIT,
+    STEP_QUERIES,
+    PagedBatch,
+    Target,
+    Work,
+    block_q_for,
+    num_counters,
+    paged_attention_triton,
+    plan_decode,
+    plan_prefill,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GARBAGE = torch.tensor([math.nan, math.inf, -math.inf])
+BLOCK_SIZE = 16
+
+# -- the reference --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """query [n, num_heads, dim], key and value [L, num_kv_heads, dim]: the last n of L."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    sequences: list[Sequence]
+    spec: MaskSpec = field(default_factory=MaskSpec)
+    scale: float = 0.25
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+def attend(case: Case, seq: Sequence) -> Tensor:
+    """[n, num_heads, value_dim] float64."""
+    query, key, value = (x.double() for x in (seq.query, seq.key, seq.value))
+    if case.k_scale is not None:
+        key = key * case.k_scale.double()[:, None]
+    if case.v_scale is not None:
+        value = value * case.v_scale.double()[:, None]
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    k = torch.arange(len(key))[None, :]
+    q = k[0, len(key) - len(query) :, None]
+    seen = (k <= q) & (q - k < case.spec.window) & (k // case.spec.chunk == q // case.spec.chunk)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * case.scale
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if case.alibi_slopes is not None:
+        scores = scores - case.alibi_slopes.double()[:, None, None] * (q - k)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if case.sinks is not None:
+        column = case.sinks.double()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat([scores, column], dim=-1)
+    probs = scores.softmax(dim=-1)[..., : len(key)]
+    return torch.einsum("hqk,khd->qhd", probs, value)
+
+
+# -- the paged side -------------------------------------------------------------------
+
+
+@dataclass
+class Paged:
+    """The case's sequences in blocks all over a cache, and its queries packed."""
+
+    case: Case
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    batch: PagedBatch
+    slots: np.ndarray
+    query_lens: list[int]
+
+    def run_torch(self) -> list[Tensor]:
+        case = self.case
+        slots = self.slots
+        metadata = AttentionMetadata(
+            query_lens=np.array(self.query_lens[:-1]),
+            seq_lens=np.array([len(seq.key) for seq in case.sequences]),
+            block_tables=self.batch.block_tables.numpy()[slots].astype(np.int64),
+            slot_mapping=self.batch.slot_mapping,
+            block_size=BLOCK_SIZE,
+        )
+        output = paged_attention(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            metadata,
+            case.spec,
+            case.scale,
+            case.softcap,
+            case.sinks,
+            case.alibi_slopes,
+            case.k_scale,
+            case.v_scale,
+        )
+        return list(output.split(self.query_lens))
+
+    def run(self) -> list[Tensor]:
+        """Each sequence's outputs; what is no sequence's comes last."""
+        case = self.case
+        output = paged_attention_triton(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.batch,
+            case.spec,
+            case.scale,
+            case.softcap,
+            case.sinks,
+            case.alibi_slopes,
+            case.k_scale,
+            case.v_scale,
+        )
+        assert output.dtype == self.query.dtype
+        assert output.shape == (*self.query.shape[:2], self.value_cache.shape[-1])
+        assert not self.batch.counters.any()
+        return list(output.split(self.query_lens))
+
+
+def page(case: Case, seed: int = 0, spare_items: int = 3, dummies: int = 0) -> Paged:
+    """`spare_items` follow the real ones, and make no sense; `dummies` follow the decodes."""
+    rng = np.random.default_rng(seed)
+    seqs = case.sequences
+    seq_lens = np.array([len(seq.key) for seq in seqs])
+    query_lens = np.array([len(seq.query) for seq in seqs])
+    num_blocks = -(-seq_lens // BLOCK_SIZE)
+    free = rng.permutation(num_blocks.sum() + 3)  # the last ones are nobody's
+    tables = np.full((len(seqs) + 4, num_blocks.max() + 2), free[-1], dtype=np.int32)
+    slots = rng.permutation(len(tables))[: len(seqs)]
+    for slot, n in zip(slots, num_blocks, strict=True):
+        tables[slot, :n], free = free[:n], free[n:]
+
+    key_cache, value_cache = (
+        garbage((num_blocks.sum() + 3, BLOCK_SIZE, *x.shape[1:]), x.dtype, rng)
+        for x in (seqs[0].key, seqs[0].value)
+    )
+    for seq, slot in zip(seqs, slots, strict=True):
+        positions = np.arange(len(seq.key))
+        where = tables[slot, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        for cache, x in ((key_cache, seq.key), (value_cache, seq.value)):
+            as_bytes(cache).flatten(0, 1)[torch.from_numpy(where)] = as_bytes(x)
+
+    queries = torch.cat([seq.query for seq in seqs])
+    queries = torch.cat([queries, queries.new_full((dummies, *queries.shape[1:]), math.nan)])
+    batch = make_batch(tables, slots, query_lens, seq_lens, queries, key_cache, dummies)
+    return Paged(
+        case=case,
+        # Heads first in memory, as a transformers module makes them.
+        query=queries.transpose(0, 1).contiguous().transpose(0, 1),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        batch=with_spare_items(batch, spare_items),
+        slots=slots,
+        query_lens=[*query_lens.tolist(), dummies],
+    )
+
+
+def make_batch(
+    tables: np.ndarray,
+    slots: np.ndarray,
+    query_lens: np.ndarray,
+    seq_lens: np.ndarray,
+    queries: Tensor,
+    key_cache: Tensor,
+    dummies: int,
+) -> PagedBatch:
+    num_heads, num_kv_heads = queries.shape[1], key_cache.shape[2]
+    block_q = block_q_for(num_heads // num_kv_heads)
+    rows = np.cumsum(query_lens) - query_lens
+    one = query_lens == 1
+    last_rows = np.arange(query_lens.sum(), len(queries))
+    decode = plan_decode(
+        np.concatenate([slots[one], np.zeros(dummies, dtype=np.int64)]),
+        np.concatenate([seq_lens[one] - 1, np.full(dummies, -1)]),
+        np.concatenate([rows[one], last_rows]),
+    )
+    prefill = plan_prefill(slots[~one], query_lens[~one], seq_lens[~one], rows[~one], block_q)
+    return PagedBatch(
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        block_tables=torch.from_numpy(tables),
+        decode=work(decode, 1) if len(decode) else None,
+        prefill={block_q: work(prefill, block_q)} if len(prefill) else {},
+        counters=torch.zeros(
+            num_counters(len(slots) + dummies, num_heads, num_kv_heads), dtype=torch.int32
+        ),
+    )
+
+
+def work(items: np.ndarray, block_q: int) -> Work:
+    return Work(torch.from_numpy(items), torch.tensor([len(items)], dtype=torch.int32), block_q)
+
+
+def with_spare_items(batch: PagedBatch, count: int) -> PagedBatch:
+    def spare(work: Work) -> Work:
+        nonsense = torch.full((count, 6), 1 << 30, dtype=torch.int32)
+        return dataclasses.replace(work, items=torch.cat([work.items, nonsense]))
+
+    return dataclasses.replace(
+        batch,
+        decode=None if batch.decode is None else spare(batch.decode),
+        prefill={block_q: spare(work) for block_q, work in batch.prefill.items()},
+        counters=torch.cat([batch.counters, batch.counters]),
+    )
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """float8 has no indexing on the CPU."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def garbage(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator) -> Tensor:
+    return GARBAGE[torch.from_numpy(rng.integers(0, 3, shape))].to(dtype)
+
+
+def error_bound(case: Case, dtype: torch.dtype) -> float:
+    """Weights and outputs are rounded, float32 scores and sums too."""
+    unit = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 0.5)
+    factor = 60 if dtype == torch.float32 else 2.5
+    largest = max(float(seq.value.float().abs().max()) for seq in case.sequences)
+    if case.v_scale is not None:
+        largest *= float(case.v_scale.max())
+    return unit * factor * largest
+
+
+def check(case: Case, seed: int = 0, implementation: str = "triton") -> None:
+    paged = page(case, seed)
+    outputs = paged.run() if implementation == "triton" else paged.run_torch()
+    for seq, output in zip(case.sequences, outputs, strict=False):
+        error = float((output.double() - attend(case, seq)).abs().max())
+        bound = error_bound(case, output.dtype)
+        assert error <= bound, f"{error:.2g} > {bound:.2g}"
+
+
+def make_sequences(
+    lens: list[tuple[int, int]],
+    num_kv_heads: int = 1,
+    group: int = 2,
+    head_dim: int = 32,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    cache_dtype: torch.dtype | None = None,
+) -> list[Sequence]:
+    """From (queries, context) lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return [
+        Sequence(
+            query=randn(n, num_kv_heads * group, head_dim),
+            key=randn(length, num_kv_heads, head_dim).to(cache_dtype or dtype),
+            value=randn(length, num_kv_heads, value_dim or head_dim).to(cache_dtype or dtype),
+        )
+        for n, length in lens
+    ]
+
+
+MIXED = [(1, 40), (17, 17), (1, 1), (5, 33), (1, 300), (70, 150), (1, 129), (1, 128), (2, 2)]
+"""Decodes of one and of several splits, and chunks, at and off borders of blocks and tiles."""
+SHORT = [(1, 40), (1, 129), (5, 33), (1, 16), (20, 20)]
+
+slow = pytest.mark.slow
+one_dtype = pytest.mark.parametrize(
+    "dtype", [DTYPES[1], *(pytest.param(dtype, marks=slow) for dtype in (DTYPES[0], DTYPES[2]))]
+)
+
+# -- shapes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decodes_and_prefill_chunks_in_one_call(dtype: torch.dtype) -> None:
+    check(Case(make_sequences(MIXED, dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group"),
+    [(3, 1), (2, 2), (1, 1), (2, 3), (1, 7), (1, 16), pytest.param(1, 71, marks=slow)],
+    ids=str,
+)
+def test_multi_head_grouped_and_multi_query(num_kv_heads: int, group: int) -> None:
+    check(Case(make_sequences(SHORT, num_kv_heads, group)))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    [(16, 16), (80, 80), (24, 72), (192, 128)]
+    + [pytest.param(dim, dim, marks=slow) for dim in (64, 96, 112, 128, 256)],
+    ids=str,
+)
+def test_sizes_of_keys_and_values(head_dim: int, value_dim: int) -> None:
+    sequences = make_sequences(SHORT, 1, 2, head_dim, value_dim, torch.bfloat16)
+    check(Case(sequences, scale=head_dim**-0.5))
+
+
+def test_only_decodes_and_only_chunks() -> None:
+    check(Case(make_sequences([(1, 70), (1, 9)])))
+    check(Case(make_sequences([(7, 70), (33, 33)])))
+
+
+@pytest.mark.parametrize(
+    "queries", [1, 2, pytest.param(65, marks=slow), pytest.param(130, marks=slow)]
+)
+def test_the_end_of_a_long_context(queries: int) -> None:
+    """Of many splits, one of them short."""
+    check(Case(make_sequences([(queries, 2500)], 1, 2, 16)))
+
+
+@slow
+@pytest.mark.parametrize("length", [4095, 4096, 4097, 5000])
+def test_a_decode_of_the_most_splits_that_there_are(length: int) -> None:
+    [seq] = make_sequences([(1, length)], 1, 4, 16)
+    items = page(case := Case([seq]), spare_items=0).batch.decode.items
+    assert len(items) == MAX_SPLITS
+    check(case)
+
+
+# -- which keys are seen --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "window", [1, 17, 64, *(pytest.param(n, marks=slow) for n in (2, 16, 63, 65, 128, 299, 300))]
+)
+def test_windows(window: int) -> None:
+    check(Case(make_sequences(MIXED), MaskSpec(window=window)))
+
+
+@pytest.mark.parametrize(
+    "chunk", [1, 17, 64, *(pytest.param(n, marks=slow) for n in (2, 16, 63, 65, 128, 299, 300))]
+)
+def test_chunks(chunk: int) -> None:
+    check(Case(make_sequences(MIXED), MaskSpec(chunk=chunk)))
+
+
+def test_a_window_within_chunks() -> None:
+    check(Case(make_sequences(MIXED), MaskSpec(window=10, chunk=24)))
+
+
+@pytest.mark.parametrize("spec", [MaskSpec(window=100), MaskSpec(chunk=700)], ids=str)
+def test_few_keys_of_a_long_context(spec: MaskSpec) -> None:
+    """Fewer steps than splits: some have nothing to do."""
+    check(Case(make_sequences([(1, 2500), (3, 2500), (1, 2101), (40, 2400)], 1, 2, 16), spec))
+
+
+def test_a_window_of_one_is_the_value_itself() -> None:
+    case = Case(make_sequences(SHORT, 2, 1), MaskSpec(window=1))
+    for seq, output in zip(case.sequences, page(case).run(), strict=False):
+        torch.testing.assert_close(output, seq.value[-len(seq.query) :])
+
+
+# -- how scores are made --------------------------------------------------------------
+
+
+@one_dtype
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_softcap(softcap: float, dtype: torch.dtype) -> None:
+    check(Case(make_sequences(SHORT, dtype=dtype), softcap=softcap))
+
+
+@one_dtype
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sinks(softcap: float | None, dtype: torch.dtype) -> None:
+    sinks = torch.tensor([-3.0, 0.0, 1.5, 6.0]).to(dtype)
+    check(Case(make_sequences(SHORT, 2, dtype=dtype), softcap=softcap, sinks=sinks))
+
+
+def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
+    case = Case(make_sequences(SHORT, 2))
+    plain = torch.cat(page(case).run())
+    none = dataclasses.replace(case, sinks=torch.full((4,), -math.inf))
+    torch.testing.assert_close(torch.cat(page(none).run()), plain)
+    all_of_it = dataclasses.replace(case, sinks=torch.full((4,), 1e4))
+    assert not torch.cat(page(all_of_it).run()).any()
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_alibi(softcap: float | None, implementation: str) -> None:
+    slopes = torch.tensor([0.5, 0.25, 0.03, 0.0])
+    case = Case(make_sequences(SHORT, 2), softcap=softcap, alibi_slopes=slopes)
+    check(case, implementation=implementation)
+    windowed = dataclasses.replace(case, spec=MaskSpec(window=50))
+    check(windowed, implementation=implementation)
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1 / math.sqrt(224)])
+def test_a_scale_of_the_models_own(scale: float) -> None:
+    check(Case(make_sequences(SHORT), scale=scale))
+
+
+@one_dtype
+@pytest.mark.parametrize("softcap", [None, 1000.0])
+def test_scores_of_hundreds_neither_overflow_nor_vanish(
+    dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Equal keys, so that rounding of the scores has nothing to decide."""
+    key = torch.full((32,), 20.0, dtype=dtype)
+    for sign in (1, -1):
+        sequences = [
+            Sequence(sign * key.expand_as(s.query), key.expand_as(s.key), s.value)
+            for s in make_sequences(SHORT, dtype=dtype)
+        ]
+        check(Case(sequences, scale=32**-0.5, softcap=softcap))
+
+
+# -- float8 caches --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+@one_dtype
+def test_float8_caches(dtype: torch.dtype, implementation: str) -> None:
+    case = Case(
+        make_sequences(SHORT, 2, dtype=dtype, cache_dtype=torch.float8_e4m3fn),
+        k_scale=torch.tensor([0.75, 1.5]),
+        v_scale=torch.tensor([0.01, 3.0]),
+        softcap=30.0,
+    )
+    check(case, implementation=implementation)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_float8_value_is_decoded_exactly(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an instruction or without. Of a window of one key, the output is its value."""
+    target = Target(capability, shared_bytes=99 << 10, num_sms=1)
+    monkeypatch.setattr(module, "target_of", lambda _: target)
+    finite = [x for x in range(256) if x & 0x7F != 0x7F]
+    value = torch.tensor(finite, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    [seq] = make_sequences([(4, 4)], 1, 1)
+    seq = Sequence(seq.query, seq.key.to(value.dtype), value.expand(4, 1, -1))
+    [output, _] = page(Case([seq], MaskSpec(window=1))).run()
+    assert torch.equal(output, value.float().expand_as(output))
+
+
+@pytest.mark.parametrize("largest", [1e-20, 1.0, 1e30])
+def test_queries_beyond_the_range_of_float16(largest: float) -> None:
+    """Products with float8 keys are of float16; scores are what matters, not their parts."""
+    sequences = [
+        dataclasses.replace(s, query=s.query * largest)
+        for s in make_sequences(
+            SHORT, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, seed=3
+        )
+    ]
+    check(Case(sequences, scale=0.25 / largest))
+
+
+# -- each sequence for itself ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", [MaskSpec(), pytest.param(MaskSpec(window=300), marks=slow)], ids=str
+)
+def test_a_sequence_alone_is_to_the_bit_the_sequence_in_company(spec: MaskSpec) -> None:
+    """Whoever shares its splits: programs take other runs of them in each case."""
+    lens = [(1, 500), (3, 1100), (1, 129), (60, 60), (1, 40)]
+    case = Case(make_sequences(lens, 2, 2, 16), spec)
+    together = page(case).run()
+    for i, seq in enumerate(case.sequences):
+        own = dataclasses.replace(case, sequences=[seq])
+        assert torch.equal(page(own, seed=i + 1).run()[0], together[i])
+
+
+def test_any_number_of_programs_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(make_sequences([(1, 700), (1, 129), (1, 400), (1, 40)], 2, 2, 16))
+    outputs = []
+    for num_sms in (1, 2, 5, 50):
+        target = Target(capability=80, shared_bytes=163 << 10, num_sms=num_sms)
+        monkeypatch.setattr(module, "target_of", lambda _, target=target: target)
+        outputs.append(torch.cat(page(case).run()))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_how_a_prompt_is_cut_into_chunks_changes_nothing() -> None:
+    [whole] = make_sequences([(180, 180)])
+    case = Case([whole], MaskSpec(window=83))
+    expected = page(case).run()[0]
+    parts = []
+    for start, end in [(0, 7), (7, 77), (77, 79), (79, 180)]:
+        part = Sequence(whole.query[start:end], whole.key[:end], whole.value[:end])
+        parts.append(page(dataclasses.replace(case, sequences=[part]), seed=start).run()[0])
+    # To the bit on a GPU; numpy's products depend on where in a matrix a row is.
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+@pytest.mark.parametrize("sick", range(3))
+def test_a_sequence_of_nan_harms_no_other(sick: int) -> None:
+    case = Case(make_sequences([(1, 200), (5, 33), (1, 9)]), softcap=10.0)
+    healthy = page(case).run()
+    poisoned = list(case.sequences)
+    poisoned[sick] = Sequence(
+        *(torch.full_like(x, math.nan) for x in vars(poisoned[sick]).values())
+    )
+    outputs = page(dataclasses.replace(case, sequences=poisoned)).run()
+    assert outputs[sick].isnan().all()
+    for i in {0, 1, 2} - {sick}:
+        assert torch.equal(outputs[i], healthy[i])
+
+
+# -- what a graph needs ---------------------------------------------------------------
+
+
+def test_dummies_are_zero() -> None:
+    case = Case(make_sequences(SHORT, 2), sinks=torch.zeros(4), softcap=3.0)
+    *outputs, dummies = page(case, dummies=5).run()
+    assert dummies.shape[0] == 5
+    assert not dummies.any()
+    assert all(map(torch.equal, outputs, page(case).run()))
+
+
+def test_a_batch_of_dummies() -> None:
+    [seq] = make_sequences([(1, 1)])
+    paged = page(Case([seq]), dummies=3)
+    items = paged.batch.decode.items
+    paged.batch.decode.items[0] = items[1]
+    assert not torch.cat(paged.run())[1:].any()
+
+
+def test_a_batch_without_items_writes_nothing() -> None:
+    paged = page(Case(make_sequences(MIXED)))
+    for work in (paged.batch.decode, *paged.batch.prefill.values()):
+        work.num_items.zero_()
+    paged.run()  # nonsense items and counters, were they touched, would show
+
+
+def test_the_same_tensors_serve_another_step() -> None:
+    """As when a graph is replayed: only what is in device memory changes."""
+    first = page(Case(make_sequences([(1, 40), (1, 900), (1, 300)])), spare_items=70)
+    second = page(Case(make_sequences([(1, 200), (1, 7), (1, 1000)], seed=1)), spare_items=70)
+    expected = second.run()
+    first.run()
+    for name in ("items", "num_items"):
+        target = getattr(first.batch.decode, name)
+        source = getattr(second.batch.decode, name)
+        target[: len(source)] = source[: len(target)]
+    second.batch = dataclasses.replace(second.batch, decode=first.batch.decode)
+    assert all(map(torch.equal, second.run(), expected))
+
+
+def test_queries_of_a_fused_projection() -> None:
+    """Rows of queries, keys and values side by side."""
+    case = Case(make_sequences(SHORT, 2))
+    paged = page(case)
+    expected = paged.run()
+    packed = torch.full((len(paged.query), 8, 32), math.nan)
+    packed[:, :4] = paged.query
+    paged.query = packed[:, :4]
+    assert all(map(torch.equal, paged.run(), expected))
+
+
+def test_caches_of_which_a_layer_has_a_part() -> None:
+    """Keys beside values, and blocks that other layers share."""
+    case = Case(make_sequences(SHORT, 2))
+    paged = page(case)
+    expected = paged.run()
+    both = torch.stack([paged.key_cache, paged.value_cache], dim=1)
+    paged.key_cache, paged.value_cache = both[:, 0], both[:, 1]
+    assert all(map(torch.equal, paged.run(), expected))
+
+
+# -- everything at once ---------------------------------------------------------------
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    lens = []
+    for _ in range(draw(st.integers(1, 5))):
+        num_queries = draw(st.sampled_from([1, 1, 2, 17, 40]))
+        lens.append((num_queries, num_queries + draw(st.integers(0, 400))))
+    num_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3), (1, 7)]))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**16))
+    head_dim = draw(st.sampled_from([16, 32, 48, 64, 80]))
+    value_dim = draw(st.sampled_from([None, None, 32, 64]))
+    is_float8 = draw(st.booleans())
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.randn(num_kv_heads * group, generator=generator)
+    scales = torch.rand(2, num_kv_heads, generator=generator) + 0.5
+    cache_dtype = torch.float8_e4m3fn if is_float8 else None
+    return Case(
+        make_sequences(lens, num_kv_heads, group, head_dim, value_dim, dtype, seed, cache_dtype),
+        MaskSpec(
+            window=draw(st.sampled_from([NO_LIMIT, NO_LIMIT, 1, 17, 150])),
+            chunk=draw(st.sampled_from([NO_LIMIT, NO_LIMIT, 1, 16, 130])),
+        ),
+        scale=draw(st.sampled_from([head_dim**-0.5, 0.02])),
+        softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
+        sinks=draw(st.sampled_from([None, heads.to(dtype)])),
+        alibi_slopes=draw(st.sampled_from([None, heads.abs() / 10])),
+        k_scale=scales[0] if is_float8 else None,
+        v_scale=scales[1] if is_float8 else None,
+    )
+
+
+def compare(case: Case, seed: int) -> None:
+    paged = page(case, seed)
+    for ours, theirs in zip(paged.run()[:-1], paged.run_torch(), strict=False):
+        error = float((ours.double() - theirs.double()).abs().max())
+        assert error <= 2 * error_bound(case, ours.dtype)
+
+
+@settings(max_examples=8, deadline=None)
+@given(cases(), st.integers(0, 2**16))
+def test_any_batch_is_what_torch_says(case: Case, seed: int) -> None:
+    compare(case, seed)
+
+
+@slow
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(0, 2**16))
+def test_many_batches_are_what_torch_says(case: Case, seed: int) -> None:
+    compare(case, seed)
+
+
+# -- planning -------------------------------------------------------------------------
+
+chunks = st.lists(st.tuples(st.integers(1, 700), st.integers(0, 40_000)), min_size=1, max_size=20)
+
+
+def plan(lens: list[tuple[int, int]], block_q: int) -> np.ndarray:
+    query_lens, before = np.array(lens).T
+    rows = np.cumsum(query_lens) - query_lens
+    return plan_prefill(np.arange(len(lens)), query_lens, query_lens + before, rows, block_q)
+
+
+@given(chunks, st.sampled_from([1, 18, 32, 128]))
+def test_tiles_cover_every_query_once(lens: list[tuple[int, int]], block_q: int) -> None:
+    items = plan(lens, block_q)
+    assert items.dtype == np.int32
+    covered = [
+        (slot, row + i, position + i)
+        for slot, row, num_queries, position, split, _ in items.tolist()
+        for i in range(num_queries)
+        if split == 0
+    ]
+    rows = np.cumsum([0] + [n for n, _ in lens])
+    assert sorted(covered) == [
+        (slot, rows[slot] + i, before + i)
+        for slot, (n, before) in enumerate(lens)
+        for i in range(n)
+    ]
+    assert items[:, 2].min() >= 1
+    assert items[:, 2].max() <= block_q
+
+
+@given(chunks, st.sampled_from([1, 18, 32, 128]))
+def test_splits_of_a_tile_follow_one_another(lens: list[tuple[int, int]], block_q: int) -> None:
+    items = plan(lens, block_q).tolist()
+    while items:
+        *tile, _, num_splits = items[0]
+        assert items[:num_splits] == [[*tile, i, num_splits] for i in range(num_splits)]
+        items = items[num_splits:]
+
+
+@given(chunks, st.sampled_from([1, 18, 32, 128]))
+def test_split_tiles_come_first_and_are_bounded(lens: list[tuple[int, int]], block_q: int) -> None:
+    """Scratch memory and counters are for the first units only."""
+    num_splits = plan(lens, block_q)[:, 5]
+    assert (np.diff((num_splits == 1).astype(int)) >= 0).all()
+    assert (num_splits > 1).sum() * block_q <= STEP_QUERIES
+
+
+def test_a_step_of_many_split_chunks_splits_none() -> None:
+    lens = [(32, 40_000)] * (STEP_QUERIES // CHUNK_QUERIES)
+    assert (plan(lens, 32)[:, 5] == 16).all()
+    assert (plan([*lens, (32, 40_000)], 32)[:, 5] == 1).all()
+
+
+def test_long_chunks_and_short_contexts_are_not_split() -> None:
+    assert (plan([(CHUNK_QUERIES, 40_000)], 32)[:, 5] == 1).all()
+    assert (plan([(32, PREFILL_SPLIT - 32)], 32)[:, 5] == 1).all()
+    assert (plan([(32, PREFILL_SPLIT - 31)], 32)[:, 5] == 2).all()
+
+
+def test_splits_of_a_decode_depend_on_its_position_alone() -> None:
+    positions = np.array([-1, 0, 127, 128, 4000, 4095, 4096, 10**6])
+    items = plan_decode(np.arange(8), positions, np.arange(8)[::-1])
+    tiles = items[items[:, 4] == 0]
+    assert tiles[:, 5].tolist() == [1, 1, 1, 2, 32, 32, 32, 32]
+    assert tiles[:, 0].tolist() == list(range(8))
+    assert tiles[:, 1].tolist() == list(range(8))[::-1]
+    assert tiles[:, 3].tolist() == positions.tolist()
+    assert (tiles[:, 2] == 1).all()
+    assert DECODE_SPLIT * MAX_SPLITS == 4096
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 48, 128])
+def test_tiles_are_as_many_rows_as_fit(group: int) -> None:
+    assert 128 - group < block_q_for(group) * group <= 128
