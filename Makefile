@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: serve test check lint rooms bench clean
+.PHONY: serve test check lint rooms bench gpu clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1
@@ -24,6 +24,10 @@ rooms:  ## the size of each room, in lines
 
 bench: $(READY)  ## the server against the raw forward and transformers, on this machine
 	$(PYTHON) -m bench.server
+
+gpu: $(READY)  ## the GPU suite and its benchmark, on a machine with a CUDA device
+	$(PYTHON) -m pytest -m gpu -rs
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf $(VENV)

@@ -9,6 +9,11 @@ from tests import interpreter
 interpreter.install()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if interpreter.INTERPRETED:
+        terminalreporter.write_line("GPU suite skipped: no CUDA device. Kernels were interpreted.")
+
+
 @pytest.fixture(autouse=True)
 def leak_detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test, in every scheduler made by it: free + cached + used = all blocks,

@@ -365,6 +365,29 @@ def test_chunks(chunk: int) -> None:
     check(Case(make_sequences(MIXED), MaskSpec(chunk=chunk)))
 
 
+@pytest.mark.parametrize(
+    "spec", [MaskSpec(), MaskSpec(window=65), MaskSpec(chunk=65)], ids=["all", "window", "chunk"]
+)
+def test_chunks_wherever_they_are_between_steps(spec: MaskSpec) -> None:
+    """Only where a step crosses what some query sees are scores masked."""
+    check(Case(make_sequences([(4, n) for n in range(100, 164)], head_dim=16), spec))
+
+
+@pytest.mark.parametrize("spec", [MaskSpec(window=100), MaskSpec(chunk=300)], ids=str)
+def test_what_no_query_sees_is_not_read(spec: MaskSpec) -> None:
+    """Save for the rest of a step: its blocks may have been given away."""
+    case = Case(make_sequences([(1, 700), (5, 800)]), spec)
+    paged = page(case)
+    expected = paged.run()
+    for seq, slot in zip(case.sequences, paged.slots, strict=True):
+        first_query = len(seq.key) - len(seq.query)
+        first_seen = max(first_query - spec.window + 1, first_query // spec.chunk * spec.chunk)
+        unread = paged.batch.block_tables[slot, : first_seen // 128 * 128 // BLOCK_SIZE]
+        assert len(unread)
+        unread.fill_(paged.batch.block_tables[slot, -1])
+    assert all(map(torch.equal, paged.run(), expected))
+
+
 def test_a_window_within_chunks() -> None:
     check(Case(make_sequences(MIXED), MaskSpec(window=10, chunk=24)))
 
@@ -696,6 +719,7 @@ def test_split_tiles_come_first_and_are_bounded(lens: list[tuple[int, int]], blo
 def test_a_step_of_many_split_chunks_splits_none() -> None:
     lens = [(32, 40_000)] * (STEP_QUERIES // CHUNK_QUERIES)
     assert (plan(lens, 32)[:, 5] == 16).all()
+    assert plan([*lens, (4000, 0)], 32)[0, 5] == 16
     assert (plan([*lens, (32, 40_000)], 32)[:, 5] == 1).all()
 
 
