@@ -15,11 +15,15 @@ def install() -> None:
     The interpreter keeps bfloat16 as the bits of it. It multiplies matrices of those bits as
     if they were numbers, where tensor cores widen them; it cuts float32 off to bfloat16, where
     GPUs round to the nearest, ties to even; and it is wrong about subnormal numbers.
+
+    It also puts its own functions into the language at every call from a kernel to a function,
+    and takes them out again, which takes half of its time: here they stay in.
     """
     if not INTERPRETED:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     from triton import language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
@@ -43,6 +47,16 @@ def install() -> None:
                 return widened(source)
         return cast_impl(builder, source, dtype)
 
+    patched: set[str] = set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        module = function.fn.__module__
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(
         self, widened(a), widened(b), *rest

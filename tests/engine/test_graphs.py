@@ -78,6 +78,7 @@ def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
         assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
     while ahead.prepare():

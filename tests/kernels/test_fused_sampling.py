@@ -23,33 +23,15 @@ from kernels.sampling import ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
 
+pytestmark = (
+    pytest.mark.slow
+)  # interpreted; the engine's own tests run the kernels in the fast core
 _DOUBT = 2e-5
 _CLOSE_CALL = 1e-5
 CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
 NEUTRAL = {"temperature": 1, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
 entropies = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """Patch the language once for each module, not at each call from kernel to function."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
-        if self.fn.__module__ not in patched:
-            patched.add(self.fn.__module__)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
 
 
 # -- rows, and what becomes of them by the torch implementation -------------------------
