@@ -100,7 +100,7 @@ class FixedTables:
         return make_metadata(self._uploaded(PackedArrays({"slot_mapping": slot_mapping} | arrays)))
 
     def _uploaded(self, packed: PackedArrays) -> View:
-        return partial(packed.view, packed.buffer.to(self._device))
+        return partial(packed.view, packed.on(self._device))
 
 
 def make_planner(

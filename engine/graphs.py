@@ -74,8 +74,7 @@ class StepGraphs:
         if size not in self._sizes:
             buffer = torch.zeros(step.arrays.max_bytes, dtype=torch.uint8, device=self._device)
             self._sizes[size] = _Size(buffer, step.inputs(buffer))
-        packed = step.arrays.buffer
-        self._sizes[size].buffer[: len(packed)].copy_(packed, non_blocking=True)
+        step.arrays.copy_to(self._sizes[size].buffer)
         return self._sizes[size].inputs
 
     def has(self, size: int, part: Hashable) -> bool:

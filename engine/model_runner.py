@@ -78,11 +78,11 @@ class ModelRunner:
         for slot, token_ids in step.counts:
             self._sampler.start_counts(slot, token_ids)
         if step.update is not None:
-            buffer = self._to_device(step.update.buffer)
-            self._planner.apply_update(partial(step.update.view, buffer))
+            uploaded = step.update.on(self._last_ids.device)
+            self._planner.apply_update(partial(step.update.view, uploaded))
         if self._graphs is not None and step.graph_size is not None:
             return self._run_graph(self._graphs, step, step.graph_size).to_host(step.num_sampled)
-        inputs = step.inputs(self._to_device(step.arrays.buffer))
+        inputs = step.inputs(step.arrays.on(self._last_ids.device))
         logits = self.forward(inputs)
         if step.sampling is None:
             return None
@@ -134,6 +134,3 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, inputs.sampling, kind)
         self._last_ids[inputs.sampled_slots] = sampled.ids
         return sampled
-
-    def _to_device(self, buffer: Tensor) -> Tensor:
-        return buffer.to(self._last_ids.device, non_blocking=True)

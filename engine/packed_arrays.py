@@ -34,6 +34,22 @@ class PackedArrays:
             buffer[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         self.buffer = torch.from_numpy(buffer)
 
+    def copy_to(self, target: Tensor) -> None:
+        """Fill the beginning of `target` [>= used bytes] uint8, without waiting for it.
+
+        From pinned memory: a copy from any other waits until the device is done.
+        """
+        source = self.buffer.pin_memory() if target.is_cuda else self.buffer
+        target[: len(source)].copy_(source, non_blocking=True)
+
+    def on(self, device: torch.device) -> Tensor:
+        """A copy of the buffer on a device; on the CPU the buffer itself."""
+        if device.type == "cpu":
+            return self.buffer
+        target = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
+        self.copy_to(target)
+        return target
+
     @property
     def max_bytes(self) -> int:
         return self._offsets[self._last] + self._num_bytes(self._last)
