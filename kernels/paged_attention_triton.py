@@ -7,7 +7,8 @@ they see with the online softmax of FlashAttention (Dao et al. 2022), in powers 
 **Splits.** The keys of a tile may be cut into splits. Each is computed from nothing, and
 what comes of it, a partial, is folded into that of the splits before it: always in that
 order, so an output is rounded in one way. How keys are cut depends on their sequence
-alone; how splits are dealt to programs decides nothing but the speed.
+alone (but for steps of very many short chunks, see `STEP_QUERIES`); how splits are dealt to
+programs decides nothing but the speed.
 
 - Decodes. The splits of all sequences and heads are one list, and every program takes an
   equal run of it, so that any mix of lengths keeps the memory busy to the end (Stream-K,
@@ -154,8 +155,7 @@ def num_counters(max_sequences: int, num_heads: int, num_kv_heads: int) -> int:
 
 # -- the kernel ----------------------------------------------------------------------------
 
-_LOG2_E = math.log2(math.e)
-_LOG2E = tl.constexpr(_LOG2_E)
+_LOG2E = tl.constexpr(math.log2(math.e))
 _NONE_SEEN = tl.constexpr(-1.0e30)
 """The largest score of no scores: finite, so that differences of it are."""
 
@@ -319,12 +319,12 @@ def _attend_units(unit, end, inputs, scratch, outputs, S: tl.constexpr):
 
     Units are ordered by tile, then head, then split.
     """
-    item = unit // S.num_kv_heads
-    item -= tl.load(inputs.items + item * 6 + 4)
+    item = unit // S.num_kv_heads  # of the same tile, but perhaps of another split
     fields = inputs.items + item * 6
     num_splits = tl.load(fields + 5)
-    head = (unit - item * S.num_kv_heads) // num_splits
-    first_unit = item * S.num_kv_heads + head * num_splits
+    tile_unit = (item - tl.load(fields + 4)) * S.num_kv_heads
+    head = (unit - tile_unit) // num_splits
+    first_unit = tile_unit + head * num_splits
     end = tl.minimum(end, first_unit + num_splits)
     tile = _find_tile(fields, num_splits, head, first_unit, S)
     start = unit - first_unit
@@ -863,8 +863,8 @@ def variant_for(
         as_bits=cache_dtype == torch.uint8 and target.capability < 89,
         merge_m=min(triton.next_power_of_2(group * block_q), 16),
         merge_n=4,
-        factor=scale * _LOG2_E if softcap is None else 2 * _LOG2_E * scale / softcap,
-        cap=None if softcap is None else softcap * _LOG2_E,
+        factor=scale * _LOG2E.value if softcap is None else 2 * _LOG2E.value * scale / softcap,
+        cap=None if softcap is None else softcap * _LOG2E.value,
         window=None if mask.window >= NO_LIMIT else mask.window,
         chunk=None if mask.chunk >= NO_LIMIT else mask.chunk,
         has_alibi=has_alibi,
