@@ -246,7 +246,7 @@ def garbage(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator
 
 def error_bound(case: Case, dtype: torch.dtype) -> float:
     """Weights and outputs are rounded, float32 scores and sums too."""
-    unit = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 0.5)
+    unit = torch.finfo(dtype).eps / 2
     factor = 60 if dtype == torch.float32 else 2.5
     largest = max(float(seq.value.float().abs().max()) for seq in case.sequences)
     if case.v_scale is not None:
