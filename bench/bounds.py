@@ -1,55 +1,151 @@
-"""How long a step takes at least: the bytes it has to read, the arithmetic it has to do."""
+"""How long steps take at least: the bytes they have to read, the arithmetic they have to do.
 
-import torch
+Of each operation the longer of the two counts, at measured rates, and the operations add up:
+one matrix product after the other, one attention call after the other. What passes between
+them (activations, norms, logits) is left out, since it need not leave the chip.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 from torch import nn
 
-from bench.device import Ceilings
+from engine.attention_plan import StepSequences
 from engine.kv_cache import AttentionCall
+from engine.loader import LoadedModel
 from kernels.packed_linear import PackedLinear
+from kernels.paged_attention import MaskSpec
 
 
-def linear_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The matrices that every token is multiplied with, each once."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | PackedLinear)]
-    return list({id(weight): weight for weight in (m.weight for m in linears)}.values())
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of memory and of matrix products."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """No implementation of one operation is faster."""
+        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
-def decode_bound_s(
-    weights: list[torch.Tensor],
-    calls: list[AttentionCall],
-    batch: int,
-    context: int,
-    cache_bytes: int,
-    ceilings: Ceilings,
-) -> float:
-    """One token for each of `batch` sequences of `context` tokens.
+@dataclass(frozen=True, slots=True)
+class Matmul:
+    """A product with a weight matrix, of all tokens or of those alone that are sampled."""
 
-    Of each operation the longer of reading and computing, added up: weights are read once for
-    all sequences, keys and values (`cache_bytes` an element) once for each.
-    """
-    gemms = sum(
-        ceilings.bound_s(w.numel() * w.element_size(), 2 * w.numel() * batch) for w in weights
-    )
-    attention = sum(
-        ceilings.bound_s(
-            batch * seen * call.num_kv_heads * (call.head_dim + call.value_dim) * cache_bytes,
-            2 * batch * seen * call.num_heads * (call.head_dim + call.value_dim),
+    num_weights: int
+    num_bytes: int
+    of_samples: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """An attention call; `token_bytes` is what the cache holds of a token for it."""
+
+    num_heads: int
+    dims: int
+    token_bytes: int
+    mask: MaskSpec
+    writes: bool = True
+
+    @classmethod
+    def of(cls, call: AttentionCall, itemsize: int) -> "Attention":
+        dims = call.head_dim + call.value_dim
+        token_bytes = call.num_kv_heads * dims * itemsize
+        return cls(call.num_heads, dims, token_bytes, call.mask, call.shared_with is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step moves and computes, and how long that takes at least."""
+
+    seconds: float
+    num_bytes: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A model's operations, each with how many there are of its kind."""
+
+    matmuls: Counter[Matmul]
+    attention: Counter[Attention]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, cache_itemsize: int) -> "ModelCost":
+        return cls(
+            matmuls_of(loaded.model, loaded.model.get_output_embeddings()),
+            Counter(Attention.of(call, cache_itemsize) for call in loaded.calls),
         )
-        for call in calls
-        if (seen := min(context, call.mask.window))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read by every step that samples."""
+        return sum(count * matmul.num_bytes for matmul, count in self.matmuls.items())
+
+
+def matmuls_of(model: nn.Module, head: nn.Module | None) -> Counter[Matmul]:
+    """The linears of a model, `head` being the one that makes its logits."""
+    dtype = next(model.parameters()).dtype
+    matmuls: Counter[Matmul] = Counter()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | PackedLinear):
+            size = module.in_features * module.out_features
+            matmuls[Matmul(size, size * dtype.itemsize, module is head)] += 1
+    return matmuls
+
+
+def visible(mask: MaskSpec, positions: np.ndarray) -> np.ndarray:
+    """How many keys a query at each position sees, itself included."""
+    return np.minimum(np.minimum(positions + 1, mask.window), positions % mask.chunk + 1)
+
+
+def step_work(cost: ModelCost, step: StepSequences, num_samples: int, rates: Rates) -> Work:
+    """Weights are read once for the step; keys and values once for each sequence."""
+    num_tokens = int(step.lengths.sum())
+    parts: list[tuple[int, float, float]] = []
+    for matmul, count in cost.matmuls.items():
+        rows = num_samples if matmul.of_samples else num_tokens
+        parts.append((count, matmul.num_bytes if rows else 0, 2.0 * rows * matmul.num_weights))
+    for call, count in cost.attention.items():
+        moved = int((step.lengths - 1 + visible(call.mask, step.starts)).sum())
+        moved += num_tokens if call.writes else 0
+        pairs = int(visible(call.mask, step.positions).sum())
+        parts.append((count, moved * call.token_bytes, 2.0 * pairs * call.num_heads * call.dims))
+    return Work(
+        seconds=sum(count * rates.seconds(b, f) for count, b, f in parts),
+        num_bytes=sum(count * b for count, b, _ in parts),
+        flops=sum(count * f for count, _, f in parts),
     )
-    return gemms + attention
 
 
-def prefill_flops(
-    weights: list[torch.Tensor], calls: list[AttentionCall], num_tokens: int
-) -> float:
-    """Of a prompt from its start, whose last token alone has logits."""
-    *layers, head = weights
-    gemms = 2 * num_tokens * sum(w.numel() for w in layers) + 2 * head.numel()
-    attention = 0.0
-    for call in calls:
-        window = min(call.mask.window, num_tokens)
-        pairs = num_tokens * window - window * (window - 1) / 2
-        attention += 2 * pairs * call.num_heads * (call.head_dim + call.value_dim)
-    return gemms + attention
+def decode_work(cost: ModelCost, batch: int, context: int, rates: Rates) -> Work:
+    """One token for each of `batch` sequences, which is the last of `context` tokens."""
+    ones = np.ones(batch, dtype=np.int64)
+    return step_work(
+        cost, StepSequences(np.arange(batch), ones * (context - 1), ones), batch, rates
+    )
+
+
+def prefill_work(cost: ModelCost, batch: int, length: int, before: int, rates: Rates) -> Work:
+    """`length` more tokens of `batch` prompts, of which `before` are in the cache."""
+    ones = np.ones(batch, dtype=np.int64)
+    step = StepSequences(np.arange(batch), ones * before, ones * length)
+    return step_work(cost, step, batch, rates)
+
+
+def ideal_seconds(cost: ModelCost, lengths: Sequence[tuple[int, int]], rates: Rates) -> float:
+    """Of a workload of (tokens in, tokens out): every prompt at once, then all decode together.
+
+    In a cache that holds them all; as if nothing but the device took time.
+    """
+    num_in, num_out = np.array(lengths, dtype=np.int64).T
+    prompts = StepSequences(np.arange(len(lengths)), np.zeros_like(num_in), num_in)
+    seconds = step_work(cost, prompts, len(lengths), rates).seconds
+    for drawn in range(1, int(num_out.max())):
+        starts = (num_in + drawn - 1)[num_out > drawn]
+        step = StepSequences(np.arange(len(starts)), starts, np.ones_like(starts))
+        seconds += step_work(cost, step, len(starts), rates).seconds
+    return seconds

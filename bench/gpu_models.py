@@ -1,11 +1,12 @@
 """Models of real shapes with random weights: they take as long as the trained ones."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from bench.workload import LengthMix, LoadPlan, make_prompts
 from engine.checkpoint import Checkpoint
 from engine.loader import LoadedModel, adopt
 from engine.tokenizer import Tokenizer
@@ -31,6 +33,15 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
         },
     ),
     "Qwen3-8B": (
@@ -44,6 +55,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_key_value_heads": 8,
             "head_dim": 128,
             "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
     ),
     "Gemma-2-9B": (
@@ -56,6 +68,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 8,
             "head_dim": 256,
+            "query_pre_attn_scalar": 256,
             "max_position_embeddings": 8192,
             "sliding_window": 4096,
         },
@@ -63,7 +76,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "tiny": (
         LlamaConfig,
         {
-            "vocab_size": 512,
+            "vocab_size": 2048,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
@@ -76,28 +89,42 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """As transformers makes it, on the device at once; no token ends a sequence."""
     config_class, options = CONFIGS[name]
-    config = config_class(**(options | {"tie_word_embeddings": False}))
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = AutoModelForCausalLM.from_config(config)
-    finally:
-        torch.set_default_dtype(previous)
-    model.generation_config.eos_token_id = None
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_class(**options), dtype=dtype
+        )
+    model.generation_config.eos_token_id = []
     return model.eval()
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     checkpoint = Checkpoint(Path("/random"), name)
-    return adopt(build(name, device, dtype), byte_tokenizer(), checkpoint)
+    vocab_size = CONFIGS[name][1]["vocab_size"]
+    return adopt(build(name, device, dtype), word_tokenizer(vocab_size), checkpoint)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A token a byte: what a text costs to tokenise is not what is measured."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = FastTokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """A token for each word of the load generator, and some text for every id there is.
+
+    So prompts are as long as the generator says, and answers cost what text costs.
+    """
+    plan = LoadPlan("tgi", 64, LengthMix.parse("200"), LengthMix.parse("1"), concurrency=1)
+    _, prompts = make_prompts(plan)
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained = FastTokenizer(models.BPE())
+    trained.pre_tokenizer = splitter
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([prompt.text for prompt in prompts], trainer)
+    learned = json.loads(trained.to_str())["model"]
+    vocab = learned["vocab"]
+    vocab |= {f"Ġ{i}": i for i in range(len(vocab), vocab_size)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
+    fast.pre_tokenizer = splitter
     fast.decoder = decoders.ByteLevel()
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast))

@@ -1,6 +1,5 @@
 """A server in this process, around an engine that is loaded already."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,29 +13,41 @@ from api.state import build_state
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 
-_START_S = 30
+_START_S = 30.0
 
 
 @contextmanager
-def serving_engine(engine: Engine) -> Iterator[str]:
-    """The URL. The engine is closed with the server."""
-    settings = read_settings(["--max-concurrent-requests", "1024"])
-    state = build_state(AsyncEngine(engine, settings.max_concurrent_requests), settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = uvicorn.Config(
-        create_app(state), host="127.0.0.1", port=port, loop="uvloop", log_level="warning"
+def serving_engine(engine: Engine, max_concurrent_requests: int) -> Iterator[str]:
+    """Yields the URL. As `python -m api` serves; the engine is closed with the server."""
+    flags = {"--hostname": "127.0.0.1", "--max-concurrent-requests": str(max_concurrent_requests)}
+    settings = read_settings([word for flag in flags.items() for word in flag])
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(build_state(AsyncEngine(engine, max_concurrent_requests), settings)),
+            host=settings.hostname,
+            port=0,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+        )
     )
-    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="bench-server", daemon=True)
     thread.start()
-    deadline = time.monotonic() + _START_S
-    while not server.started:
-        assert time.monotonic() < deadline, "the server does not start"
-        time.sleep(0.05)
     try:
+        _await_start(server, thread)
+        port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(_START_S)
+
+
+def _await_start(server: uvicorn.Server, thread: threading.Thread) -> None:
+    deadline = time.monotonic() + _START_S
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise RuntimeError("the server does not start")
+        time.sleep(0.01)
