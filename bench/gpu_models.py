@@ -88,13 +88,25 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
+@torch.no_grad()
 def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers makes it, on the device at once; no token ends a sequence."""
+    """As transformers makes it, on the device at once; no token ends a sequence.
+
+    Embeddings are as large as what layers make of them: as transformers has them, a fiftieth,
+    rounding grows from layer to layer as in no trained model, to half of what the load probe
+    lets pass for the model's own answers.
+    """
     config_class, options = CONFIGS[name]
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config_class(**options), dtype=dtype
         )
+    if not model.config.tie_word_embeddings:
+        model.get_input_embeddings().weight.normal_()
+    scale = (2 * model.config.num_hidden_layers) ** -0.5
+    for module_name, module in model.named_modules():
+        if module_name.endswith(("o_proj", "down_proj")):
+            module.get_parameter("weight").mul_(scale)
     model.generation_config.eos_token_id = []
     return model.eval()
 
