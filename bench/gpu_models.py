@@ -102,7 +102,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
             config_class(**options), dtype=dtype
         )
     if not model.config.tie_word_embeddings:
-        model.get_input_embeddings().weight.normal_()
+        model.get_input_embeddings().get_parameter("weight").normal_()
     scale = (2 * model.config.num_hidden_layers) ** -0.5
     for module_name, module in model.named_modules():
         if module_name.endswith(("o_proj", "down_proj")):
