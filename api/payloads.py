@@ -4,7 +4,7 @@ from typing import cast
 
 import numpy as np
 
-from api.generation import Completion
+from api.inference import Completion
 from api.schemas import (
     BestOfSequence,
     Details,
@@ -47,9 +47,9 @@ def stream_response(
 
 
 def last_stream_response(
-    body: GenerateRequest, num_input: int, index: int, output: TokenOutput, end: Finished
+    body: GenerateRequest, index: int, output: TokenOutput, end: Finished
 ) -> StreamResponse:
-    details = _stream_details(num_input, end) if body.parameters.details else None
+    details = _stream_details(end) if body.parameters.details else None
     return stream_response(index, output, _full_text(body, end), details)
 
 
@@ -87,12 +87,12 @@ def _best_of_sequence(body: GenerateRequest, other: Completion) -> BestOfSequenc
     return sequence
 
 
-def _stream_details(num_input: int, end: Finished) -> StreamDetails:
+def _stream_details(end: Finished) -> StreamDetails:
     return {
         "finish_reason": end.reason,
         "generated_tokens": end.num_generated_tokens,
         "seed": end.seed,
-        "input_length": num_input,
+        "input_length": end.num_prompt_tokens,
     }
 
 

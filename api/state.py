@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from api.config import Limits, Settings
+from api.inference import Inference
+from api.observation import Observer
 from api.validation import Validator
 from engine.async_engine import AsyncEngine
 
@@ -16,16 +18,19 @@ class AppState:
     settings: Settings
     limits: Limits
     validator: Validator
+    inference: Inference
     compute_type: str
 
 
 def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
     limits = settings.limits(engine.max_total_tokens)
+    validator = Validator(engine.tokenizer, limits, settings.validation_workers)
     return AppState(
         engine=engine,
         settings=settings,
         limits=limits,
-        validator=Validator(engine.tokenizer, limits, settings.validation_workers),
+        validator=validator,
+        inference=Inference(engine, validator, Observer()),
         compute_type=settings.compute_type or f"1-{_slug(engine.model.device)}",
     )
 

@@ -5,8 +5,8 @@ errors by status; a stream has answered 200 before it looks at its request, and 
 them as its last event.
 """
 
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from itertools import zip_longest
 from typing import Any
 
@@ -19,8 +19,10 @@ from starlette.responses import Response
 from api import sse
 from api.body import read_body
 from api.disconnect import until_disconnect
-from api.errors import REQUEST_ERRORS, GenerationFailed, IncompleteStream, wire_error
-from api.generation import complete
+from api.errors import REQUEST_ERRORS, wire_error
+from api.headers import answer_headers, caller_of, stream_headers
+from api.inference import Answer
+from api.observation import Caller
 from api.payloads import generate_response, last_stream_response, stream_response, wants_details
 from api.schemas import (
     CompatGenerateRequest,
@@ -31,8 +33,7 @@ from api.schemas import (
     StreamResponse,
 )
 from api.state import AppState, state_of
-from engine.async_engine import Generation
-from engine.request import Failed, Finished, TokenOutput
+from engine.request import Finished, TokenOutput
 
 TGI_VERSION = "3.3.6-dev0"
 """The release whose wire this is; clients read it from /info."""
@@ -56,8 +57,8 @@ async def generate(http: HttpRequest) -> Response:
     """Generate, and answer when it is done."""
     state = state_of(http)
     body = await read_body(http, GenerateRequest, state.settings.payload_limit)
-    response, headers = await until_disconnect(http.receive, _generate(state, body))
-    return _json(response, headers)
+    answer = await _complete(http, body)
+    return _json(generate_response(body, answer.completions), answer_headers(state, body, answer))
 
 
 @router.post("/generate_stream", response_model=StreamResponse)
@@ -65,7 +66,7 @@ async def generate_stream(http: HttpRequest) -> Response:
     """Generate, with a server-sent event for each token."""
     state = state_of(http)
     body = await read_body(http, GenerateRequest, state.settings.payload_limit)
-    return _event_stream(state, body)
+    return _event_stream(http, body)
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
@@ -75,9 +76,9 @@ async def compat_generate(http: HttpRequest) -> Response:
     body = await read_body(http, CompatGenerateRequest, state.settings.payload_limit)
     body = _with_default_full_text(body, state.engine.model.pipeline_tag)
     if body.stream:
-        return _event_stream(state, body)
-    response, headers = await until_disconnect(http.receive, _generate(state, body))
-    return _json([response], headers)
+        return _event_stream(http, body)
+    answer = await _complete(http, body)
+    return _json([generate_response(body, answer.completions)], answer_headers(state, body, answer))
 
 
 async def health(http: HttpRequest) -> Response:
@@ -99,67 +100,44 @@ for _path, _route in (("/", health), ("/health", health), ("/ping", health), ("/
     router.add_api_route(_path, _route, methods=["HEAD"], include_in_schema=False)
 
 
-async def _generate(
-    state: AppState, body: GenerateRequest
-) -> tuple[GenerateResponse, dict[str, str]]:
-    started = time.perf_counter()
-    best_of = body.parameters.best_of or 1
-    state.validator.check_best_of(best_of)
-    with state.engine.admit(best_of):
-        logprobs = wants_details(body) or best_of > 1
-        request = await state.validator.validate(body, logprobs=logprobs)
-        validated = time.perf_counter()
-        completions = await complete(state.engine, request, best_of)
-    headers = _compute_headers(state, body) | _result_headers(
-        num_input=len(request.prompt_ids),
-        end=completions[0].end,
-        validation_s=validated - started,
-        total_s=time.perf_counter() - started,
+async def _complete(http: HttpRequest, body: GenerateRequest) -> Answer:
+    work = state_of(http).inference.complete(
+        body, caller_of(http, "generate"), logprobs=wants_details(body)
     )
-    return generate_response(body, completions), headers
+    return await until_disconnect(http.receive, work)
 
 
-def _event_stream(state: AppState, body: GenerateRequest) -> Response:
-    headers = _compute_headers(state, body) | {"x-accel-buffering": "no"}
-    return sse.EventStream(_stream(state, body), headers)
+def _event_stream(http: HttpRequest, body: GenerateRequest) -> Response:
+    state = state_of(http)
+    return sse.EventStream(
+        _frames(state, body, caller_of(http, "generate_stream")), stream_headers(state, body)
+    )
 
 
-async def _stream(state: AppState, body: GenerateRequest) -> AsyncGenerator[bytes, None]:
-    """The whole life of a streamed request: closing it gives everything back."""
+async def _frames(
+    state: AppState, body: GenerateRequest, caller: Caller
+) -> AsyncGenerator[bytes, None]:
+    """Whatever is pending becomes one write; an error is the last event."""
+    index = 0
     try:
-        state.validator.check_streamable(body.parameters)
-        with state.engine.admit():
-            request = await state.validator.validate(body, logprobs=True)
-            with state.engine.submit(request) as generation:
-                async for frames in _frames(body, len(request.prompt_ids), generation):
-                    yield frames
+        async with aclosing(state.inference.stream(body, caller, logprobs=True)) as stream:
+            async for events in stream:
+                frames: list[bytes] = []
+                for event, following in zip_longest(events, events[1:]):
+                    if isinstance(event, TokenOutput):
+                        index += 1
+                        frames.append(sse.event(_stream_response(body, index, event, following)))
+                yield b"".join(frames)
     except REQUEST_ERRORS as problem:
         yield sse.event(wire_error(problem).json())
 
 
-async def _frames(
-    body: GenerateRequest, num_input: int, generation: Generation
-) -> AsyncIterator[bytes]:
-    """The one loop per token: whatever is pending becomes one write."""
-    index, ended = 0, False
-    async for events in generation.events():
-        frames: list[bytes] = []
-        for event, following in zip_longest(events, events[1:]):
-            if not isinstance(event, TokenOutput):
-                continue
-            index += 1
-            if isinstance(following, Finished):
-                ended = True
-                last = last_stream_response(body, num_input, index, event, following)
-                frames.append(sse.event(last))
-            else:
-                frames.append(sse.event(stream_response(index, event)))
-        if frames:
-            yield b"".join(frames)
-        if isinstance(events[-1], Failed):
-            raise GenerationFailed(events[-1].message)
-    if not ended:
-        raise IncompleteStream
+def _stream_response(
+    body: GenerateRequest, index: int, output: TokenOutput, following: TokenOutput | Finished | None
+) -> StreamResponse:
+    if isinstance(following, Finished):
+        return last_stream_response(body, index, output, following)
+    return stream_response(index, output)
 
 
 def _with_default_full_text(
@@ -171,33 +149,6 @@ def _with_default_full_text(
     full_text = pipeline_tag in (None, "text-generation")
     parameters = body.parameters.model_copy(update={"return_full_text": full_text})
     return body.model_copy(update={"parameters": parameters})
-
-
-def _compute_headers(state: AppState, body: GenerateRequest) -> dict[str, str]:
-    return {
-        "x-compute-type": state.compute_type,
-        "x-compute-characters": str(len(body.inputs)),
-    }
-
-
-def _result_headers(
-    *, num_input: int, end: Finished, validation_s: float, total_s: float
-) -> dict[str, str]:
-    per_token_s = end.inference_s / end.num_generated_tokens
-    return {
-        "x-compute-time": f"{total_s:.9f}",
-        "x-total-time": _ms(total_s),
-        "x-validation-time": _ms(validation_s),
-        "x-queue-time": _ms(end.queue_s),
-        "x-inference-time": _ms(end.inference_s),
-        "x-time-per-token": _ms(per_token_s),
-        "x-prompt-tokens": str(num_input),
-        "x-generated-tokens": str(end.num_generated_tokens),
-    }
-
-
-def _ms(seconds: float) -> str:
-    return str(int(seconds * 1000))
 
 
 def _info(state: AppState) -> Info:

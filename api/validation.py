@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 from api.config import Limits
@@ -20,7 +21,21 @@ MAX_COUNTED_NEW_TOKENS = 1024
 
 
 class Tokenizer(Protocol):
-    def encode(self, text: str, truncate: int | None = None) -> list[int]: ...
+    def encode(
+        self, text: str, truncate: int | None = None, add_special_tokens: bool = True
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a request of the OpenAI routes can say and TGI's own cannot."""
+
+    add_special_tokens: bool = True
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+
+
+NO_EXTRAS = Extras()
 
 
 class Validator:
@@ -53,19 +68,23 @@ class Validator:
                 "`decoder_input_details` == true is not supported when streaming tokens"
             )
 
-    async def validate(self, body: GenerateRequest, *, logprobs: bool) -> Request:
+    async def validate(
+        self, body: GenerateRequest, extras: Extras = NO_EXTRAS, *, logprobs: bool
+    ) -> Request:
         """`logprobs`: whether the response shows them, and top tokens, or chooses by them."""
         parameters = body.parameters
         self._check_parameters(parameters)
         self._check_inputs(body)
-        prompt_ids = await self._tokenise(body.inputs, parameters.truncate)
+        prompt_ids = await self._tokenise(
+            body.inputs, parameters.truncate, extras.add_special_tokens
+        )
         self._check_length(len(prompt_ids), parameters.max_new_tokens)
         _check_unserved(parameters)
         return Request(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
-            sampling=_sampling(parameters, logprobs),
-            stopping=self._stopping(parameters, len(prompt_ids)),
+            sampling=_sampling(parameters, extras, logprobs),
+            stopping=self._stopping(parameters, extras, len(prompt_ids)),
         )
 
     def _check_parameters(self, parameters: GenerateParameters) -> None:
@@ -99,10 +118,14 @@ class Validator:
                 f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}"
             )
 
-    async def _tokenise(self, text: str, truncate: int | None) -> list[int]:
+    async def _tokenise(
+        self, text: str, truncate: int | None, add_special_tokens: bool
+    ) -> list[int]:
         loop = asyncio.get_running_loop()
         try:
-            ids = await loop.run_in_executor(self._workers, self._tokenizer.encode, text, truncate)
+            ids = await loop.run_in_executor(
+                self._workers, self._tokenizer.encode, text, truncate, add_special_tokens
+            )
         except Exception as error:
             raise ValidationError(f"tokenizer error {error}") from error
         if not ids:
@@ -123,12 +146,15 @@ class Validator:
                 f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_input}"
             )
 
-    def _stopping(self, parameters: GenerateParameters, num_input: int) -> StoppingParams:
+    def _stopping(
+        self, parameters: GenerateParameters, extras: Extras, num_input: int
+    ) -> StoppingParams:
         room = self._limits.max_total_tokens - num_input
         wanted = parameters.max_new_tokens
         return StoppingParams(
             max_new_tokens=room if wanted is None else min(wanted, room),
             stop=tuple(parameters.stop),
+            ignore_eos=extras.ignore_eos,
         )
 
 
@@ -180,7 +206,7 @@ def _check_unserved(parameters: GenerateParameters) -> None:
         raise ValidationError("watermark is not supported")
 
 
-def _sampling(parameters: GenerateParameters, logprobs: bool) -> SamplingParams:
+def _sampling(parameters: GenerateParameters, extras: Extras, logprobs: bool) -> SamplingParams:
     return SamplingParams(
         do_sample=_samples(parameters),
         temperature=_or(parameters.temperature, 1.0),
@@ -189,6 +215,7 @@ def _sampling(parameters: GenerateParameters, logprobs: bool) -> SamplingParams:
         typical_p=_or(parameters.typical_p, 1.0),
         repetition_penalty=_or(parameters.repetition_penalty, 1.0),
         frequency_penalty=parameters.frequency_penalty or 0.0,
+        presence_penalty=extras.presence_penalty,
         seed=random_seed() if parameters.seed is None else parameters.seed,
         logprobs=logprobs,
         top_n_tokens=(parameters.top_n_tokens or 0) if logprobs else 0,

@@ -273,6 +273,7 @@ class Engine:
         return Finished(
             reason=reason,
             generated_text=output.generated_text(),
+            num_prompt_tokens=seq.num_prompt_tokens,
             num_generated_tokens=seq.num_generated,
             seed=seq.request.sampling.seed if seq.request.sampling.do_sample else None,
             queue_s=started - seq.arrival_time,

@@ -21,7 +21,7 @@ class SamplingParams:
     """How the next token is chosen, in Text Generation Inference's order.
 
     Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1,
-    penalties 1 and 0. `seed` (u64) is the whole source of randomness; it is unused
+    penalties 1, 0 and 0. `seed` (u64) is the whole source of randomness; it is unused
     when `do_sample` is False. `logprobs` asks for the chosen token's logprob,
     `top_n_tokens` for that many alternatives with theirs.
     """
@@ -33,6 +33,7 @@ class SamplingParams:
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     logprobs: bool = False
     top_n_tokens: int = 0
@@ -92,6 +93,7 @@ class Finished:
 
     reason: FinishReason
     generated_text: str
+    num_prompt_tokens: int
     num_generated_tokens: int
     seed: int | None
     queue_s: float

@@ -7,6 +7,7 @@ generation waiting for ever. Prompts are tokenised by words, with one token in f
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import ClassVar
 
@@ -30,9 +31,13 @@ def output(text: str, logprob: float | None = -0.5, top: tuple[Token, ...] = ())
 
 
 def finished(
-    text: str, count: int, reason: FinishReason = FinishReason.LENGTH, seed: int | None = None
+    text: str,
+    count: int,
+    reason: FinishReason = FinishReason.LENGTH,
+    seed: int | None = None,
 ) -> Finished:
-    return Finished(reason, text, count, seed, queue_s=0.25, inference_s=0.5)
+    """The engine fills in the length of the prompt."""
+    return Finished(reason, text, 0, count, seed, queue_s=0.25, inference_s=0.5)
 
 
 def two_tokens(_: Request) -> Sequence[list[Event]]:
@@ -47,11 +52,14 @@ class WordTokenizer:
         self.gate.set()
         self.error: Exception | None = None
 
-    def encode(self, text: str, truncate: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, truncate: int | None = None, add_special_tokens: bool = True
+    ) -> list[int]:
         self.gate.wait(5)
         if self.error is not None:
             raise self.error
-        ids = [BOS, *(len(word) for word in text.split(" "))] if text.strip("\0") else []
+        ids = [len(word) for word in text.split(" ")] if text.strip("\0") else []
+        ids = [BOS, *ids] if ids and add_special_tokens else ids
         return ids if truncate is None else ids[-truncate:]
 
 
@@ -96,6 +104,12 @@ class ScriptedGeneration:
             yield events
 
 
+def _of_request(request: Request, events: list[Event]) -> list[Event]:
+    if not events or not isinstance(events[-1], Finished):
+        return events
+    return [*events[:-1], replace(events[-1], num_prompt_tokens=len(request.prompt_ids))]
+
+
 class ScriptedEngine:
     """`made` lists every one of a test, for the leak detector that runs after it."""
 
@@ -135,7 +149,8 @@ class ScriptedEngine:
         if self.state == "dead":
             raise EngineDead(self.reason)
         self.requests.append(request)
-        return ScriptedGeneration(self, self.script(request))
+        steps = self.script(request)
+        return ScriptedGeneration(self, [_of_request(request, events) for events in steps])
 
     def status(self) -> EngineStatus:
         return EngineStatus(self.state, self.reason, EngineFigures())

@@ -1,0 +1,41 @@
+"""TGI's x- headers: what a request cost, in its units; and what a request's own headers say."""
+
+from starlette.requests import Request as HttpRequest
+
+from api.inference import Answer
+from api.observation import Caller
+from api.schemas import GenerateRequest
+from api.state import AppState
+
+
+def caller_of(http: HttpRequest, route: str) -> Caller:
+    return Caller(route, http.headers.get("traceparent"))
+
+
+def stream_headers(state: AppState, *bodies: GenerateRequest) -> dict[str, str]:
+    return _compute_headers(state, bodies) | {"x-accel-buffering": "no"}
+
+
+def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> dict[str, str]:
+    timings = answer.timings
+    return _compute_headers(state, (body,)) | {
+        "x-compute-time": f"{timings.total_s:.9f}",
+        "x-total-time": _ms(timings.total_s),
+        "x-validation-time": _ms(timings.validation_s),
+        "x-queue-time": _ms(timings.queue_s),
+        "x-inference-time": _ms(timings.inference_s),
+        "x-time-per-token": _ms(timings.per_token_s),
+        "x-prompt-tokens": str(answer.best.end.num_prompt_tokens),
+        "x-generated-tokens": str(timings.num_generated_tokens),
+    }
+
+
+def _compute_headers(state: AppState, bodies: tuple[GenerateRequest, ...]) -> dict[str, str]:
+    return {
+        "x-compute-type": state.compute_type,
+        "x-compute-characters": str(sum(len(body.inputs) for body in bodies)),
+    }
+
+
+def _ms(seconds: float) -> str:
+    return str(int(seconds * 1000))
