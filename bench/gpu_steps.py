@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.device import Timer
-from engine.config import BLOCK_SIZE
+from engine.config import BLOCK_SIZE, EngineConfig
 from engine.graphs import Capture
 from engine.kv_cache import AttentionCall
 from engine.loader import LoadedModel
-from engine.model_runner import build_runner
+from engine.model_runner import StepResult, build_runner
 from engine.request import Request, SamplingParams, StoppingParams
-from engine.sampler import SampledTokens
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 from engine.sizing import Limits
@@ -46,7 +45,9 @@ class Steps:
         self._limits = limits
         self._timer = Timer(device)
         self._stream = make_stream(device)
-        self._builder, self._runner = build_runner(loaded, limits, self._stream, capture)
+        self._builder, self._runner = build_runner(
+            loaded, limits, self._stream, capture, EngineConfig().watermark
+        )
         fill_cache(loaded.calls)
         self._rng = np.random.default_rng(0)
 
@@ -71,7 +72,7 @@ class Steps:
         step = self._builder.build(_batch(sequences, before, length))
         return StepSeconds(self._device_seconds(step, count), wall, fits)
 
-    def _launch(self, batch: Batch) -> Pending[SampledTokens | None]:
+    def _launch(self, batch: Batch) -> Pending[StepResult]:
         return self._runner.launch(self._builder.build(batch))
 
     def _wall_seconds(self, make_batch: Callable[[int], Batch], count: int) -> float:

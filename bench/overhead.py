@@ -16,6 +16,7 @@ import torch
 from engine.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
 from engine.engine import Engine
 from engine.loader import load
+from engine.model_runner import StepResult
 from engine.request import Request, SamplingParams, StoppingParams
 from engine.sampler import SampledTokens
 from engine.step_inputs import HostStep
@@ -27,12 +28,11 @@ class _Done:
     """A step whose result is there as soon as it is launched."""
 
     def __init__(self, num_sampled: int):
-        self._tokens = SampledTokens(
-            torch.full((num_sampled,), _TOKEN), torch.zeros(num_sampled), None, None
-        )
+        tokens = SampledTokens(torch.full((num_sampled,), _TOKEN), torch.zeros(num_sampled))
+        self._result = StepResult(tokens, None)
 
-    def result(self) -> SampledTokens:
-        return self._tokens
+    def result(self) -> StepResult:
+        return self._result
 
 
 def _launch(step: HostStep) -> _Done:

@@ -23,9 +23,13 @@ ATTENTION_NAME = "skiff"
 
 @dataclass(slots=True)
 class StepContext:
-    """The step in progress, and whose kernels run it. One per model; set before each forward."""
+    """The step in progress, and whose kernels run it. One per model; set before each forward.
+
+    `pools` is the whole of the KV cache.
+    """
 
     ops: Ops
+    pools: list[Tensor]
     metadata: Any = None
 
 

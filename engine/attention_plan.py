@@ -51,6 +51,13 @@ class StepSequences:
         packed_ends = np.cumsum(self.lengths)
         return np.arange(packed_ends[-1]) + np.repeat(self.ends - packed_ends, self.lengths)
 
+    def with_tokens(self) -> "StepSequences":
+        """Without those that compute none."""
+        keep = self.lengths > 0
+        if keep.all():
+            return self
+        return StepSequences(self.slots[keep], self.starts[keep], self.lengths[keep])
+
 
 MakeMetadata = Callable[[View], Any]
 """What the kernels take, from the uploaded arrays."""

@@ -40,7 +40,8 @@ class EngineConfig:
     is the token budget of one step; `num_blocks` is the size of the KV pool in
     blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
     `kv_cache_dtype` stores keys and values in fewer bits than the model computes in;
-    None keeps the model's type.
+    None keeps the model's type. `watermark` is the share of the vocabulary that the watermark
+    favours, and what it adds to scores there.
     """
 
     max_sequences: int = 256
@@ -50,6 +51,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     kv_cache_dtype: KVCacheType | None = None
+    watermark: tuple[float, float] = (0.5, 2.0)
 
 
 DEFAULT_MODEL_ID = "smollm2-135m-instruct"

@@ -10,19 +10,23 @@ import contextlib
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig, LoadConfig
-from engine.errors import EngineDead, LoadError
+from engine.errors import EngineDead, GrammarError, LoadError
+from engine.grammar import GrammarCompiler, TokenMasks
 from engine.graphs import Capture, CudaCapture
 from engine.loader import LoadedModel, freeze_rotary, load
 from engine.metrics import EngineFigures
-from engine.model_runner import build_runner
+from engine.model_runner import Forward, StepResult, build_runner
 from engine.output import SequenceOutput
+from engine.packed_arrays import PackedArrays
 from engine.request import (
     Event,
     Failed,
@@ -42,15 +46,31 @@ from engine.stream import Pending, in_passing_thread, make_stream
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
 
+Row = tuple[int, float | None, list[tuple[int, float]]]
+"""What was drawn for a sequence: the token's id, its logprob, (id, logprob) of the best."""
+
 _MAX_IN_FLIGHT = 2
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Step:
+    """A step in flight.
+
+    pending    None while its sampling waits for what the step before has drawn
+    forward    of a step whose sampling is launched apart
+    discarded  sequences whose draw does not count
+    """
+
     batch: Batch
-    pending: Pending[SampledTokens | None]
+    pending: Pending[StepResult] | None = None
+    forward: Forward | None = None
+    discarded: set[Sequence] = field(default_factory=set)
+
+    @property
+    def sampled(self) -> list[ScheduledSequence]:
+        return [entry for entry in self.batch.scheduled if entry.samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +79,7 @@ class _FailedLaunch:
 
     error: Exception
 
-    def result(self) -> SampledTokens | None:
+    def result(self) -> StepResult:
         raise self.error
 
 
@@ -79,6 +99,7 @@ class Engine:
                 limits = with_smaller_cache(loaded, config, limits)
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
             else:
+                engine.grammars.prepare()
                 return engine
 
     def __init__(
@@ -101,7 +122,12 @@ class Engine:
             limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
         )
         self._stream = make_stream(loaded.model.device)
-        self._builder, self.runner = build_runner(loaded, limits, self._stream, capture)
+        self._builder, self.runner = build_runner(
+            loaded, limits, self._stream, capture, config.watermark
+        )
+        vocab_size = loaded.model.config.get_text_config().vocab_size
+        self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
+        self._masks = TokenMasks(vocab_size)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
@@ -143,14 +169,16 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Accept a request; it will get exactly one `Finished` or `Failed`."""
-        seq = Sequence(request)
-        self._live[request.request_id] = (
-            seq,
-            SequenceOutput(seq, self.tokenizer, self._eos_token_ids),
-        )
-        self.scheduler.add(seq)
+    def add(self, request: Request, forks: Seq[Request] = ()) -> None:
+        """Accept a request; it will get exactly one `Finished` or `Failed`.
+
+        `forks` are others of the same prompt, which is computed once for all of them.
+        """
+        leader = Sequence(request)
+        for seq in (leader, *(Sequence(fork, leader) for fork in forks)):
+            output = SequenceOutput(seq, self.tokenizer, self._eos_token_ids)
+            self._live[seq.request.request_id] = (seq, output)
+            self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """Forget a request at once, in whatever phase it is; no event follows. Idempotent."""
@@ -216,45 +244,96 @@ class Engine:
         now = time.perf_counter()
         for seq in batch.reset:
             seq.first_scheduled_time = seq.first_scheduled_time or now
-        pending: Pending[SampledTokens | None]
+        step = _Step(batch)
         try:
-            pending = self.runner.launch(self._builder.build(batch))
+            inputs = self._builder.build(batch)
+            if any(entry.sequence.grammar is not None for entry in batch.scheduled):
+                step.forward = self.runner.launch_forward(inputs)
+            else:
+                step.pending = self.runner.launch(inputs)
         except Exception as error:
-            pending = _FailedLaunch(error)
-        self._in_flight.append(_Step(batch, pending))
+            step.pending = _FailedLaunch(error)
+        self._in_flight.append(step)
+        self._sample_next()
         self.num_steps += 1
         return True
 
+    def _sample_next(self) -> None:
+        """Launch the sampling that waits for grammars, when they know every token before it."""
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or step.forward is None or step.pending is not None:
+            return
+        guided = [
+            (row, entry.sequence.grammar)
+            for row, entry in enumerate(step.sampled)
+            if entry.sequence.grammar is not None and entry.sequence not in step.discarded
+        ]
+        masks = None
+        if guided:
+            rows, grammars = zip(*guided, strict=True)
+            masks = PackedArrays({"rows": np.array(rows), "masks": self._masks.fill(grammars)})
+        step.pending = self.runner.launch_sampling(step.forward, masks)
+
     def _collect(self, step: _Step) -> Events:
         """Look at what a step produced. The only loop over tokens on the host."""
+        assert step.pending is not None
         try:
-            sampled = step.pending.result()
+            result = step.pending.result()
         except Exception as error:
             return self._recover(step, error)
         for entry in step.batch.scheduled:
             self.scheduler.complete(entry)
-        if sampled is None:
+        if result.prompt_logprobs is not None:
+            self._take_prompt_logprobs(step.batch, result.prompt_logprobs.tolist())
+        if result.sampled is None:
+            self._sample_next()
             return []
+        drawn = [
+            (entry.sequence, row)
+            for entry, row in zip(step.sampled, _rows(result.sampled), strict=True)
+            if not entry.sequence.is_finished and entry.sequence not in step.discarded
+        ]
+        forced = {seq: self._follow(seq, row) for seq, row in drawn if seq.grammar is not None}
+        self._sample_next()
         events: Events = []
-        entries = (entry for entry in step.batch.scheduled if entry.samples)
-        for entry, row in zip(entries, _rows(sampled), strict=True):
-            if not entry.sequence.is_finished:
-                try:
-                    self._emit(events, entry, *row)
-                except Exception as error:  # its own text or stop strings: nobody else's fault
-                    events += self._fail(entry.sequence.request.request_id, repr(error))
+        for seq, row in drawn:
+            try:
+                self._emit(events, seq, row)
+                if forced:
+                    self._emit_forced(events, seq, forced.get(seq, []))
+            except Exception as error:  # its own text, stop strings or grammar: nobody else's fault
+                events += self._fail(seq.request.request_id, str(error) or repr(error))
         return events
 
-    def _emit(
-        self,
-        events: Events,
-        entry: ScheduledSequence,
-        token_id: int,
-        logprob: float | None,
-        top: list[tuple[int, float]],
-    ) -> None:
-        seq = entry.sequence
+    def _take_prompt_logprobs(self, batch: Batch, logprobs: list[float]) -> None:
+        end = 0
+        for entry in (batch.scheduled[i] for i in batch.prompted):
+            start, end = end, end + entry.num_prompt_rows
+            live = self._live.get(entry.sequence.request.request_id)
+            if live is not None:
+                live[1].add_prompt_logprobs(entry.start, logprobs[start:end])
+
+    def _follow(self, seq: Sequence, row: Row) -> list[int]:
+        """Let its grammar know the token drawn; the tokens that then must come.
+
+        One alone is left to the sampling, which is on its way and draws it for nothing.
+        """
+        assert seq.grammar is not None
+        seq.grammar.accept(row[0])
+        forced = seq.grammar.forced()
+        if len(forced) <= 1:
+            return []
+        for token_id in forced:
+            seq.grammar.accept(token_id)
+        for step in self._in_flight:
+            step.discarded.add(seq)
+        return forced
+
+    def _emit(self, events: Events, seq: Sequence, row: Row) -> None:
+        token_id, logprob, top = row
         request_id, sampling = seq.request.request_id, seq.request.sampling
+        if seq.grammar is not None and seq.grammar.error:
+            raise GrammarError(seq.grammar.error)
         seq.token_ids.append(token_id)
         _, output = self._live[request_id]
         token, reason = output.push(
@@ -265,6 +344,15 @@ class Engine:
         events.append((request_id, token))
         if reason is not None:
             events.append((request_id, self._finish(seq, output, reason)))
+
+    def _emit_forced(self, events: Events, seq: Sequence, token_ids: list[int]) -> None:
+        """Nothing else could have been drawn, so their probability is 1."""
+        for token_id in token_ids:
+            if seq.is_finished:
+                return
+            self._emit(events, seq, (token_id, 0.0, [(token_id, 0.0)]))
+        if token_ids and not seq.is_finished:
+            self.scheduler.skip_ahead(seq)
 
     def _finish(self, seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Finished:
         self.scheduler.finish(seq)
@@ -278,6 +366,7 @@ class Engine:
             seed=seq.request.sampling.seed if seq.request.sampling.do_sample else None,
             queue_s=started - seq.arrival_time,
             inference_s=time.perf_counter() - started,
+            prompt=output.prompt(),
         )
 
     # -- steps that fail --------------------------------------------------------------
@@ -318,10 +407,8 @@ class Engine:
         return [(request_id, Failed(message))]
 
 
-def _rows(
-    sampled: SampledTokens,
-) -> "zip[tuple[int, float | None, list[tuple[int, float]]]]":
-    """(id, logprob, [(id, logprob) of the best]) of each row, as Python numbers."""
+def _rows(sampled: SampledTokens) -> "zip[Row]":
+    """Of each sampled sequence, as Python numbers."""
     ids = sampled.ids.tolist()
     logprobs = [None] * len(ids) if sampled.logprobs is None else sampled.logprobs.tolist()
     if sampled.top_ids is None or sampled.top_logprobs is None:
@@ -335,7 +422,10 @@ def _rows(
 def _wait(step: _Step) -> None:
     """Let a step that no longer counts run to its end."""
     with contextlib.suppress(Exception):
-        step.pending.result()
+        if step.pending is not None:
+            step.pending.result()
+        elif step.forward is not None and step.forward.pending is not None:
+            step.forward.pending.result()
 
 
 def _warm_up_error(message: str) -> Exception:

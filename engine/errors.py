@@ -7,3 +7,7 @@ class LoadError(Exception):
 
 class EngineDead(Exception):
     """The device or the engine is lost; the message says how. Nothing more is served."""
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be followed, and why."""

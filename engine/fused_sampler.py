@@ -19,6 +19,7 @@ _TAKEN_OVER = (
     "typical_p",
     "repetition_penalty",
     "frequency_penalty",
+    "presence_penalty",
     "do_sample",
     "top_n_tokens",
 )
@@ -61,7 +62,7 @@ class FusedSampler(Sampler):
         """`logits` [rows, vocab_size], `plan` [rows, words] int32."""
         assert isinstance(kind, Kind)
         if kind.plain:
-            return SampledTokens(*fused_sampling.greedy(logits, kind.logprobs), None, None)
+            return SampledTokens(*fused_sampling.greedy(logits, kind.logprobs))
         counts = self._all_counts() if kind.counts else None
         return SampledTokens(*fused_sampling.sample(logits, plan, counts, kind.num_top))
 

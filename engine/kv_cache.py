@@ -63,8 +63,8 @@ def bind_kv_cache(
     """
     for call in calls:
         call.module.paged_attention = None  # type: ignore[assignment]
-    caches = _allocate(calls, num_blocks, dtype, device)
-    context = StepContext(ops)
+    caches, pools = _allocate(calls, num_blocks, dtype, device)
+    context = StepContext(ops, pools)
     per_module: dict[nn.Module, list[LayerCache]] = defaultdict(list)
     for call, cache in zip(calls, caches, strict=True):
         per_module[call.module].append(cache)
@@ -73,21 +73,33 @@ def bind_kv_cache(
     return context
 
 
+def copy_blocks(pools: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """What is in some blocks, to others, of all layers.
+
+    sources, targets  [copies] int64
+    """
+    for pool in pools:
+        pool[:, targets] = pool[:, sources]
+
+
 def _allocate(
     calls: list[AttentionCall], num_blocks: int, dtype: torch.dtype, device: torch.device
-) -> list[LayerCache]:
+) -> tuple[list[LayerCache], list[torch.Tensor]]:
+    """The layers' caches, and the tensors they are parts of, [calls, num_blocks, ...] each."""
     by_geometry: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for index, call in enumerate(calls):
         if call.shared_with is None:
             by_geometry[call.geometry].append(index)
     stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    pools: list[torch.Tensor] = []
     for (num_heads, head_dim, value_dim), indices in by_geometry.items():
         shape = (len(indices), num_blocks, BLOCK_SIZE, num_heads)
         keys = torch.empty(*shape, head_dim, dtype=dtype, device=device)
         values = torch.empty(*shape, value_dim, dtype=dtype, device=device)
         stored |= {index: (keys[i], values[i]) for i, index in enumerate(indices)}
+        pools += [keys, values]
     is_scaled = dtype.itemsize == 1
-    return [
+    caches = [
         LayerCache(
             *stored[index if call.shared_with is None else call.shared_with],
             mask=call.mask,
@@ -97,3 +109,5 @@ def _allocate(
         )
         for index, call in enumerate(calls)
     ]
+    # Bytes, where they are 8-bit floats, which cannot be indexed.
+    return caches, [pool.view(torch.uint8) if is_scaled else pool for pool in pools]

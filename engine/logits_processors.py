@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.sampling import GENERATED
+
 Rows = Tensor | slice
 """Which rows of the batch: an int64 index, or a slice when it is all of them."""
 
@@ -61,34 +63,46 @@ class _PerRow:
 class Penalties:
     """Repetition penalty r: x * r where x < 0, else x / r, once per token in the context.
     Frequency penalty f: x - f * (occurrences in the context / its length).
+    Presence penalty p, OpenAI's: x - p for each token that was generated.
 
     The context is prompt and output so far, counted per slot on the device, because the
     newest tokens may not have reached the host yet.
 
-    counts  [slots, vocab_size] int32, of all slots
+    counts  [slots, vocab_size] int32, of all slots, with `GENERATED` added to those that were
     slots   [rows used] int64
+    others  [rows used, 1] float32
     """
 
     def __init__(
-        self, rows: Rows, slots: Tensor, repetition: Tensor, frequency: Tensor, counts: Tensor
+        self,
+        rows: Rows,
+        slots: Tensor,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
+        counts: Tensor,
     ):
         self.rows = rows
         self.slots = slots
         self.repetition = repetition
         self.frequency = frequency
+        self.presence = presence
         self.counts = counts
 
     def __call__(self, scores: Tensor) -> None:
-        x, counts = scores[self.rows], self.counts[self.slots]
+        x, marked = scores[self.rows], self.counts[self.slots]
+        counts = marked & (GENERATED - 1)
         repeated = torch.where(x < 0, x * self.repetition, x / self.repetition)
         x = torch.where(counts > 0, repeated, x)
         share = counts / counts.sum(dim=-1, keepdim=True)
-        scores[self.rows] = x - self.frequency * share
+        x = x - self.frequency * share
+        scores[self.rows] = torch.where(marked >= GENERATED, x - self.presence, x)
 
     def count(self, ids: Tensor) -> None:
         """Add the tokens just chosen, [rows] int64, to their contexts."""
-        one = torch.ones((), dtype=torch.int32, device=ids.device)
-        self.counts.index_put_((self.slots, ids[self.rows]), one, accumulate=True)
+        chosen = ids[self.rows]
+        counts = self.counts[self.slots, chosen]
+        self.counts[self.slots, chosen] = (counts + 1) | GENERATED
 
 
 class Temperature(_PerRow):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,9 +14,10 @@ from engine.attention_plan import AttentionPlanner, make_planner
 from engine.config import BLOCK_SIZE
 from engine.fused_sampler import make_sampler
 from engine.graphs import Capture, StepGraphs, sizes_for
-from engine.kv_cache import bind_kv_cache
+from engine.kv_cache import bind_kv_cache, copy_blocks
 from engine.loader import LoadedModel
-from engine.sampler import SampledTokens, Sampler
+from engine.packed_arrays import PackedArrays
+from engine.sampler import SampledTokens, Sampler, to_host
 from engine.sizing import Limits
 from engine.step_inputs import HostStep, StepBuilder, StepInputs
 from engine.stream import Pending, Stream
@@ -26,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_runner(
-    loaded: LoadedModel, limits: Limits, stream: Stream, capture: Capture | None
+    loaded: LoadedModel,
+    limits: Limits,
+    stream: Stream,
+    capture: Capture | None,
+    watermark: tuple[float, float],
 ) -> tuple[StepBuilder, "ModelRunner"]:
     """What turns batches into steps, and what runs them, sharing the slots' state.
 
@@ -42,8 +48,40 @@ def build_runner(
     builder = StepBuilder(tables_shape, sampler, planner, graph_sizes, device)
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
     graphs = StepGraphs(capture, device) if capture else None
-    runner = ModelRunner(model, context, sampler, planner, graphs, stream, limits.max_sequences)
+    runner = ModelRunner(
+        model, context, sampler, planner, graphs, stream, limits.max_sequences, watermark
+    )
     return builder, runner
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`sampled` is None when nothing was; `prompt_logprobs` [prompt rows] float32 likewise."""
+
+    sampled: SampledTokens | None
+    prompt_logprobs: Tensor | None
+
+
+@dataclass(slots=True)
+class Forward:
+    """A step's forward, and what it leaves for the sampling, in stream order."""
+
+    step: HostStep
+    inputs: StepInputs | None = None
+    logits: Tensor | None = None
+    pending: Pending[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """A step in two parts: where the first failed, that is what there is to say."""
+
+    forward: Pending[None]
+    sampling: Pending[StepResult]
+
+    def result(self) -> StepResult:
+        self.forward.result()
+        return self.sampling.result()
 
 
 class ModelRunner:
@@ -58,47 +96,112 @@ class ModelRunner:
         graphs: StepGraphs | None,
         stream: Stream,
         max_sequences: int,
+        watermark: tuple[float, float],
     ):
+        """`watermark` is the share of the vocabulary it favours, and by how much."""
         self._model = model
         self._context = context
         self._sampler = sampler
         self._planner = planner
         self._graphs = graphs
         self._can_capture = True
+        self._watermark = watermark
         self._stream = stream
         # One more, for the rows of a graph that are nobody's.
         self._last_ids = torch.zeros(max_sequences + 1, dtype=torch.int64, device=model.device)
 
-    def launch(self, step: HostStep) -> Pending[SampledTokens | None]:
-        """Queue the step; the result, None when nothing was sampled, is on the host."""
-        return self._stream.launch(partial(self._run, step))
+    def launch(self, step: HostStep) -> Pending[StepResult]:
+        """Queue the step; the result is on the host."""
+        forward = Forward(step)
+        return self._stream.launch(partial(self._run, forward))
+
+    def launch_forward(self, step: HostStep) -> "Forward":
+        """Queue all of a step but its sampling, which `launch_sampling` does."""
+        forward = Forward(step)
+        forward.pending = self._stream.launch(partial(self._run_forward, forward))
+        return forward
+
+    def launch_sampling(
+        self, forward: "Forward", masks: PackedArrays | None
+    ) -> Pending[StepResult]:
+        """`masks` has what grammars allow: `rows` [n] int64 of those sampled, and their `masks`
+        [n, words] int32.
+        """
+        sampling = self._stream.launch(partial(self._run_sampling, forward, masks))
+        assert forward.pending is not None
+        return _Sampling(forward.pending, sampling)
+
+    def _run(self, forward: "Forward") -> StepResult:
+        self._run_forward(forward)
+        return self._run_sampling(forward, None)
 
     @torch.inference_mode()
-    def _run(self, step: HostStep) -> SampledTokens | None:
-        for slot, token_ids in step.counts:
-            self._sampler.start_counts(slot, token_ids)
+    def _run_forward(self, forward: "Forward") -> None:
+        step = forward.step
+        for slot, token_ids, num_prompt_tokens in step.counts:
+            self._sampler.start_counts(slot, token_ids, num_prompt_tokens)
         if step.update is not None:
-            uploaded = step.update.on(self._last_ids.device)
-            self._planner.apply_update(partial(step.update.view, uploaded))
+            self._planner.apply_update(partial(step.update.view, self._on_device(step.update)))
         if self._graphs is not None and step.graph_size is not None:
-            return self._run_graph(self._graphs, step, step.graph_size).to_host(step.num_sampled)
-        inputs = step.inputs(step.arrays.on(self._last_ids.device))
-        logits = self.forward(inputs)
-        if step.sampling is None:
-            return None
-        return self._sample(logits, inputs, step.sampling.kind).to_host(step.num_sampled)
+            forward.inputs = self._graphs.load(step, step.graph_size)
+            if self._graphs.has(step.graph_size, _FORWARD):
+                forward.logits = self._graphs.replay(step.graph_size, _FORWARD)
+                return
+        else:
+            forward.inputs = step.inputs(self._on_device(step.arrays))
+        forward.logits = self.forward(forward.inputs)
 
-    def _run_graph(self, graphs: StepGraphs, step: HostStep, size: int) -> SampledTokens:
-        """In two parts, there being many kinds of sampling and one forward.
+    @torch.inference_mode()
+    def _run_sampling(self, forward: "Forward", masks: PackedArrays | None) -> StepResult:
+        step, inputs, logits = forward.step, forward.inputs, forward.logits
+        assert inputs is not None
+        assert logits is not None, "the forward failed"
+        prompt_logprobs = None
+        if step.rare is not None:
+            prompt_logprobs = self._do_rare(step, step.rare, inputs, logits)
+        if masks is not None:
+            view = partial(masks.view, self._on_device(masks))
+            self._context.ops.mask_tokens(logits, view("rows"), view("masks"))
+        sampled = None
+        if step.sampling is not None:
+            kind = step.sampling.kind
+            if self._graphs is not None and step.graph_size is not None:
+                sampled = self._sample_graph(self._graphs, step.graph_size, logits, inputs, kind)
+            else:
+                sampled = self._sample(logits[: step.num_sampled], inputs, kind)
+            sampled = sampled.to_host(step.num_sampled)
+        return StepResult(sampled, prompt_logprobs)
+
+    def _on_device(self, arrays: PackedArrays) -> Tensor:
+        return arrays.on(self._last_ids.device)
+
+    def _do_rare(
+        self, step: HostStep, rare: PackedArrays, inputs: StepInputs, logits: Tensor
+    ) -> Tensor | None:
+        """Blocks to be copied, scores to be watermarked; the logprobs of prompts' tokens."""
+        view = partial(rare.view, self._on_device(rare))
+        if "copied" in rare:
+            copy_blocks(self._context.pools, *view("copied"))
+        if "watermarked" in rare:
+            rows = inputs.kept_rows[: len(inputs.sampled_slots)]
+            previous = self._known(inputs.input_ids[rows], inputs.sampled_slots)
+            self._context.ops.watermark(logits, view("watermarked"), previous, *self._watermark)
+        if "prompt_ids" not in rare:
+            return None
+        logprobs = logits[step.num_sampled :].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, view("prompt_ids")[:, None])[:, 0]
+        return to_host(chosen, len(chosen))
+
+    def _sample_graph(
+        self, graphs: StepGraphs, size: int, logits: Tensor, inputs: StepInputs, kind: Hashable
+    ) -> SampledTokens:
+        """Captured apart from the forward, there being many kinds of sampling.
 
         What was not captured yet runs without a graph this time, and is captured after.
         """
-        assert step.sampling is not None
-        inputs, kind = graphs.load(step, size), step.sampling.kind
         if graphs.has(size, _FORWARD) and graphs.has(size, kind):
-            graphs.replay(size, _FORWARD)
             return graphs.replay(size, kind)
-        sampled = self._sample(self.forward(inputs), inputs, kind)
+        sampled = self._sample(logits, inputs, kind)
         if self._can_capture:
             self._capture(graphs, size, inputs, kind)
         return sampled
@@ -119,16 +222,19 @@ class ModelRunner:
         return not self._can_capture or self._graphs is None or self._graphs.has(size, _FORWARD)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Logits of the rows to sample, [num_sampled, vocab_size]."""
-        last_ids = self._last_ids[inputs.token_slots]
-        input_ids = torch.where(inputs.input_ids < 0, last_ids, inputs.input_ids)
+        """Logits of the rows to keep, [num_sampled + prompt rows, vocab_size]."""
+        input_ids = self._known(inputs.input_ids, inputs.token_slots)
         self._context.metadata = inputs.attention
         return self._model(
             input_ids=input_ids[None],
             position_ids=inputs.position_ids[None],
             use_cache=False,
-            logits_to_keep=inputs.sampled_rows,
+            logits_to_keep=inputs.kept_rows,
         ).logits[0]
+
+    def _known(self, token_ids: Tensor, slots: Tensor) -> Tensor:
+        """The token ids; where they are on the device alone, the last ones of their slots."""
+        return torch.where(token_ids < 0, self._last_ids[slots], token_ids)
 
     def _sample(self, logits: Tensor, inputs: StepInputs, kind: Hashable) -> SampledTokens:
         sampled = self._sampler.sample(logits, inputs.sampling, kind)

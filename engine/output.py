@@ -14,7 +14,7 @@ _STOP_WINDOW = 200
 class SequenceOutput:
     """What one sequence has said so far. `push` is called once per token."""
 
-    __slots__ = ("_eos_token_ids", "_seq", "_tail", "_text", "_tokenizer")
+    __slots__ = ("_eos_token_ids", "_prompt_logprobs", "_seq", "_tail", "_text", "_tokenizer")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer, eos_token_ids: frozenset[int]):
         self._seq = seq
@@ -22,6 +22,7 @@ class SequenceOutput:
         self._eos_token_ids = eos_token_ids
         self._text = TextStream(tokenizer, seq.request.prompt_ids)
         self._tail = ""
+        self._prompt_logprobs: list[float | None] = [None]
 
     def push(
         self, token_id: int, logprob: float | None, top: list[tuple[int, float]]
@@ -34,6 +35,21 @@ class SequenceOutput:
         token = Token(token_id, text, _finite(logprob), token_id in self._tokenizer.special_ids)
         return TokenOutput(token, self._top_tokens(top) if top else ()), reason
 
+    def add_prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
+        """Those of the tokens behind position `start`. What was preempted comes once more."""
+        self._prompt_logprobs[start + 1 : start + 1 + len(logprobs)] = logprobs
+
+    def prompt(self) -> tuple[Token, ...]:
+        """The prompt's tokens with their logprobs, if those were asked for."""
+        request, tokenizer = self._seq.request, self._tokenizer
+        if not request.prompt_logprobs:
+            return ()
+        pairs = zip(request.prompt_ids, self._prompt_logprobs, strict=True)
+        return tuple(
+            Token(i, tokenizer.token_text(i), _finite(p), i in tokenizer.special_ids)
+            for i, p in pairs
+        )
+
     def generated_text(self) -> str:
         seq = self._seq
         return self._tokenizer.generated_text(
@@ -44,7 +60,9 @@ class SequenceOutput:
         seq, stopping = self._seq, self._seq.request.stopping
         if len(seq.token_ids) >= seq.max_tokens:
             return FinishReason.LENGTH
-        if token_id in self._eos_token_ids and not stopping.ignore_eos:
+        if token_id in self._eos_token_ids and not (stopping.ignore_eos and seq.grammar is None):
+            return FinishReason.EOS_TOKEN
+        if seq.grammar is not None and seq.grammar.is_finished and not self._eos_token_ids:
             return FinishReason.EOS_TOKEN
         if stopping.stop and self._reached_stop(text, stopping.stop):
             return FinishReason.STOP_SEQUENCE

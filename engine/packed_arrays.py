@@ -13,7 +13,7 @@ _TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
 
 
 class PackedArrays:
-    """Contiguous int64 and int32 arrays by name, packed in their order.
+    """int64 and int32 arrays by name, packed in their order.
 
     buffer     [used bytes] uint8, on the host
     max_bytes  of any step of the same layout: the last array may have up to `capacity` rows
@@ -30,7 +30,7 @@ class PackedArrays:
             end = offset + array.nbytes
         buffer = np.empty(end, dtype=np.uint8)
         for name, offset in self._offsets.items():
-            array = arrays[name]
+            array = np.ascontiguousarray(arrays[name])
             buffer[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         self.buffer = torch.from_numpy(buffer)
 
@@ -49,6 +49,9 @@ class PackedArrays:
         target = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
         self.copy_to(target)
         return target
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
 
     @property
     def max_bytes(self) -> int:

@@ -7,7 +7,10 @@ nothing in the engine asks again. Each accepted request is answered by any numbe
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar
 
 
 class FinishReason(StrEnum):
@@ -23,7 +26,7 @@ class SamplingParams:
     Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1,
     penalties 1, 0 and 0. `seed` (u64) is the whole source of randomness; it is unused
     when `do_sample` is False. `logprobs` asks for the chosen token's logprob,
-    `top_n_tokens` for that many alternatives with theirs.
+    `top_n_tokens` for that many alternatives with theirs. `watermark` marks the choices.
     """
 
     do_sample: bool = False
@@ -37,6 +40,7 @@ class SamplingParams:
     seed: int = 0
     logprobs: bool = False
     top_n_tokens: int = 0
+    watermark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Request:
     sampling: SamplingParams
     stopping: StoppingParams
     cache_salt: bytes = b""
+    grammar: "Grammar | None" = None
+    prompt_logprobs: bool = False
 
 
 # Two of these are made for each token: a named tuple takes a third of a frozen dataclass's
@@ -89,6 +95,7 @@ class Finished:
 
     `generated_text` has no special tokens and no prompt. `seed` is None for greedy.
     `queue_s` runs from acceptance to the first step, `inference_s` from there on.
+    `prompt` are the prompt's tokens with their logprobs, if those were asked for.
     """
 
     reason: FinishReason
@@ -98,6 +105,7 @@ class Finished:
     seed: int | None
     queue_s: float
     inference_s: float
+    prompt: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

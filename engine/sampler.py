@@ -27,7 +27,7 @@ from engine.logits_processors import (
 )
 from engine.packed_arrays import View
 from engine.request import SamplingParams
-from kernels.sampling import gumbel_noise, noise_keys
+from kernels.sampling import GENERATED, gumbel_noise, noise_keys
 
 TIE_MARGIN = 16
 """How many tokens that tie with the n-th best are still found."""
@@ -40,10 +40,12 @@ _PARAMETERS = np.dtype(
         ("typical_p", np.float32),
         ("repetition_penalty", np.float32),
         ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
         ("do_sample", np.bool_),
         ("seed", np.uint64),
         ("logprobs", np.bool_),
         ("top_n_tokens", np.int64),
+        ("watermark", np.bool_),
     ]
 )
 
@@ -59,17 +61,17 @@ class SampledTokens:
     """
 
     ids: Tensor
-    logprobs: Tensor | None
-    top_ids: Tensor | None
-    top_logprobs: Tensor | None
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
 
     def to_host(self, rows: int) -> "SampledTokens":
         """The first `rows`, on the host once what was launched so far is done."""
         return SampledTokens(
-            ids=_to_host(self.ids, rows),
-            logprobs=_to_host(self.logprobs, rows),
-            top_ids=_to_host(self.top_ids, rows),
-            top_logprobs=_to_host(self.top_logprobs, rows),
+            ids=to_host(self.ids, rows),
+            logprobs=to_host(self.logprobs, rows),
+            top_ids=to_host(self.top_ids, rows),
+            top_logprobs=to_host(self.top_logprobs, rows),
         )
 
 
@@ -117,14 +119,23 @@ class Sampler:
     def set_parameters(self, slot: int, params: SamplingParams) -> None:
         """A new sequence in this slot."""
         self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.fields or ())
-        self._plain[slot] = replace(params, seed=0, logprobs=False) == SamplingParams()
+        neutral = replace(params, seed=0, logprobs=False, watermark=False)
+        self._plain[slot] = neutral == SamplingParams()
 
     def needs_counts(self, slot: int) -> bool:
         return bool(self.uses_penalties(np.array([slot]))[0])
 
     def uses_penalties(self, slots: np.ndarray) -> np.ndarray:
         p = self._parameters[slots]
-        return (p["repetition_penalty"] != 1) | (p["frequency_penalty"] != 0)
+        return (
+            (p["repetition_penalty"] != 1)
+            | (p["frequency_penalty"] != 0)
+            | (p["presence_penalty"] != 0)
+        )
+
+    def watermarked(self, slots: np.ndarray) -> np.ndarray:
+        """Which of these rows are, [n] int64."""
+        return np.flatnonzero(self._parameters["watermark"][slots])
 
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplerPlan:
         """`positions` [rows] are those of the tokens about to be drawn."""
@@ -166,6 +177,7 @@ class Sampler:
             slots=to_device(slots[used], self._device),
             repetition=column(p["repetition_penalty"], used, self._device),
             frequency=column(p["frequency_penalty"], used, self._device),
+            presence=column(p["presence_penalty"], used, self._device),
             counts=self._all_counts(),
         )
 
@@ -178,10 +190,11 @@ class Sampler:
 
     # -- in stream order --------------------------------------------------------------
 
-    def start_counts(self, slot: int, token_ids: Tensor) -> None:
+    def start_counts(self, slot: int, token_ids: Tensor, num_prompt_tokens: int) -> None:
         """Count the tokens that a sequence new to this slot knows, [n] int64."""
         counts = self._all_counts()[slot].zero_()
         counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
+        counts[token_ids[num_prompt_tokens:]] |= GENERATED
 
     def sample(self, logits: Tensor, plan: Any, kind: Hashable = None) -> SampledTokens:
         """`logits` [rows, vocab_size] in the model's type, overwritten; `plan` from the
@@ -198,11 +211,11 @@ class Sampler:
         if plan.penalties is not None:
             plan.penalties.count(ids)
         if not plan.logprobs:
-            return SampledTokens(ids, None, None, None)
+            return SampledTokens(ids)
         logprobs = scores.log_softmax(dim=-1)
         chosen = logprobs.gather(-1, ids[:, None])[:, 0]
         if not plan.num_top:
-            return SampledTokens(ids, chosen, None, None)
+            return SampledTokens(ids, chosen)
         top_ids = _best(logprobs, plan.num_top + TIE_MARGIN)
         return SampledTokens(ids, chosen, top_ids, logprobs.gather(-1, top_ids))
 
@@ -230,11 +243,13 @@ def _best(scores: Tensor, k: int) -> Tensor:
 
 
 @overload
-def _to_host(tensor: Tensor, rows: int) -> Tensor: ...
+def to_host(tensor: Tensor, rows: int) -> Tensor: ...
 @overload
-def _to_host(tensor: Tensor | None, rows: int) -> Tensor | None: ...
-def _to_host(tensor: Tensor | None, rows: int) -> Tensor | None:
-    """Start a copy, to pinned memory: a graph puts its next result in the same place."""
+def to_host(tensor: Tensor | None, rows: int) -> Tensor | None: ...
+def to_host(tensor: Tensor | None, rows: int) -> Tensor | None:
+    """Start a copy of the first `rows`, to pinned memory: a graph puts its next result in the
+    same place.
+    """
     if tensor is None:
         return None
     host = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -11,9 +11,12 @@ The rules, in order:
 2. Then running sequences further behind (prefills), oldest first, in chunks.
 3. Then waiting sequences, strictly first come first served, each admitted with blocks
    for every token it knows. Blocks that hold its prefix already are shared.
+4. The step that completes a prompt starts the forks of its sequence too: they share its
+   full blocks, get a copy of the last one, and sample from the same logits.
 
-Only decodes can run out of blocks. Then the youngest running sequence is preempted: its
-blocks are released, and it waits at the head of the queue to be recomputed.
+Only running sequences that have grown can run out of blocks. Then the youngest running
+sequence is preempted: its blocks are released, and it waits at the head of the queue to be
+recomputed.
 
 Steps run in the order of their launch on one stream, so a block released while a
 launched step still writes to it is safe to hand out: its next owner's writes come
@@ -28,11 +31,15 @@ from engine.block_pool import BlockHasher, BlockPool
 from engine.config import BLOCK_SIZE
 from engine.sequence import Sequence, SequenceStatus
 
+PROMPT_LOGPROB_ROWS = 256
+"""Logits that a step keeps for the logprobs of prompts, at most."""
+
 
 class ScheduledSequence(NamedTuple):
     """`num_tokens` tokens of `sequence` from position `start`, into `slot`'s state.
 
-    `samples` says that these are its last known tokens, so the step draws the next.
+    `samples` says that these are its last known tokens, so the step draws the next. A fork
+    has no tokens in its first step: it draws from those of the entry before it.
     `epoch` tells whether the sequence was preempted since.
     """
 
@@ -48,6 +55,14 @@ class ScheduledSequence(NamedTuple):
         return self.start + self.num_tokens
 
     @property
+    def num_prompt_rows(self) -> int:
+        """Its first tokens, those whose logits make the prompt's logprobs that are asked for."""
+        seq = self.sequence
+        if not seq.request.prompt_logprobs:
+            return 0
+        return max(min(self.end, seq.num_prompt_tokens - 1) - self.start, 0)
+
+    @property
     def is_current(self) -> bool:
         """The blocks this step wrote to are still the sequence's own."""
         seq = self.sequence
@@ -60,16 +75,37 @@ class Batch:
 
     `reset` lists those of the scheduled sequences that are new to their slot, or were
     rewound: what the slot holds is not theirs. `grown` lists blocks appended to tables as
-    (slot, index in the table, block).
+    (slot, index in the table, block). `copies` lists blocks to be copied once the step has
+    run, as (from, to). `prompted` lists which of the scheduled have rows for the logprobs of
+    their prompts.
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     reset: list[Sequence] = field(default_factory=list)
     grown: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    prompted: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.scheduled)
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left for a step."""
+
+    tokens: int
+    prompt_rows: int = PROMPT_LOGPROB_ROWS
+
+    def chunk(self, seq: Sequence) -> int:
+        """How many of its tokens fit."""
+        chunk = min(seq.num_tokens - seq.num_computed, self.tokens)
+        return min(chunk, self.prompt_rows) if seq.wants_prompt_logprobs else chunk
+
+    def take(self, entry: ScheduledSequence) -> None:
+        self.tokens -= entry.num_tokens
+        self.prompt_rows -= entry.num_prompt_rows
 
 
 class Scheduler:
@@ -100,18 +136,38 @@ class Scheduler:
     # -- requests come and go ---------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        """A fork is to be added before the first step of its leader."""
+        if seq.leader is None:
+            self.waiting.append(seq)
+        else:
+            seq.leader.forks.append(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
         if seq.is_finished:
             return
-        if seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
-        else:
+        if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
+        elif seq.leader is not None:
+            seq.leader.forks.remove(seq)
+        else:
+            self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
+        self._orphan(seq.forks)
+        seq.forks = []
+
+    def skip_ahead(self, seq: Sequence) -> None:
+        """Its last tokens were not sampled: what a step in flight draws for it is not to be."""
+        seq.num_tokens = len(seq.token_ids)
+        if seq.status is SequenceStatus.RUNNING:
+            self._stale.add(seq)  # its slot counts other tokens
+
+    def _orphan(self, forks: list[Sequence]) -> None:
+        """They cannot share, and compute their prompts themselves."""
+        for seq in reversed(forks):
+            seq.leader = None
+            self.waiting.appendleft(seq)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -124,73 +180,109 @@ class Scheduler:
 
         With `only`, no other sequence runs and none is admitted.
         """
-        batch = Batch()
-        budget = self._schedule_decodes(batch, self._max_batch_tokens, only)
-        budget = self._schedule_prefills(batch, budget, only)
+        batch, budget = Batch(), _Budget(self._max_batch_tokens)
+        self._schedule_decodes(batch, budget, only)
+        self._schedule_prefills(batch, budget, only)
         if only is None:
             self._admit(batch, budget)
         return batch
 
-    def _schedule_decodes(self, batch: Batch, budget: int, only: set[Sequence] | None) -> int:
+    def _schedule_decodes(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
+        """Also sees to it that those further behind have blocks, before anything of this step
+        belongs to a sequence that would have to go.
+        """
         for seq in tuple(self.running):
-            if seq.num_tokens - seq.num_computed != 1 or seq.num_tokens >= seq.max_tokens:
+            if seq.num_computed == seq.num_tokens or seq.num_tokens >= seq.max_tokens:
                 continue
             if seq.status is not SequenceStatus.RUNNING or (only is not None and seq not in only):
                 continue
-            if self._grow(batch, seq):
-                self._commit(batch, seq, 1)
-                budget -= 1
-        return budget
+            if self._grow(batch, seq) and seq.num_tokens - seq.num_computed == 1:
+                self._commit(batch, budget, seq)
 
-    def _schedule_prefills(self, batch: Batch, budget: int, only: set[Sequence] | None) -> int:
-        for seq in self.running:
-            remaining = seq.num_tokens - seq.num_computed
-            if budget == 0 or remaining <= 1 or (only is not None and seq not in only):
-                continue
-            budget -= self._commit(batch, seq, min(remaining, budget))
-        return budget
+    def _schedule_prefills(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
+        for seq in tuple(self.running):
+            if seq.num_tokens - seq.num_computed > 1 and (only is None or seq in only):
+                self._commit(batch, budget, seq)
 
-    def _admit(self, batch: Batch, budget: int) -> None:
-        while self.waiting and self._free_slots and budget > 0:
+    def _admit(self, batch: Batch, budget: _Budget) -> None:
+        while self.waiting and self._free_slots and budget.chunk(self.waiting[0]) > 0:
             seq = self.waiting[0]
             # The ids of a preempted sequence's last tokens may still be on the device.
             if seq.num_in_flight or not self._take_blocks(seq):
                 return
             self.waiting.popleft()
-            self.running.append(seq)
-            seq.status = SequenceStatus.RUNNING
-            seq.slot = self._free_slots.pop()
-            self._stale.add(seq)
-            budget -= self._commit(batch, seq, min(seq.num_tokens - seq.num_computed, budget))
+            self._start(seq)
+            self._commit(batch, budget, seq)
 
-    def _commit(self, batch: Batch, seq: Sequence, num_tokens: int) -> int:
-        start = seq.num_computed
-        seq.num_computed += num_tokens
-        samples = seq.num_computed == seq.num_tokens
-        if samples:
-            seq.num_tokens += 1
+    def _start(self, seq: Sequence) -> None:
+        self.running.append(seq)
+        seq.status = SequenceStatus.RUNNING
+        seq.slot = self._free_slots.pop()
+        self._stale.add(seq)
+
+    def _commit(self, batch: Batch, budget: _Budget, seq: Sequence) -> None:
+        """Schedule as many of its tokens as fit, if any do."""
+        num_tokens = budget.chunk(seq)
+        if num_tokens == 0:
+            return
+        samples = seq.num_computed + num_tokens == seq.num_tokens
+        budget.take(self._schedule(batch, seq, num_tokens, samples))
+        if samples and seq.forks:
+            self._start_forks(batch, seq)
+
+    def _schedule(
+        self, batch: Batch, seq: Sequence, num_tokens: int, samples: bool
+    ) -> ScheduledSequence:
+        entry = ScheduledSequence(
+            seq, seq.slot, seq.num_computed, num_tokens, samples, seq.num_preemptions
+        )
+        if entry.num_prompt_rows:
+            batch.prompted.append(len(batch.scheduled))
+        batch.scheduled.append(entry)
+        seq.num_computed = entry.end
+        seq.num_tokens += samples
         if seq in self._stale:
             self._stale.remove(seq)
             batch.reset.append(seq)
-        batch.scheduled.append(
-            ScheduledSequence(seq, seq.slot, start, num_tokens, samples, seq.num_preemptions)
-        )
-        return num_tokens
+        return entry
+
+    def _start_forks(self, batch: Batch, leader: Sequence) -> None:
+        """In the step that completes the prompt; those that find no room wait instead."""
+        forks, leader.forks = leader.forks, []
+        while forks and self._free_slots and self._share_prompt(batch, leader, forks[0]):
+            seq = forks.pop(0)
+            self._start(seq)
+            self._schedule(batch, seq, num_tokens=0, samples=True)
+        self._orphan(forks)
+
+    def _share_prompt(self, batch: Batch, leader: Sequence, seq: Sequence) -> bool:
+        """The last block, which both will write to, is copied at once: nothing would be saved
+        by waiting for the first write, since all write to it in the next step.
+        """
+        num_full, in_last = divmod(seq.num_tokens, BLOCK_SIZE)
+        if in_last and self.pool.num_idle == 0:
+            return False
+        full = leader.block_table[:num_full]
+        self.pool.share(full)
+        last = self.pool.allocate(1) if in_last else []
+        batch.copies.extend(zip(leader.block_table[num_full : num_full + 1], last, strict=True))
+        seq.block_table = full + last
+        seq.num_computed = seq.num_tokens
+        return True
 
     # -- blocks -----------------------------------------------------------------------
 
     def _grow(self, batch: Batch, seq: Sequence) -> bool:
-        """Give a decode the block for its next token; False if it had to be preempted."""
-        if seq.num_computed < len(seq.block_table) * BLOCK_SIZE:
-            return True
-        while self.pool.num_idle == 0:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        (block,) = self.pool.allocate(1)
-        batch.grown.append((seq.slot, len(seq.block_table), block))
-        seq.block_table.append(block)
+        """Give it blocks for every token it knows; False if it had to be preempted."""
+        while seq.num_tokens > len(seq.block_table) * BLOCK_SIZE:
+            while self.pool.num_idle == 0:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return False
+            (block,) = self.pool.allocate(1)
+            batch.grown.append((seq.slot, len(seq.block_table), block))
+            seq.block_table.append(block)
         return True
 
     def _take_blocks(self, seq: Sequence) -> bool:
@@ -210,7 +302,7 @@ class Scheduler:
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
         """The findable blocks of the longest known prefix; one token stays uncomputed."""
-        if not self._prefix_caching:
+        if not self._prefix_caching or seq.wants_prompt_logprobs:
             return []
         self._extend_hashes(seq, (seq.num_tokens - 1) // BLOCK_SIZE)
         hits: list[int] = []
@@ -251,6 +343,7 @@ class Scheduler:
         if not scheduled.is_current:
             return
         seq = scheduled.sequence
+        seq.leader = None
         seq.num_completed = scheduled.end
         num_full = seq.num_completed // BLOCK_SIZE
         if not self._prefix_caching or num_full == seq.num_registered:
@@ -264,7 +357,10 @@ class Scheduler:
         """Steps in flight were lost: go back to what completed ones have left."""
         seq.num_tokens = len(seq.token_ids)
         seq.num_computed = seq.num_completed
-        if seq.status is SequenceStatus.RUNNING:
+        if seq.leader is not None and seq.status is SequenceStatus.RUNNING:
+            seq.leader = None  # a fork whose prompt was lost, in blocks that are another's too
+            self._preempt(seq)
+        elif seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)
 
     def check_integrity(self) -> None:
@@ -272,7 +368,8 @@ class Scheduler:
         self.pool.check_integrity([seq.block_table for seq in self.running])
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert len(set(slots)) == len(slots), "a slot with two owners"
-        assert all(not seq.block_table and seq.slot == -1 for seq in self.waiting)
+        forks = [fork for seq in self.sequences for fork in seq.forks]
+        assert all(not seq.block_table and seq.slot == -1 for seq in [*self.waiting, *forks])
         assert self._stale <= set(self.running), "a slot to be reset without an owner"
         for seq in self.running:
             assert seq.num_completed <= seq.num_computed <= seq.num_tokens <= seq.max_tokens

@@ -11,9 +11,13 @@ tensors. Positions, as half-open ranges over one sequence:
 
 import time
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from engine.block_pool import BlockHash
 from engine.request import Request
+
+if TYPE_CHECKING:
+    from engine.grammar import GrammarState
 
 
 class SequenceStatus(Enum):
@@ -23,13 +27,21 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """Mutable state of one request; `slot` indexes the per-sequence device state."""
+    """Mutable state of one request; `slot` indexes the per-sequence device state.
+
+    `forks` are sequences of the same prompt that wait for it to be computed here: then they
+    go on from there, sharing its blocks. Each of them has this one as its `leader`, until its
+    own first step is done.
+    """
 
     __slots__ = (
         "arrival_time",
         "block_hashes",
         "block_table",
         "first_scheduled_time",
+        "forks",
+        "grammar",
+        "leader",
         "max_tokens",
         "num_completed",
         "num_computed",
@@ -43,8 +55,13 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, leader: "Sequence | None" = None):
         self.request = request
+        self.leader = leader
+        self.forks: list[Sequence] = []
+        self.grammar: GrammarState | None = None
+        if request.grammar is not None:
+            self.grammar = request.grammar.start()
         self.token_ids = list(request.prompt_ids)
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens
@@ -68,6 +85,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Of tokens that are still to be computed."""
+        return self.request.prompt_logprobs and self.num_computed < self.num_prompt_tokens - 1
 
     @property
     def is_finished(self) -> bool:

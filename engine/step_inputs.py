@@ -27,6 +27,9 @@ _NO_SLOT = -1
 """In the slot mapping: write nothing."""
 
 
+Counts = list[tuple[int, Tensor, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """The packed row of a step, on the device.
@@ -34,7 +37,8 @@ class StepInputs:
     input_ids      [num_tokens] int64, -1 where the token is the last one sampled
     token_slots    [num_tokens] int64: the slot each token belongs to
     position_ids   [num_tokens] int64
-    sampled_rows   [num_sampled] int64: rows of the packed row whose logits are needed
+    kept_rows      [num_sampled + prompt rows] int64: those of the packed row whose logits are
+                   needed, first the sampled ones
     sampled_slots  [num_sampled] int64
     attention      what the attention kernels of this device take
     sampling       what the sampler of this device takes; None when nothing is sampled
@@ -43,7 +47,7 @@ class StepInputs:
     input_ids: Tensor
     token_slots: Tensor
     position_ids: Tensor
-    sampled_rows: Tensor
+    kept_rows: Tensor
     sampled_slots: Tensor
     attention: Any
     sampling: Any
@@ -57,7 +61,10 @@ class HostStep:
     graph_size   rows of the captured graph that runs it, the last ones empty; None: no graph
     num_sampled  rows that are sampled, without those that only fill the graph
     update       block tables that changed, if the device has to know
-    counts       slots to count the known tokens of, before sampling
+    counts       what to count before sampling: slot, known tokens, how many of them a prompt
+    rare         what few steps have, for which a captured one has no place:
+                 `watermarked` [n] int64 of the sampled rows, `prompt_ids` [prompt rows] int64
+                 whose logprobs are asked for, `copied` [2, n] int64 blocks from and to
     """
 
     arrays: PackedArrays
@@ -66,7 +73,8 @@ class HostStep:
     graph_size: int | None
     num_sampled: int
     update: PackedArrays | None
-    counts: list[tuple[int, Tensor]]
+    counts: Counts
+    rare: PackedArrays | None = None
 
     def inputs(self, buffer: Tensor) -> StepInputs:
         """The step's tensors, as views of `buffer`, a copy of the packed arrays."""
@@ -75,7 +83,7 @@ class HostStep:
             input_ids=view("input_ids"),
             token_slots=view("token_slots"),
             position_ids=view("position_ids"),
-            sampled_rows=view("sampled_rows"),
+            kept_rows=view("kept_rows"),
             sampled_slots=view("sampled_slots"),
             attention=self.make_attention(view),
             sampling=None if self.sampling is None else self.sampling.make(view),
@@ -112,7 +120,7 @@ class StepBuilder:
         input_ids = _token_ids(batch, int(lengths.sum()))
         num_sampled = int(samples.sum())
 
-        graph_size = self._graph_size(len(input_ids), num_sampled)
+        graph_size = self._graph_size(lengths, samples)
         if graph_size is not None:
             empty = graph_size - len(scheduled)
             slots = _padded(slots, empty, len(self._block_tables) - 1)
@@ -124,11 +132,22 @@ class StepBuilder:
             StepSequences(slots, starts, lengths),
             input_ids,
             samples,
+            _prompt_rows(batch, lengths),
             graph_size=graph_size,
             num_sampled=num_sampled,
             update=update,
             counts=counts,
+            rare=self._rare_arrays(batch, slots[samples]),
         )
+
+    def _rare_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
+        arrays = {
+            "watermarked": self._sampler.watermarked(sampled_slots),
+            "prompt_ids": np.array(_prompt_ids(batch), dtype=np.int64),
+            "copied": np.array(batch.copies, dtype=np.int64).reshape(-1, 2).T,
+        }
+        present = {name: array for name, array in arrays.items() if array.size}
+        return PackedArrays(present) if present else None
 
     def empty(self, size: int) -> HostStep:
         """A step for the graph of this size that computes nothing for anyone."""
@@ -139,6 +158,7 @@ class StepBuilder:
             step,
             np.zeros(size, dtype=np.int64),
             sampled,
+            np.zeros(0, dtype=np.int64),
             graph_size=size,
             num_sampled=0,
             update=None,
@@ -146,7 +166,12 @@ class StepBuilder:
         )
 
     def _pack(
-        self, step: StepSequences, input_ids: np.ndarray, samples: np.ndarray, **rest: Any
+        self,
+        step: StepSequences,
+        input_ids: np.ndarray,
+        samples: np.ndarray,
+        prompt_rows: np.ndarray,
+        **rest: Any,
     ) -> HostStep:
         positions = step.positions
         token_slots = np.repeat(step.slots, step.lengths)
@@ -156,7 +181,7 @@ class StepBuilder:
         if graph_size is not None:
             slot_mapping = np.where(positions < 0, _NO_SLOT, slot_mapping)
             positions = np.maximum(positions, 0)
-        for_attention, make_attention = self._planner.plan(step, self._block_tables)
+        for_attention, make_attention = self._planner.plan(step.with_tokens(), self._block_tables)
         sampling = (
             self._sampler.plan(step.slots[samples], step.ends[samples]) if samples.any() else None
         )
@@ -165,7 +190,7 @@ class StepBuilder:
             "token_slots": token_slots,
             "position_ids": positions,
             "slot_mapping": slot_mapping,
-            "sampled_rows": np.cumsum(step.lengths)[samples] - 1,
+            "kept_rows": np.concatenate([np.cumsum(step.lengths)[samples] - 1, prompt_rows]),
             "sampled_slots": step.slots[samples],
             **({} if sampling is None else sampling.arrays),
             **for_attention,
@@ -177,13 +202,15 @@ class StepBuilder:
             **rest,
         )
 
-    def _graph_size(self, num_tokens: int, num_sampled: int) -> int | None:
-        """The smallest graph for a step that samples after every token; others vary too much."""
-        if num_tokens != num_sampled:
+    def _graph_size(self, lengths: np.ndarray, samples: np.ndarray) -> int | None:
+        """The smallest graph for a step that samples after each of its tokens; others vary too
+        much.
+        """
+        if not (samples.all() and (lengths == 1).all()):
             return None
-        return next((size for size in self.graph_sizes if size >= num_tokens), None)
+        return next((size for size in self.graph_sizes if size >= len(lengths)), None)
 
-    def _update_slots(self, batch: Batch) -> tuple[PackedArrays | None, list[tuple[int, Tensor]]]:
+    def _update_slots(self, batch: Batch) -> tuple[PackedArrays | None, Counts]:
         width = self._block_tables.shape[1]
         counts, index, blocks = [], [], []
         for seq in batch.reset:
@@ -191,7 +218,8 @@ class StepBuilder:
             blocks.append(np.array(seq.block_table, dtype=np.int64))
             self._sampler.set_parameters(seq.slot, seq.request.sampling)
             if self._sampler.needs_counts(seq.slot):
-                counts.append((seq.slot, torch.tensor(seq.token_ids, device=self._device)))
+                ids = torch.tensor(seq.token_ids, device=self._device)
+                counts.append((seq.slot, ids, seq.num_prompt_tokens))
         if batch.grown:
             slots, columns, grown = np.array(batch.grown, dtype=np.int64).T
             index.append(slots * width + columns)
@@ -219,3 +247,20 @@ def _token_ids(batch: Batch, num_tokens: int) -> np.ndarray:
         else:
             ids[start:end] = known[entry.start : entry.end]
     return ids
+
+
+def _prompt_rows(batch: Batch, lengths: np.ndarray) -> np.ndarray:
+    """Of the packed row, those that predict tokens of prompts whose logprobs are asked for."""
+    starts = np.cumsum(lengths) - lengths
+    rows = [starts[i] + np.arange(batch.scheduled[i].num_prompt_rows) for i in batch.prompted]
+    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+
+def _prompt_ids(batch: Batch) -> list[int]:
+    """The tokens that those rows predict."""
+    entries = [batch.scheduled[i] for i in batch.prompted]
+    return [
+        token_id
+        for entry in entries
+        for token_id in entry.sequence.token_ids[entry.start + 1 :][: entry.num_prompt_rows]
+    ]

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sampling
 from kernels.sampling import ROW_PARAMETERS
 
 CHUNK = 2048
@@ -50,6 +51,7 @@ _ABOVE_ALL = tl.constexpr((1 << 31) - 1)
 _MINUS_INFINITY = tl.constexpr(-(0x7F800000 + 1))
 """Its place in the order of `_ordered`."""
 _NOTHING = tl.constexpr(-(1 << 63))
+_GENERATED = tl.constexpr(sampling.GENERATED)
 
 
 def _word(name: str) -> tl.constexpr:
@@ -64,6 +66,7 @@ _TOP_P = _word("top_p")
 _TYPICAL_P = _word("typical_p")
 _REPETITION = _word("repetition_penalty")
 _FREQUENCY = _word("frequency_penalty")
+_PRESENCE = _word("presence_penalty")
 _DO_SAMPLE = _word("do_sample")
 _NOISE_KEY = _word("noise_key")
 _SLOT = _word("slot")
@@ -100,8 +103,9 @@ def sample(
 
     logits      [rows, vocab_size], any float type and stride between rows
     parameters  [rows, words] int32, contiguous: `ROW_PARAMETERS`
-    counts      [slots, vocab_size] int32, contiguous: each slot's tokens so far, to which
-                the chosen ones of rows with a penalty are added; None where there are none
+    counts      [slots, vocab_size] int32, contiguous: each slot's tokens so far, those that were
+                generated marked as `GENERATED`, to which the chosen ones of rows with a penalty
+                are added; None where there are none
 
     Returns ids [rows] int64 and their logprobs [rows] float32; where `num_top` is not 0, also
     the ids and logprobs of that many tokens (or all there are), best first, of equals the
@@ -216,12 +220,8 @@ def _logprob(x, reference, mass):
 
 
 @triton.jit
-def _gumbel(ids, key_0, key_1):
-    """`kernels.sampling.gumbel_noise`: its integers to the bit, its logarithms to about 2e-6.
-
-    Below 1/4, -log(1 - u) is 2 atanh(u / (2 - u)) by its series, whose first term left out
-    is 4e-10 of it: a logarithm near 1 that is good to 2^-22 leaves nothing of a small u.
-    """
+def hash31(ids, key_0, key_1):
+    """`kernels.sampling.hash31`."""
     x = ids.to(tl.uint32) + key_0.to(tl.uint32, bitcast=True)
     x ^= x >> 17
     x *= 0xED5AD4BB
@@ -231,7 +231,17 @@ def _gumbel(ids, key_0, key_1):
     x ^= x >> 15
     x *= 0x31848BAB
     x ^= x >> 14
-    uniform = ((x & 0x7FFFFFFF).to(tl.float32) + 0.5) * 2.0**-31
+    return x & 0x7FFFFFFF
+
+
+@triton.jit
+def _gumbel(ids, key_0, key_1):
+    """`kernels.sampling.gumbel_noise`: its integers to the bit, its logarithms to about 2e-6.
+
+    Below 1/4, -log(1 - u) is 2 atanh(u / (2 - u)) by its series, whose first term left out
+    is 4e-10 of it: a logarithm near 1 that is good to 2^-22 leaves nothing of a small u.
+    """
+    uniform = (hash31(ids, key_0, key_1).to(tl.float32) + 0.5) * 2.0**-31
     uniform = tl.minimum(uniform, 1 - 2.0**-24)
     r = uniform / (2.0 - uniform)
     s = r * r
@@ -247,7 +257,11 @@ def _float(words):
 
 @triton.jit
 def _has_penalty(words):
-    return (_float(words + _REPETITION) != 1.0) | (_float(words + _FREQUENCY) != 0.0)
+    return (
+        (_float(words + _REPETITION) != 1.0)
+        | (_float(words + _FREQUENCY) != 0.0)
+        | (_float(words + _PRESENCE) != 0.0)
+    )
 
 
 @triton.jit
@@ -273,12 +287,14 @@ def _processed(logits_ptr, counts_ptr, words, ids, vocab_size):
     x = tl.load(logits_ptr + ids, mask=mask, other=float("-inf")).to(tl.float32)
     if counts_ptr is not None and _has_penalty(words):
         slot = tl.load(words + _SLOT).to(tl.int64)
-        count = tl.load(counts_ptr + slot * vocab_size + ids, mask=mask, other=0)
+        marked = tl.load(counts_ptr + slot * vocab_size + ids, mask=mask, other=0)
+        count = marked & (_GENERATED - 1)
         repetition, frequency = _float(words + _REPETITION), _float(words + _FREQUENCY)
         repeated = tl.where(x < 0, x * repetition, tl.div_rn(x, repetition))
         x = tl.where(count > 0, repeated, x)
         length = tl.maximum(tl.load(words + _CONTEXT_LENGTH), 1).to(tl.float32)
         x -= frequency * tl.div_rn(count.to(tl.float32), length)
+        x -= tl.where(marked >= _GENERATED, _float(words + _PRESENCE), 0.0)
     temperature = _float(words + _TEMPERATURE)
     if temperature != 1.0:
         x = tl.div_rn(x, temperature)
@@ -488,7 +504,7 @@ def _row_kernel(
     if counts_ptr is not None and _has_penalty(words):
         tl.debug_barrier()  # all threads have read the count that one of them changes
         count_ptr = counts_ptr + tl.load(words + _SLOT).to(tl.int64) * vocab_size + token
-        tl.store(count_ptr, tl.load(count_ptr) + 1)
+        tl.store(count_ptr, (tl.load(count_ptr) + 1) | _GENERATED)
 
 
 # -- what survives --------------------------------------------------------------------

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import activation, norm, paged_attention, paged_attention_triton, store_kv
+from kernels import (
+    activation,
+    norm,
+    paged_attention,
+    paged_attention_triton,
+    store_kv,
+    token_mask,
+    watermark,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,8 @@ class Ops:
     norm: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     act_mul: Callable[..., Tensor]
+    mask_tokens: Callable[..., None]
+    watermark: Callable[..., None]
 
 
 TORCH = Ops(
@@ -36,6 +46,8 @@ TORCH = Ops(
     norm=norm.norm_torch,
     add_norm=norm.add_norm_torch,
     act_mul=activation.act_mul_torch,
+    mask_tokens=token_mask.mask_tokens_torch,
+    watermark=watermark.watermark_torch,
 )
 TRITON = Ops(
     is_triton=True,
@@ -46,6 +58,8 @@ TRITON = Ops(
     norm=norm.norm_triton,
     add_norm=norm.add_norm_triton,
     act_mul=activation.act_mul_triton,
+    mask_tokens=token_mask.mask_tokens_triton,
+    watermark=watermark.watermark_triton,
 )
 
 

@@ -18,6 +18,7 @@ ROW_PARAMETERS = np.dtype(
         ("typical_p", np.float32),
         ("repetition_penalty", np.float32),
         ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
         ("do_sample", np.int32),
         ("noise_key", np.int32, 2),
         ("slot", np.int32),
@@ -28,9 +29,12 @@ ROW_PARAMETERS = np.dtype(
 """What `kernels.fused_sampling` knows of a row: words of 4 bytes, uploaded as int32 all together.
 
 Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, penalties
-1 and 0. Of `do_sample` and `top_n_tokens` only whether they are 0 matters. `slot` is the
+1, 0 and 0. Of `do_sample` and `top_n_tokens` only whether they are 0 matters. `slot` is the
 row of the token counts, `context_length` the sum of it; both count for penalties alone.
 """
+
+GENERATED = 1 << 30
+"""Added to a token's count where it was generated at least once."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -56,9 +60,19 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 
     keys  [rows, 2] int32 from `noise_keys`
 
-    The hash is triple32 (Wellons 2018) over the token id, keyed before its first and
-    second round. 31 of its bits make a uniform u in (0, 1), and -log(-log1p(-u)) is
-    the noise: float32 is densest near u = 0, which is the upper tail that decides draws.
+    31 bits of a hash make a uniform u in (0, 1), and -log(-log1p(-u)) is the noise: float32
+    is densest near u = 0, which is the upper tail that decides draws.
+    """
+    uniform = hash31(keys, vocab_size).float().add_(0.5).mul_(2.0**-31)
+    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+
+
+def hash31(keys: Tensor, vocab_size: int) -> Tensor:
+    """31 bits of each token id under each key, [rows, vocab_size] int32.
+
+    keys  [rows, 2] int32
+
+    triple32 (Wellons 2018), keyed before its first and second round.
     """
     x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) + keys[:, :1]
     x ^= (x >> 17) & 0x7FFF  # int32 shifts copy the sign: the mask makes them logical
@@ -70,8 +84,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     x *= _int32(0x31848BAB)
     x ^= (x >> 14) & 0x3FFFF
     x &= 0x7FFFFFFF
-    uniform = x.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return x
 
 
 def _int32(word: int) -> int:

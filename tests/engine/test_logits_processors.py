@@ -24,6 +24,7 @@ from engine.logits_processors import (
     TypicalP,
     select_rows,
 )
+from kernels.sampling import GENERATED
 
 CPU = torch.device("cpu")
 _DOUBT = 2e-5
@@ -386,6 +387,7 @@ def make_penalties(
         slots=torch.from_numpy(np.flatnonzero(used) * 2 + 1),
         repetition=torch.from_numpy(repetition[used])[:, None],
         frequency=torch.from_numpy(frequency[used])[:, None],
+        presence=torch.zeros(int(used.sum()), 1),
         counts=counts,
     )
 
@@ -474,12 +476,12 @@ def test_a_short_context_beside_a_long_one_is_not_padded() -> None:
     torch.testing.assert_close(out, torch.tensor([[1.0, -0.5, 1.0], [0.4, 1.0, -0.4]]))
 
 
-def test_counting_adds_each_rows_new_token_to_its_own_slot() -> None:
+def test_counting_marks_and_adds_each_rows_new_token_in_its_own_slot() -> None:
     neutral = np.float32([1.0, 1.0, 1.0])
     penalties = make_penalties([[0], [1], [2]], neutral, np.float32([1.0, 0.0, 1.0]), 4)
     assert penalties is not None
     before = penalties.counts.clone()
     penalties.count(torch.tensor([3, 0, 2]))
-    before[1, 3] += 1
-    before[5, 2] += 1
+    before[1, 3] += 1 + GENERATED
+    before[5, 2] += 1 + GENERATED
     assert torch.equal(penalties.counts, before)

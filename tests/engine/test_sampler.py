@@ -27,8 +27,13 @@ examples = settings(max_examples=40, deadline=None)
 # -- the reference --------------------------------------------------------------------
 
 
-def process(logits: Tensor, params: SamplingParams, context: list[int]) -> Tensor:
-    """One row's scores after all steps, [vocab_size] float32; each in its defined order."""
+def process(
+    logits: Tensor, params: SamplingParams, context: list[int], num_prompt: int | None = None
+) -> Tensor:
+    """One row's scores after all steps, [vocab_size] float32; each in its defined order.
+
+    The context is all prompt, unless it is said how much of it is.
+    """
     x = logits.float().clone()
     if params.repetition_penalty != 1:
         ids, r = torch.tensor(sorted(set(context))), params.repetition_penalty
@@ -38,6 +43,8 @@ def process(logits: Tensor, params: SamplingParams, context: list[int]) -> Tenso
         for token, count in Counter(context).items():
             share[token] = count / len(context)
         x = x - params.frequency_penalty * share
+    if num_prompt is not None:
+        x[sorted(set(context[num_prompt:]))] -= params.presence_penalty
     if params.temperature != 1:
         x = x / params.temperature
     if params.top_k != 0:
@@ -67,7 +74,15 @@ def choose(scores: Tensor, params: SamplingParams, position: int) -> int:
 
 
 NEUTRAL = SamplingParams()
-STEPS = "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty"
+STEPS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 
 # -- random requests ------------------------------------------------------------------
 
@@ -92,6 +107,7 @@ def random_params(entropy: int) -> SamplingParams:
         typical_p=maybe(1.0, 0.2, 0.7),
         repetition_penalty=maybe(1.0, 0.5, 1.2, 3.0),
         frequency_penalty=maybe(0.0, -1.5, 0.3, 2.0),
+        presence_penalty=maybe(0.0, -0.5, 1.5),
         seed=rng.choice([0, 2**63, 2**64 - 1, rng.randrange(2**64), rng.randrange(2**64)]),
         logprobs=rng.random() < 0.5,
         top_n_tokens=rng.randrange(5),
@@ -134,11 +150,18 @@ class Batch:
         return sampled
 
 
-def start(sampler: Sampler, slot: int, params: SamplingParams, context: list[int]) -> None:
-    """What the engine does with a sequence new to a slot."""
+def start(
+    sampler: Sampler,
+    slot: int,
+    params: SamplingParams,
+    context: list[int],
+    num_prompt: int | None = None,
+) -> None:
+    """What the engine does with a sequence new to a slot; its context is all prompt, or not."""
     sampler.set_parameters(slot, params)
     if sampler.needs_counts(slot):
-        sampler.start_counts(slot, torch.tensor(context))
+        num_prompt = len(context) if num_prompt is None else num_prompt
+        sampler.start_counts(slot, torch.tensor(context), num_prompt)
 
 
 def sample(
@@ -370,7 +393,7 @@ def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
         counts += torch.bincount(sampler.sample(rows.clone(), plan).ids, minlength=16)
         if plan.penalties is not None:  # the same context for each draw
             for slot in range(2000):
-                sampler.start_counts(slot, torch.tensor(contexts[slot]))
+                sampler.start_counts(slot, torch.tensor(contexts[slot]), len(contexts[slot]))
     expected = process(logits, params, contexts[0]).double().softmax(-1) * 40_000
     assert counts[expected == 0].sum() == 0
     alive = expected > 0
@@ -388,14 +411,16 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
     """Sequences come, step in any company and go; the next in a slot starts from nothing."""
     vocab_size, num_slots = 6, 3
     sampler = Sampler(num_slots, vocab_size, CPU)
-    live: dict[int, tuple[SamplingParams, list[int]]] = {}
+    live: dict[int, tuple[SamplingParams, list[int], int]] = {}
     rng = data.draw(st.randoms(use_true_random=True))
     for _ in range(data.draw(st.integers(1, 10))):
         slot = rng.randrange(num_slots)
         if slot not in live or rng.random() < 0.3:
             params = random_params(rng.randrange(2**32))
             context = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 5))]
-            live[slot] = dataclasses.replace(params, top_n_tokens=vocab_size), context
+            params = dataclasses.replace(params, top_n_tokens=vocab_size)
+            # One that was preempted comes back with what it had generated.
+            live[slot] = params, context, rng.randint(1, len(context))
             start(sampler, slot, *live[slot])
         slots = rng.sample(sorted(live), rng.randint(1, len(live)))
         logits = data.draw(score_rows(len(slots), vocab_size))
@@ -404,8 +429,8 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
             logits.clone(), sampler.plan(np.array(slots), positions).make(None)
         )
         for row, s in enumerate(slots):
-            params, context = live[s]
-            expected = process(logits[row], params, context).log_softmax(-1)
+            params, context, num_prompt = live[s]
+            expected = process(logits[row], params, context, num_prompt).log_softmax(-1)
             torch.testing.assert_close(all_logprobs(sampled, row), expected, rtol=1e-5, atol=1e-5)
             context.append(int(sampled.ids[row]))
 
@@ -415,7 +440,8 @@ def test_counts_are_needed_by_penalties_alone() -> None:
     sampler.set_parameters(0, SamplingParams(do_sample=True, temperature=0.5, top_k=3, seed=1))
     sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
     sampler.set_parameters(2, SamplingParams(frequency_penalty=-0.1))
-    assert [sampler.needs_counts(slot) for slot in range(4)][:3] == [False, True, True]
+    sampler.set_parameters(3, SamplingParams(presence_penalty=-0.1))
+    assert [sampler.needs_counts(slot) for slot in range(4)] == [False, True, True, True]
     sampler.set_parameters(1, SamplingParams())
     assert not sampler.needs_counts(1)
 

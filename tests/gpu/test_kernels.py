@@ -224,7 +224,7 @@ def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
         for slot, p in enumerate(params):
             sampler.set_parameters(slot, p)
             if sampler.needs_counts(slot):
-                sampler.start_counts(slot, torch.arange(20, device=CUDA))
+                sampler.start_counts(slot, torch.arange(20, device=CUDA), 15)
         plan = sampler.plan(slots, np.full(len(params), 20))
         uploaded = {name: torch.from_numpy(a).to(CUDA) for name, a in plan.arrays.items()}
         sampled = sampler.sample(logits.clone(), plan.make(partial(dict.get, uploaded)), plan.kind)

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.logits_processors import Penalties, Temperature, TopK, TopP, TypicalP, select_rows
 from kernels import fused_sampling
 from kernels.fused_sampling import _gumbel, greedy, sample
-from kernels.sampling import ROW_PARAMETERS, gumbel_noise, noise_keys
+from kernels.sampling import GENERATED, ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
 
@@ -58,9 +58,14 @@ def run(
     return tuple(output.cpu() for output in outputs if output is not None)
 
 
+def has_penalty(p: np.ndarray) -> np.ndarray:
+    neutral = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
+    return np.any([p[name] != value for name, value in neutral.items()], axis=0)
+
+
 def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tensor:
     scores = logits.float().clone()
-    used = (p["repetition_penalty"] != 1) | (p["frequency_penalty"] != 0)
+    used = has_penalty(p)
     chosen = select_rows(used, CPU)
     if chosen is not None and counts is not None:
         Penalties(
@@ -68,6 +73,7 @@ def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tens
             torch.from_numpy(p["slot"][used].astype(np.int64)),
             torch.from_numpy(p["repetition_penalty"][used])[:, None],
             torch.from_numpy(p["frequency_penalty"][used])[:, None],
+            torch.from_numpy(p["presence_penalty"][used])[:, None],
             counts,
         )(scores)
     scores += 0.0
@@ -114,8 +120,9 @@ def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
     expected_counts = None if before is None else before.clone()
     for i in range(len(p)):
         row, own = logits[i : i + 1], p[i : i + 1]
-        if before is not None and (own["repetition_penalty"] != 1 or own["frequency_penalty"] != 0):
+        if before is not None and has_penalty(own)[0]:
             expected_counts[own["slot"][0], ids[i]] += 1
+            expected_counts[own["slot"][0], ids[i]] |= GENERATED
         if is_doubtful(row, own, before):
             continue
         scores = process(row, own, before)[0]
@@ -135,7 +142,7 @@ def check_choice(scores: Tensor, p: np.ndarray, chosen: int) -> None:
         scores = scores + gumbel_noise(torch.from_numpy(p["noise_key"].copy()), len(scores))[0]
         assert scores[chosen] >= scores.max() - _CLOSE_CALL
     else:
-        slack = 0 if p["repetition_penalty"][0] == 1 and p["frequency_penalty"][0] == 0 else 1e-5
+        slack = 1e-5 if has_penalty(p)[0] else 0
         assert scores[chosen] >= scores.max() - slack
 
 
@@ -174,11 +181,13 @@ def random_rows(rng: np.random.Generator, n: int, counts: Tensor) -> np.ndarray:
         typical_p=some(1, 0.2, 0.7),
         repetition_penalty=some(1, 0.5, 1.2, 3),
         frequency_penalty=some(0, -1.5, 0.3, 2),
+        presence_penalty=some(0, -0.5, 1.5),
         do_sample=rng.integers(0, 2, n),
         top_n_tokens=rng.integers(0, 2, n),
         noise_key=rng.integers(-(2**31), 2**31, (n, 2)),
     )
-    parameters["context_length"] = counts.sum(-1).numpy()[parameters["slot"]]
+    lengths = (counts & (GENERATED - 1)).sum(-1)
+    parameters["context_length"] = lengths.numpy()[parameters["slot"]]
     return parameters
 
 
@@ -186,6 +195,7 @@ def random_counts(rng: np.random.Generator, num_slots: int, vocab_size: int) -> 
     counts = rng.integers(1, 5, (num_slots, vocab_size))
     counts[rng.random((num_slots, vocab_size)) < 0.7] = 0
     counts[:, 0] += 1
+    counts[(counts > 0) & (rng.random((num_slots, vocab_size)) < 0.5)] |= GENERATED
     return torch.from_numpy(counts.astype(np.int32))
 
 
@@ -405,8 +415,8 @@ def test_chosen_tokens_are_counted_for_rows_with_a_penalty_alone() -> None:
     p = rows(3, repetition_penalty=[1.5, 1, 1], frequency_penalty=[0, 0, 0.5], context_length=4)
     expected = counts.clone()
     ids = run(logits, p, counts)[0]
-    expected[2, ids[0]] += 1
-    expected[0, ids[2]] += 1
+    for slot, row in ((2, 0), (0, 2)):
+        expected[slot, ids[row]] = (expected[slot, ids[row]] + 1) | GENERATED
     assert torch.equal(counts, expected)
 
 
