@@ -98,8 +98,8 @@ class Inference:
         """They run at the same time; they are only collected one after the other."""
         with ExitStack() as running:
             generations = [
-                running.enter_context(self._engine.submit(candidate))
-                for candidate in _candidates(request, best_of)
+                running.enter_context(generation)
+                for generation in self._engine.submit_all(_candidates(request, best_of))
             ]
             completions = [await _collect(generation) for generation in generations]
         winner = max(range(best_of), key=lambda n: completions[n].mean_logprob)

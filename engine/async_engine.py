@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -21,6 +21,7 @@ from engine.request import Event, Failed, Finished, Request
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Events
+    from engine.grammar import GrammarCompiler
     from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Overloaded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Add:
-    request: Request
+    requests: Sequence[Request]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,10 @@ class AsyncEngine:
         return self._engine.tokenizer
 
     @property
+    def grammars(self) -> "GrammarCompiler":
+        return self._engine.grammars
+
+    @property
     def max_total_tokens(self) -> int:
         return self._engine.limits.max_total_tokens
 
@@ -160,12 +165,17 @@ class AsyncEngine:
 
     def submit(self, request: Request) -> Generation:
         """Raises EngineDead."""
+        (generation,) = self.submit_all([request])
+        return generation
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
+        """Of one prompt, which is computed once for all of them. Raises EngineDead."""
         if self._death is not None:
             raise EngineDead(self._death)
-        generation = Generation(self, request.request_id)
-        self._generations[request.request_id] = generation
-        self._post(_Add(request))
-        return generation
+        generations = {r.request_id: Generation(self, r.request_id) for r in requests}
+        self._generations |= generations
+        self._post(_Add(requests))
+        return list(generations.values())
 
     def status(self) -> EngineStatus:
         """From the progress that steps make, not from asking them."""
@@ -225,8 +235,8 @@ class AsyncEngine:
     def _drain_inbox(self) -> None:
         while self._inbox:
             match self._inbox.popleft():
-                case _Add(request):
-                    self._engine.add(request)
+                case _Add([request, *forks]):
+                    self._engine.add(request, forks)
                 case _Abort(request_id):
                     self._engine.abort(request_id)
 

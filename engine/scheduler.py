@@ -211,11 +211,11 @@ class Scheduler:
             if seq.num_in_flight or not self._take_blocks(seq):
                 return
             self.waiting.popleft()
-            self._start(seq)
+            self._start(seq, len(self.running))
             self._commit(batch, budget, seq)
 
-    def _start(self, seq: Sequence) -> None:
-        self.running.append(seq)
+    def _start(self, seq: Sequence, index: int) -> None:
+        self.running.insert(index, seq)
         seq.status = SequenceStatus.RUNNING
         seq.slot = self._free_slots.pop()
         self._stale.add(seq)
@@ -249,9 +249,10 @@ class Scheduler:
     def _start_forks(self, batch: Batch, leader: Sequence) -> None:
         """In the step that completes the prompt; those that find no room wait instead."""
         forks, leader.forks = leader.forks, []
+        index = self.running.index(leader)
         while forks and self._free_slots and self._share_prompt(batch, leader, forks[0]):
-            seq = forks.pop(0)
-            self._start(seq)
+            seq, index = forks.pop(0), index + 1
+            self._start(seq, index)  # as old as its leader
             self._schedule(batch, seq, num_tokens=0, samples=True)
         self._orphan(forks)
 

@@ -145,6 +145,9 @@ class ScriptedEngine:
         self.num_permits -= permits
         return ScriptedPermit(self, permits)
 
+    def submit_all(self, requests: Sequence[Request]) -> list[ScriptedGeneration]:
+        return [self.submit(request) for request in requests]
+
     def submit(self, request: Request) -> ScriptedGeneration:
         if self.state == "dead":
             raise EngineDead(self.reason)
