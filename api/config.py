@@ -35,6 +35,7 @@ class Limits:
     max_top_n_tokens: int
     max_input_tokens: int
     max_total_tokens: int
+    prefill_logprobs: bool
 
 
 class Settings(BaseSettings):
@@ -98,6 +99,9 @@ class Settings(BaseSettings):
     max_total_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="longest prompt and output together; None is what model and memory allow",
+    )
+    enable_prefill_logprobs: bool = Field(
+        False, description="answer decoder_input_details with the logprobs of the prompt's tokens"
     )
     validation_workers: PositiveInt = Field(2, description="threads that tokenise prompts")
 
@@ -173,6 +177,7 @@ class Settings(BaseSettings):
             max_top_n_tokens=self.max_top_n_tokens,
             max_input_tokens=max_input,
             max_total_tokens=max_total_tokens,
+            prefill_logprobs=self.enable_prefill_logprobs,
         )
 
 

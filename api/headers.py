@@ -27,7 +27,17 @@ def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> di
         "x-time-per-token": _ms(timings.per_token_s),
         "x-prompt-tokens": str(answer.best.end.num_prompt_tokens),
         "x-generated-tokens": str(timings.num_generated_tokens),
+        **_grammar_warnings(answer),
     }
+
+
+def _grammar_warnings(answer: Answer) -> dict[str, str]:
+    """Not TGI's: what of the grammar could not be enforced."""
+    grammar = answer.request.grammar
+    if grammar is None or not grammar.warnings:
+        return {}
+    text = "; ".join(grammar.warnings)
+    return {"x-grammar-warnings": text.encode("ascii", "backslashreplace").decode()[:1000]}
 
 
 def _compute_headers(state: AppState, bodies: tuple[GenerateRequest, ...]) -> dict[str, str]:

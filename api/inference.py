@@ -14,7 +14,7 @@ from api.observation import Caller, Observer, Timings
 from api.schemas import GenerateRequest
 from api.validation import NO_EXTRAS, Extras, Validator, random_seed
 from engine.async_engine import AsyncEngine, Generation
-from engine.request import Failed, Finished, Request, TokenOutput
+from engine.request import Failed, Finished, Request, Token, TokenOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished request: its completions, the one of the highest mean logprob first."""
+    """A finished request: its completions, the one of the highest mean logprob first.
 
+    `request` is what the engine was asked, `prompt` its tokens if their logprobs were asked for.
+    """
+
+    request: Request
     completions: list[Completion]
+    prompt: tuple[Token, ...]
     timings: Timings
 
     @property
@@ -63,10 +68,12 @@ class Inference:
                 observation.validated(request)
                 validated = time.perf_counter()
                 completions = await self._complete(request, best_of)
-            best = completions[0]
-            answer = Answer(completions, _timings(best.end, started, validated))
-            observation.finished(best.end, answer.timings)
-        return answer
+            prompt = completions[0].end.prompt
+            winner = max(range(best_of), key=lambda n: completions[n].mean_logprob)
+            ranked = [completions.pop(winner), *completions]
+            timings = _timings(ranked[0].end, started, validated)
+            observation.finished(ranked[0].end, timings)
+        return Answer(request, ranked, prompt, timings)
 
     async def stream(
         self, body: GenerateRequest, caller: Caller, extras: Extras = NO_EXTRAS, *, logprobs: bool
@@ -101,9 +108,7 @@ class Inference:
                 running.enter_context(generation)
                 for generation in self._engine.submit_all(_candidates(request, best_of))
             ]
-            completions = [await _collect(generation) for generation in generations]
-        winner = max(range(best_of), key=lambda n: completions[n].mean_logprob)
-        return [completions.pop(winner), *completions]
+            return [await _collect(generation) for generation in generations]
 
 
 def _candidates(request: Request, best_of: int) -> list[Request]:
@@ -112,6 +117,7 @@ def _candidates(request: Request, best_of: int) -> list[Request]:
             request,
             request_id=f"{request.request_id}-{n}",
             sampling=replace(request.sampling, seed=random_seed()),
+            prompt_logprobs=False,  # the first one has them
         )
         for n in range(1, best_of)
     )

@@ -4,12 +4,13 @@ from typing import cast
 
 import numpy as np
 
-from api.inference import Completion
+from api.inference import Answer, Completion
 from api.schemas import (
     BestOfSequence,
     Details,
     GenerateRequest,
     GenerateResponse,
+    PrefillTokenJson,
     StreamDetails,
     StreamResponse,
     TokenJson,
@@ -21,12 +22,11 @@ def wants_details(body: GenerateRequest) -> bool:
     return body.parameters.details or body.parameters.decoder_input_details
 
 
-def generate_response(body: GenerateRequest, completions: list[Completion]) -> GenerateResponse:
+def generate_response(body: GenerateRequest, answer: Answer) -> GenerateResponse:
     """The first completion is the answer, the others are its `best_of_sequences`."""
-    best, *others = completions
-    response: GenerateResponse = {"generated_text": _full_text(body, best.end)}
+    response: GenerateResponse = {"generated_text": _full_text(body, answer.best.end)}
     if wants_details(body):
-        response["details"] = _details(body, best, others)
+        response["details"] = _details(body, answer)
     return response
 
 
@@ -58,28 +58,32 @@ def _full_text(body: GenerateRequest, end: Finished) -> str:
     return prompt + end.generated_text
 
 
-def _details(body: GenerateRequest, best: Completion, others: list[Completion]) -> Details:
+def _details(body: GenerateRequest, answer: Answer) -> Details:
+    best, *others = answer.completions
+    prefill = [_prefill_token(token) for token in answer.prompt]
     details: Details = {
         "finish_reason": best.end.reason,
         "generated_tokens": best.end.num_generated_tokens,
         "seed": best.end.seed,
-        "prefill": [],
+        "prefill": prefill,
         "tokens": _tokens(best),
     }
     if others:
-        details["best_of_sequences"] = [_best_of_sequence(body, other) for other in others]
+        details["best_of_sequences"] = [_best_of_sequence(body, other, prefill) for other in others]
     if body.parameters.top_n_tokens:
         details["top_tokens"] = _top_tokens(best)
     return details
 
 
-def _best_of_sequence(body: GenerateRequest, other: Completion) -> BestOfSequence:
+def _best_of_sequence(
+    body: GenerateRequest, other: Completion, prefill: list[PrefillTokenJson]
+) -> BestOfSequence:
     sequence: BestOfSequence = {
         "generated_text": _full_text(body, other.end),
         "finish_reason": other.end.reason,
         "generated_tokens": other.end.num_generated_tokens,
         "seed": other.end.seed,
-        "prefill": [],
+        "prefill": prefill,
         "tokens": _tokens(other),
     }
     if body.parameters.top_n_tokens:
@@ -102,6 +106,10 @@ def _tokens(completion: Completion) -> list[TokenJson]:
 
 def _top_tokens(completion: Completion) -> list[list[TokenJson]]:
     return [[_token(token) for token in output.top_tokens] for output in completion.outputs]
+
+
+def _prefill_token(token: Token) -> PrefillTokenJson:
+    return {"id": token.id, "text": token.text, "logprob": _f32(token.logprob)}
 
 
 def _token(token: Token) -> TokenJson:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from api.config import Limits, Settings
+from api.grammar import GrammarValidator
 from api.inference import Inference
 from api.observation import Observer
 from api.validation import Validator
@@ -24,7 +25,12 @@ class AppState:
 
 def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
     limits = settings.limits(engine.max_total_tokens)
-    validator = Validator(engine.tokenizer, limits, settings.validation_workers)
+    validator = Validator(
+        engine.tokenizer,
+        GrammarValidator(engine.grammars),
+        limits,
+        settings.validation_workers,
+    )
     return AppState(
         engine=engine,
         settings=settings,

@@ -58,7 +58,7 @@ async def generate(http: HttpRequest) -> Response:
     state = state_of(http)
     body = await read_body(http, GenerateRequest, state.settings.payload_limit)
     answer = await _complete(http, body)
-    return _json(generate_response(body, answer.completions), answer_headers(state, body, answer))
+    return _json(generate_response(body, answer), answer_headers(state, body, answer))
 
 
 @router.post("/generate_stream", response_model=StreamResponse)
@@ -78,7 +78,7 @@ async def compat_generate(http: HttpRequest) -> Response:
     if body.stream:
         return _event_stream(http, body)
     answer = await _complete(http, body)
-    return _json([generate_response(body, answer.completions)], answer_headers(state, body, answer))
+    return _json([generate_response(body, answer)], answer_headers(state, body, answer))
 
 
 async def health(http: HttpRequest) -> Response:

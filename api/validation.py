@@ -13,6 +13,7 @@ from typing import Protocol
 
 from api.config import Limits
 from api.errors import ValidationError
+from api.grammar import GrammarValidator
 from api.schemas import GenerateParameters, GenerateRequest
 from engine.request import Request, SamplingParams, StoppingParams
 
@@ -33,6 +34,8 @@ class Extras:
     add_special_tokens: bool = True
     ignore_eos: bool = False
     presence_penalty: float = 0.0
+    any_schema: bool = False
+    """A JSON schema need not list properties, as TGI demands."""
 
 
 NO_EXTRAS = Extras()
@@ -41,13 +44,21 @@ NO_EXTRAS = Extras()
 class Validator:
     """Checks against fixed limits; tokenises in threads of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits, num_workers: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        grammars: GrammarValidator,
+        limits: Limits,
+        num_workers: int,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._limits = limits
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="validation")
 
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     def check_best_of(self, best_of: int) -> None:
         """TGI looks at this before it asks for permits."""
@@ -79,12 +90,16 @@ class Validator:
             body.inputs, parameters.truncate, extras.add_special_tokens
         )
         self._check_length(len(prompt_ids), parameters.max_new_tokens)
-        _check_unserved(parameters)
+        grammar = None
+        if parameters.grammar is not None:
+            grammar = await self._grammars.validate(parameters.grammar, extras.any_schema)
         return Request(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=_sampling(parameters, extras, logprobs),
             stopping=self._stopping(parameters, extras, len(prompt_ids)),
+            grammar=grammar,
+            prompt_logprobs=parameters.decoder_input_details and self._limits.prefill_logprobs,
         )
 
     def _check_parameters(self, parameters: GenerateParameters) -> None:
@@ -199,13 +214,6 @@ def _check_open_unit(name: str, value: float | None) -> None:
         raise ValidationError(f"`{name}` must be > 0.0 and < 1.0")
 
 
-def _check_unserved(parameters: GenerateParameters) -> None:
-    if parameters.grammar is not None:
-        raise ValidationError("grammar is not supported")
-    if parameters.watermark:
-        raise ValidationError("watermark is not supported")
-
-
 def _sampling(parameters: GenerateParameters, extras: Extras, logprobs: bool) -> SamplingParams:
     return SamplingParams(
         do_sample=_samples(parameters),
@@ -219,6 +227,7 @@ def _sampling(parameters: GenerateParameters, extras: Extras, logprobs: bool) ->
         seed=random_seed() if parameters.seed is None else parameters.seed,
         logprobs=logprobs,
         top_n_tokens=(parameters.top_n_tokens or 0) if logprobs else 0,
+        watermark=parameters.watermark,
     )
 
 

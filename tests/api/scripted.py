@@ -5,14 +5,15 @@ generation waiting for ever. Prompts are tokenised by words, with one token in f
 """
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from engine.async_engine import Overloaded
-from engine.errors import EngineDead
+from engine.errors import EngineDead, GrammarError
 from engine.metrics import EngineFigures, EngineState, EngineStatus, ModelInfo
 from engine.request import Event, Failed, Finished, FinishReason, Request, Token, TokenOutput
 
@@ -61,6 +62,26 @@ class WordTokenizer:
         ids = [len(word) for word in text.split(" ")] if text.strip("\0") else []
         ids = [BOS, *ids] if ids and add_special_tokens else ids
         return ids if truncate is None else ids[-truncate:]
+
+
+class ScriptedGrammar(NamedTuple):
+    kind: str
+    source: object
+    warnings: tuple[str, ...] = ()
+
+
+class ScriptedGrammars:
+    """Compiles to what it was given; warns of every `not`."""
+
+    def json_schema(self, schema: dict[str, object]) -> ScriptedGrammar:
+        return ScriptedGrammar("json", schema, tuple("not: ignored" for _ in {"not"} & set(schema)))
+
+    def regex(self, pattern: str) -> ScriptedGrammar:
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise GrammarError("not a regex") from None
+        return ScriptedGrammar("regex", pattern)
 
 
 class ScriptedPermit:
@@ -119,6 +140,7 @@ class ScriptedEngine:
     def __init__(self, script: Script = two_tokens, permits: int = 128) -> None:
         self.script = script
         self.tokenizer = WordTokenizer()
+        self.grammars = ScriptedGrammars()
         self.model = ModelInfo(
             "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 1 << 30, None
         )

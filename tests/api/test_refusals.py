@@ -52,8 +52,26 @@ VALIDATION_ERRORS = [
         "`inputs` tokens + `max_new_tokens` must be <= 2048. "
         "Given: 1102 `inputs` tokens and 1024 `max_new_tokens`",
     ),
-    (asking(grammar={"type": "regex", "value": "a"}), "grammar is not supported"),
-    (asking(watermark=True), "watermark is not supported"),
+    (asking(grammar={"type": "regex", "value": {}}), "grammar is not supported"),
+    (asking(grammar={"type": "json", "value": 3}), "grammar is not supported"),
+    (asking(grammar={"type": "json", "value": []}), "grammar is not supported"),
+    (
+        asking(grammar={"type": "json", "value": {"type": "object"}}),
+        "grammar is not valid: Grammar must have a 'properties' field",
+    ),
+    (
+        asking(grammar={"type": "json_object", "value": "{}"}),
+        "grammar is not valid: Grammar must have a 'properties' field",
+    ),
+    (
+        asking(grammar={"type": "json_schema", "value": {"schema": {}}}),
+        "grammar is not valid: Grammar must have a 'properties' field",
+    ),
+    (
+        asking(grammar={"type": "json_schema", "value": {"properties": {}}}),
+        "grammar is not valid: missing field `schema`",
+    ),
+    (asking(grammar={"type": "regex", "value": "[a-z"}), "grammar is not valid: not a regex"),
 ]
 
 
