@@ -11,16 +11,17 @@ from tests.api.scripted import ScriptedEngine, ScriptedGrammar
 pytestmark = pytest.mark.anyio
 
 SCHEMA = {"properties": {"a": {"type": "integer"}}}
+JSON = ScriptedGrammar("json", SCHEMA)
 GRAMMARS: list[tuple[object, object]] = [
-    ({"type": "json", "value": SCHEMA}, ScriptedGrammar("json", SCHEMA)),
+    ({"type": "json", "value": SCHEMA}, JSON),
     (
         {"type": "json", "value": '{"properties":{"a":{"type":"integer"}}}'},
-        ScriptedGrammar("json", SCHEMA),
+        JSON,
     ),
-    ({"type": "json_object", "value": SCHEMA}, ScriptedGrammar("json", SCHEMA)),
+    ({"type": "json_object", "value": SCHEMA}, JSON),
     (
         {"type": "json_schema", "value": {"schema": SCHEMA, "strict": True}},
-        ScriptedGrammar("json", SCHEMA),
+        JSON,
     ),
     ({"type": "regex", "value": "[a-z]+"}, ScriptedGrammar("regex", "[a-z]+")),
 ]
@@ -49,7 +50,12 @@ async def test_what_of_a_grammar_is_ignored_is_told_in_a_header() -> None:
 async def test_a_slow_grammar_holds_up_nobody_else() -> None:
     engine, gate = ScriptedEngine(), threading.Event()
     compile = engine.grammars.regex
-    engine.grammars.regex = lambda pattern: (gate.wait(5), compile(pattern))  # type: ignore
+
+    def compile_slowly(pattern: str) -> ScriptedGrammar:
+        gate.wait(5)
+        return compile(pattern)
+
+    engine.grammars.regex = compile_slowly  # type: ignore[method-assign]
     slow = {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "a"}}}
     async with client(engine) as http:
         waiting = [asyncio.create_task(http.post("/generate", json=slow)) for _ in range(4)]
