@@ -8,13 +8,14 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import cast
 
 from api.errors import GenerationFailed, IncompleteGeneration, IncompleteStream
 from api.observation import Caller, Observer, Timings
 from api.schemas import GenerateRequest
 from api.validation import NO_EXTRAS, Extras, Validator, random_seed
 from engine.async_engine import AsyncEngine, Generation
-from engine.request import Failed, Finished, Request, Token, TokenOutput
+from engine.request import Event, Failed, Finished, Request, Token, TokenOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Inference:
 
     async def stream(
         self, body: GenerateRequest, caller: Caller, extras: Extras = NO_EXTRAS, *, logprobs: bool
-    ) -> AsyncGenerator[list[TokenOutput | Finished], None]:
-        """What is pending at a time, never nothing; the last item of the last list is the
+    ) -> AsyncGenerator[list[Event], None]:
+        """What is pending at a time, never nothing: tokens, and the last list ends with the
         `Finished`. Closing the generator ends the request.
         """
         started = time.perf_counter()
@@ -93,10 +94,11 @@ class Inference:
                         end = events[-1]
                         if isinstance(end, Finished):
                             observation.finished(end, _timings(end, started, validated))
-                        if told := [event for event in events if not isinstance(event, Failed)]:
-                            yield told
                         if isinstance(end, Failed):
+                            if len(events) > 1:
+                                yield events[:-1]
                             raise GenerationFailed(end.message)
+                        yield events
                         if isinstance(end, Finished):
                             return
             raise IncompleteStream
@@ -109,6 +111,14 @@ class Inference:
                 for generation in self._engine.submit_all(_candidates(request, best_of))
             ]
             return [await _collect(generation) for generation in generations]
+
+
+def split_end(events: list[Event]) -> tuple[list[TokenOutput], Finished | None]:
+    """The tokens of a stream's list, and its end if it has one."""
+    end = events[-1]
+    if isinstance(end, Finished):
+        return cast(list[TokenOutput], events[:-1]), end
+    return cast(list[TokenOutput], events), None
 
 
 def _candidates(request: Request, best_of: int) -> list[Request]:

@@ -1,7 +1,5 @@
 """The engine's events as TGI's JSON: a finished request's answer, and each streamed token."""
 
-from typing import cast
-
 import numpy as np
 
 from api.inference import Answer, Completion
@@ -34,13 +32,13 @@ def stream_response(
     index: int, output: TokenOutput, text: str | None = None, details: StreamDetails | None = None
 ) -> StreamResponse:
     """One token; `text` and `details` belong to the last one."""
-    token = _token(output.token)
+    token = token_json(output.token)
     if not output.top_tokens:
         return {"index": index, "token": token, "generated_text": text, "details": details}
     return {
         "index": index,
         "token": token,
-        "top_tokens": [_token(top) for top in output.top_tokens],
+        "top_tokens": [token_json(top) for top in output.top_tokens],
         "generated_text": text,
         "details": details,
     }
@@ -101,26 +99,22 @@ def _stream_details(end: Finished) -> StreamDetails:
 
 
 def _tokens(completion: Completion) -> list[TokenJson]:
-    return [_token(output.token) for output in completion.outputs]
+    return [token_json(output.token) for output in completion.outputs]
 
 
 def _top_tokens(completion: Completion) -> list[list[TokenJson]]:
-    return [[_token(token) for token in output.top_tokens] for output in completion.outputs]
+    return [[token_json(token) for token in output.top_tokens] for output in completion.outputs]
 
 
 def _prefill_token(token: Token) -> PrefillTokenJson:
-    return {"id": token.id, "text": token.text, "logprob": _f32(token.logprob)}
+    return {"id": token.id, "text": token.text, "logprob": f32(token.logprob)}
 
 
-def _token(token: Token) -> TokenJson:
-    return {
-        "id": token.id,
-        "text": token.text,
-        "logprob": _f32(token.logprob),
-        "special": token.special,
-    }
+def token_json(token: Token) -> TokenJson:
+    id, text, logprob, special = token
+    return {"id": id, "text": text, "logprob": f32(logprob), "special": special}
 
 
-def _f32(value: float | None) -> float | None:
+def f32(value: float | None) -> float | None:
     """orjson prints numpy's float32 in its shortest form; a float would show the rounding."""
-    return None if value is None else cast(float, np.float32(value))
+    return None if value is None else np.float32(value)  # type: ignore[return-value]

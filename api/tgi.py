@@ -7,7 +7,6 @@ them as its last event.
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from itertools import zip_longest
 from typing import Any
 
 import orjson
@@ -21,7 +20,7 @@ from api.body import read_body
 from api.disconnect import until_disconnect
 from api.errors import REQUEST_ERRORS, wire_error
 from api.headers import answer_headers, caller_of, stream_headers
-from api.inference import Answer
+from api.inference import Answer, split_end
 from api.observation import Caller
 from api.payloads import generate_response, last_stream_response, stream_response, wants_details
 from api.schemas import (
@@ -33,7 +32,6 @@ from api.schemas import (
     StreamResponse,
 )
 from api.state import AppState, state_of
-from engine.request import Finished, TokenOutput
 
 TGI_VERSION = "3.3.6-dev0"
 """The release whose wire this is; clients read it from /info."""
@@ -118,26 +116,19 @@ async def _frames(
     state: AppState, body: GenerateRequest, caller: Caller
 ) -> AsyncGenerator[bytes, None]:
     """Whatever is pending becomes one write; an error is the last event."""
-    index = 0
+    index = 1
     try:
         async with aclosing(state.inference.stream(body, caller, logprobs=True)) as stream:
             async for events in stream:
-                frames: list[bytes] = []
-                for event, following in zip_longest(events, events[1:]):
-                    if isinstance(event, TokenOutput):
-                        index += 1
-                        frames.append(sse.event(_stream_response(body, index, event, following)))
+                outputs, end = split_end(events)
+                frames = [sse.event(stream_response(n, o)) for n, o in enumerate(outputs, index)]
+                index += len(outputs)
+                if end is not None:
+                    last = last_stream_response(body, index - 1, outputs[-1], end)
+                    frames[-1] = sse.event(last)
                 yield b"".join(frames)
     except REQUEST_ERRORS as problem:
         yield sse.event(wire_error(problem).json())
-
-
-def _stream_response(
-    body: GenerateRequest, index: int, output: TokenOutput, following: TokenOutput | Finished | None
-) -> StreamResponse:
-    if isinstance(following, Finished):
-        return last_stream_response(body, index, output, following)
-    return stream_response(index, output)
 
 
 def _with_default_full_text(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from engine.errors import EngineDead
 from engine.metrics import EngineFigures, EngineStatus, ModelInfo
-from engine.request import Event, Failed, Finished, Request
+from engine.request import Event, Failed, Request, TokenOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Events
@@ -99,9 +99,12 @@ class Generation:
 
     def _deliver(self, event: Event) -> None:
         self._arrived.append(event)
-        self._ended = self._ended or isinstance(event, Finished | Failed)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if not isinstance(event, TokenOutput):
+            self._ended = True
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            if not waiter.done():  # a cancelled one is
+                waiter.set_result(None)
 
 
 class AsyncEngine:

@@ -1,0 +1,210 @@
+"""The HTTP side's own cost per token: the real server around an engine that only ticks.
+
+    python -m bench.http_cost --streams 256 --rate 100
+
+The engine is a fixed source: every 1 / rate seconds a token for every stream, as a GPU would
+give them. Clients run in a process of their own and count events. What is told is the share
+of the source's tokens that arrived in time, and the server's CPU time per token, which with
+one interpreter lock is time that the engine's thread does not have.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import orjson
+import uvloop
+
+from bench.http_engine import serving_engine
+from engine.metrics import EngineFigures, ModelInfo
+from engine.request import Event, Finished, FinishReason, Request, Token, TokenOutput
+
+_PATHS = {
+    "tgi": ("/generate_stream", lambda n: {"inputs": "x", "parameters": {"max_new_tokens": n}}),
+    "chat": (
+        "/v1/chat/completions",
+        lambda n: {
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": n,
+            "stream": True,
+        },
+    ),
+}
+_TOKEN = TokenOutput(Token(1234, " token", -1.2345678, False))
+
+
+class _Tokenizer:
+    def encode(
+        self, text: str, truncate: int | None = None, add_special_tokens: bool = True
+    ) -> list[int]:
+        del text, truncate, add_special_tokens
+        return [1, 2, 3]
+
+    def render_chat(self, messages: object, tools: object = None) -> str:
+        del messages, tools
+        return "x"
+
+
+class FixedSource:
+    """What `AsyncEngine` drives in place of an `Engine`: a token for everyone at each tick."""
+
+    def __init__(self, rate: float):
+        self._interval_s = 1 / rate
+        self._next = 0.0
+        self._live: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        self.tokenizer = _Tokenizer()
+        self.grammars = None
+        self.limits = SimpleNamespace(max_total_tokens=1 << 20)
+        self.info = ModelInfo("source", None, None, "none", "cpu", 0, None)
+        self.num_late_ticks = 0
+        self.num_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
+        for each in (request, *forks):
+            self._live[each.request_id] = self._asked[each.request_id] = (
+                each.stopping.max_new_tokens
+            )
+
+    def abort(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+
+    def step(self) -> list[tuple[str, Event]]:
+        wait = self._next - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        elif wait < -self._interval_s:
+            self.num_late_ticks += 1
+            self._next = time.perf_counter()
+        self._next += self._interval_s
+        events: list[tuple[str, Event]] = []
+        for request_id, remaining in list(self._live.items()):
+            events.append((request_id, _TOKEN))
+            if remaining == 1:
+                del self._live[request_id]
+                events.append((request_id, _finished(self._asked.pop(request_id))))
+            else:
+                self._live[request_id] = remaining - 1
+        self.num_tokens += len(events)
+        return events
+
+    def figures(self) -> EngineFigures:
+        return EngineFigures(num_running=len(self._live))
+
+    def prepare(self) -> bool:
+        return False
+
+    def fail_all(self, message: str) -> list[tuple[str, Event]]:
+        del message
+        self._live.clear()
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def _finished(count: int) -> Finished:
+    return Finished(FinishReason.LENGTH, " token" * count, 3, count, None, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    streams: int
+    rate: float
+    tokens: int
+    seconds: float
+    cpu_s: float
+    ideal_s: float
+    num_late_ticks: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.streams:4} streams at {self.rate:.0f}/s: "
+            f"{self.ideal_s / self.seconds:.3f} of the source's rate, "
+            f"{self.cpu_s / self.tokens * 1e6:.1f} us of CPU per token, "
+            f"{self.tokens / self.seconds:.0f} tokens/s, {self.num_late_ticks} ticks late"
+        )
+
+
+def measure(api: str, streams: int, rate: float, seconds: float) -> Cost:
+    source = FixedSource(rate)
+    num_tokens = int(seconds * rate)
+    with serving_engine(source, streams) as url:  # type: ignore[arg-type]
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        clients = multiprocessing.get_context("spawn").Process(
+            target=_run_clients, args=(theirs, url, api, streams, num_tokens)
+        )
+        clients.start()
+        assert ours.recv() == "ready"
+        cpu_s, started = time.process_time(), time.perf_counter()
+        ours.send("go")
+        received = ours.recv()
+        cpu_s, elapsed = time.process_time() - cpu_s, time.perf_counter() - started
+        clients.join()
+    assert received >= streams * num_tokens, f"{received} events of {streams * num_tokens}"
+    return Cost(
+        streams,
+        rate,
+        streams * num_tokens,
+        elapsed,
+        cpu_s,
+        num_tokens / rate,
+        source.num_late_ticks,
+    )
+
+
+def _run_clients(pipe: Connection, url: str, api: str, streams: int, num_tokens: int) -> None:
+    uvloop.run(_clients(pipe, url, api, streams, num_tokens))
+
+
+async def _clients(pipe: Connection, url: str, api: str, streams: int, num_tokens: int) -> None:
+    address = urlsplit(url)
+    path, body = _PATHS[api]
+    content = orjson.dumps(body(num_tokens))
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    )
+    connections = [
+        await asyncio.open_connection(address.hostname, address.port) for _ in range(streams)
+    ]
+    pipe.send("ready")
+    pipe.recv()
+
+    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+        writer.write(head.encode() + content)
+        num_events = 0
+        while piece := await reader.read(1 << 16):
+            num_events += piece.count(b"data: {")
+        writer.close()
+        return num_events
+
+    counts = await asyncio.gather(*(read(*connection) for connection in connections))
+    pipe.send(sum(counts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--api", choices=sorted(_PATHS), default="tgi")
+    parser.add_argument("--streams", default="1,32,256", help="comma-separated")
+    parser.add_argument("--rate", type=float, default=100.0, help="steps per second")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each run")
+    options = parser.parse_args()
+    for streams in map(int, options.streams.split(",")):
+        print(measure(options.api, streams, options.rate, options.seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
