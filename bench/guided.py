@@ -98,9 +98,8 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine(load(LoadConfig(DEFAULT_MODEL_ID)), EngineConfig())
     ratios = compare(engine, options.concurrency, options.requests, options.rounds)
-    print(
-        f"guided / unguided: {statistics.median(ratios):.2f} (rounds {', '.join(f'{r:.2f}' for r in ratios)})"
-    )
+    rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"guided / unguided: {statistics.median(ratios):.2f} (rounds {rounds})")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from engine.errors import EngineDead, GrammarError, LoadError
 from engine.grammar import GrammarCompiler, TokenMasks
 from engine.graphs import Capture, CudaCapture
 from engine.loader import LoadedModel, freeze_rotary, load
-from engine.metrics import EngineFigures
+from engine.metrics import EngineFigures, StepFigures
 from engine.model_runner import Forward, StepResult, build_runner
 from engine.output import SequenceOutput
 from engine.packed_arrays import PackedArrays
@@ -64,6 +64,7 @@ class _Step:
     """
 
     batch: Batch
+    launched: float
     pending: Pending[StepResult] | None = None
     forward: Forward | None = None
     discarded: set[Sequence] = field(default_factory=set)
@@ -132,6 +133,7 @@ class Engine:
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
         self.num_steps = 0
+        self.last_step: StepFigures | None = None
 
     def warm_up(self) -> None:
         """Run the largest prefill and a few sampled decodes, so that no user is the first.
@@ -227,10 +229,12 @@ class Engine:
     # -- one step ---------------------------------------------------------------------
 
     def step(self) -> Events:
-        """Launch the next batch, then collect the one before it.
+        """Launch the next batch, then collect the one before it; `last_step` has its figures,
+        None where nothing was collected.
 
         Raises EngineDead when the device is lost.
         """
+        self.last_step = None
         if self._suspects:
             return self._step_suspects()
         launched = self._launch(self.scheduler.schedule())
@@ -244,7 +248,7 @@ class Engine:
         now = time.perf_counter()
         for seq in batch.reset:
             seq.first_scheduled_time = seq.first_scheduled_time or now
-        step = _Step(batch)
+        step = _Step(batch, now)
         try:
             inputs = self._builder.build(batch)
             if any(entry.sequence.grammar is not None for entry in batch.scheduled):
@@ -275,12 +279,22 @@ class Engine:
         step.pending = self.runner.launch_sampling(step.forward, masks)
 
     def _collect(self, step: _Step) -> Events:
-        """Look at what a step produced. The only loop over tokens on the host."""
+        """Look at what a step produced."""
         assert step.pending is not None
+        result: StepResult | None = None
         try:
             result = step.pending.result()
         except Exception as error:
-            return self._recover(step, error)
+            finished = time.perf_counter()
+            events = self._recover(step, error)
+        else:
+            finished = time.perf_counter()
+            events = self._take(step, result)
+        self.last_step = self._step_figures(step, finished, failed=result is None)
+        return events
+
+    def _take(self, step: _Step, result: StepResult) -> Events:
+        """The only loop over tokens on the host."""
         for entry in step.batch.scheduled:
             self.scheduler.complete(entry)
         if result.prompt_logprobs is not None:
@@ -304,6 +318,21 @@ class Engine:
             except Exception as error:  # its own text, stop strings or grammar: nobody else's fault
                 events += self._fail(seq.request.request_id, str(error) or repr(error))
         return events
+
+    def _step_figures(self, step: _Step, finished: float, failed: bool) -> StepFigures:
+        lengths = [entry.num_tokens for entry in step.batch.scheduled]
+        num_decodes = lengths.count(1)
+        return StepFigures(
+            num_admitted=sum(seq.num_generated <= 1 for seq in step.batch.reset),
+            num_prefills=len(lengths) - num_decodes - lengths.count(0),
+            num_decodes=num_decodes,
+            num_tokens=sum(lengths),
+            forward_s=finished - step.launched,
+            emit_s=time.perf_counter() - finished,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            failed=failed,
+        )
 
     def _take_prompt_logprobs(self, batch: Batch, logprobs: list[float]) -> None:
         end = 0

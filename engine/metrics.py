@@ -37,6 +37,27 @@ class EngineFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class StepFigures:
+    """One step, when it has been looked at.
+
+    num_admitted  sequences that came from the queue with it
+    num_prefills  sequences that computed more than one token; `num_decodes` one
+    forward_s     from its launch to its result, a wait behind the step before included
+    emit_s        of the host, on its tokens
+    """
+
+    num_admitted: int
+    num_prefills: int
+    num_decodes: int
+    num_tokens: int
+    forward_s: float
+    emit_s: float
+    num_running: int
+    num_waiting: int
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     state: EngineState
     reason: str | None
