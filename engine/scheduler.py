@@ -146,15 +146,17 @@ class Scheduler:
         """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
         if seq.is_finished:
             return
+        place = 0
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
         elif seq.leader is not None:
             seq.leader.forks.remove(seq)
         else:
+            place = self.waiting.index(seq)
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
-        self._orphan(seq.forks)
+        self._orphan(seq.forks, place)
         seq.forks = []
 
     def skip_ahead(self, seq: Sequence) -> None:
@@ -163,11 +165,13 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)  # its slot counts other tokens
 
-    def _orphan(self, forks: list[Sequence]) -> None:
-        """They cannot share, and compute their prompts themselves."""
+    def _orphan(self, forks: list[Sequence], place: int = 0) -> None:
+        """They cannot share, and compute their prompts themselves; until then they wait, at the
+        head of the queue or where their leader did.
+        """
         for seq in reversed(forks):
             seq.leader = None
-            self.waiting.appendleft(seq)
+            self.waiting.insert(place, seq)
 
     @property
     def sequences(self) -> list[Sequence]:
