@@ -330,6 +330,7 @@ class Scheduler:
         self._release(seq)
         seq.num_computed = seq.num_completed = seq.num_registered = 0
         seq.num_preemptions += 1
+        seq.leader = None  # a fork whose first step is in flight computes its prompt itself
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
@@ -363,8 +364,7 @@ class Scheduler:
         seq.num_tokens = len(seq.token_ids)
         seq.num_computed = seq.num_completed
         if seq.leader is not None and seq.status is SequenceStatus.RUNNING:
-            seq.leader = None  # a fork whose prompt was lost, in blocks that are another's too
-            self._preempt(seq)
+            self._preempt(seq)  # a fork whose prompt was lost, in blocks that are another's too
         elif seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)
 
