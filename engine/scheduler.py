@@ -136,8 +136,12 @@ class Scheduler:
     # -- requests come and go ---------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """A fork is to be added before the first step of its leader."""
-        if seq.leader is None:
+        """A fork is to be added before the first step of its leader.
+
+        One that asks for the logprobs of its prompt has to compute it itself.
+        """
+        if seq.leader is None or seq.wants_prompt_logprobs:
+            seq.leader = None
             self.waiting.append(seq)
         else:
             seq.leader.forks.append(seq)
