@@ -381,8 +381,9 @@ class Engine:
         self._in_flight.clear()
         for step in lost[1:]:
             _wait(step)
-        for seq in {entry.sequence for step in lost for entry in step.batch.scheduled}:
-            if not seq.is_finished:
+        sequences = {entry.sequence for step in lost for entry in step.batch.scheduled}
+        for seq in reversed(self.scheduler.sequences):  # each that has to wait goes to the head
+            if seq in sequences:
                 self.scheduler.rewind(seq)
         if _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
