@@ -355,10 +355,8 @@ class Engine:
             self.scheduler.skip_ahead(seq)
 
     def _finish(self, seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Finished:
-        self.scheduler.finish(seq)
-        del self._live[seq.request.request_id]
         started = seq.first_scheduled_time or seq.arrival_time
-        return Finished(
+        finished = Finished(
             reason=reason,
             generated_text=output.generated_text(),
             num_prompt_tokens=seq.num_prompt_tokens,
@@ -368,6 +366,9 @@ class Engine:
             inference_s=time.perf_counter() - started,
             prompt=output.prompt(),
         )
+        self.scheduler.finish(seq)
+        del self._live[seq.request.request_id]
+        return finished
 
     # -- steps that fail --------------------------------------------------------------
 
