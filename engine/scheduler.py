@@ -186,7 +186,7 @@ class Scheduler:
     def schedule(self, only: set[Sequence] | None = None) -> Batch:
         """Choose the next step and commit to it; empty when nothing can run.
 
-        With `only`, no other sequence runs and none is admitted.
+        With `only`, no other sequence runs, but for their forks, and none is admitted.
         """
         batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
