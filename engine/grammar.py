@@ -98,9 +98,13 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that is valid under `schema`. Raises GrammarError."""
+        if not isinstance(schema, dict):
+            raise GrammarError("a schema is an object")
         try:
             source = orjson.dumps(closed(schema)).decode()
-        except (TypeError, RecursionError) as error:
+        except RecursionError:
+            raise GrammarError("it is nested too deeply") from None
+        except TypeError as error:
             raise GrammarError(str(error)) from None
         return self._cached("json", source)
 
@@ -125,9 +129,9 @@ class GrammarCompiler:
         return grammar
 
     def _compile(self, kind: str, source: str) -> Grammar:
-        if len(source.encode()) > _MAX_SOURCE_BYTES:
-            raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
         try:
+            if len(source.encode()) > _MAX_SOURCE_BYTES:
+                raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
             if kind == "json":
                 text = LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
             else:
