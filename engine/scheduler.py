@@ -283,15 +283,17 @@ class Scheduler:
 
     def _grow(self, batch: Batch, seq: Sequence) -> bool:
         """Give it blocks for every token it knows; False if it had to be preempted."""
+        length = len(seq.block_table)
         while seq.num_tokens > len(seq.block_table) * BLOCK_SIZE:
             while self.pool.num_idle == 0:
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim is seq:
                     return False
-            (block,) = self.pool.allocate(1)
-            batch.grown.append((seq.slot, len(seq.block_table), block))
-            seq.block_table.append(block)
+            seq.block_table += self.pool.allocate(1)
+        # Told at the end: preempted half way, its slot may be another's in this very step.
+        grown = enumerate(seq.block_table[length:], start=length)
+        batch.grown.extend((seq.slot, index, block) for index, block in grown)
         return True
 
     def _take_blocks(self, seq: Sequence) -> bool:

@@ -661,6 +661,22 @@ class TestSkipAhead:
         assert list(driver.scheduler.waiting) == [second]
         driver.drain()
 
+    def test_one_preempted_while_it_grows_leaves_no_block_to_the_next_owner_of_its_slot(
+        self,
+    ) -> None:
+        driver = Driver(num_blocks=22, max_sequences=2, max_batch_tokens=400)
+        leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
+        (fork,) = leader.forks
+        grows = driver.add(prompt(15, stem=1), 60)
+        driver.force(grows, 39)
+        decode(driver, 1)
+        slot = grows.slot
+        batch = driver.launch()
+        assert ranges(batch) == {leader: (256, 300), fork: (300, 300)}
+        assert (fork.slot, batch.grown) == (slot, [])
+        assert list(driver.scheduler.waiting) == [grows]
+        driver.drain()
+
     def test_of_one_that_was_preempted_with_its_ids_in_flight(self) -> None:
         driver = Driver(num_blocks=3)
         driver.add(prompt(31), 10)
