@@ -435,6 +435,17 @@ class TestForks:
         assert driver.scheduler.running == [leader, first, second, other]
         driver.drain()
 
+    def test_they_go_before_what_runs_already_behind_their_leader(self) -> None:
+        driver = Driver(num_blocks=32, max_batch_tokens=400)
+        leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
+        (fork,) = leader.forks
+        other = driver.add(prompt(15, stem=1), 4)
+        decode(driver, 1)
+        assert driver.scheduler.running == [leader, other]
+        driver.launch()
+        assert driver.scheduler.running == [leader, fork, other]
+        driver.drain()
+
     def test_a_fork_without_a_slot_waits_and_finds_the_prompt_in_the_cache(self) -> None:
         driver = Driver(max_sequences=2)
         leader, first, second = self.start(driver, 40)
