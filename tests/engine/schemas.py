@@ -114,7 +114,12 @@ SCHEMAS: dict[str, Schema] = {
     "optional": obj("id", id=SMALL, name=TEXT, note=nullable(TEXT)),
     "all optional": obj(a=SMALL, b=SMALL, c=SMALL, d=SMALL),
     "type left out": {"properties": {"a": SMALL}, "required": ["a"]},
-    "open": {**every(a=SMALL), "additionalProperties": {"type": "boolean"}, "maxProperties": 2},
+    "patterns of keys": {
+        **every(a=SMALL),
+        "patternProperties": {"^x[0-9]$": {"type": "boolean"}},
+        "additionalProperties": False,
+        "maxProperties": 3,
+    },
     "nullable": every(value=nullable(SMALL), other={"type": ["string", "null"], "maxLength": 3}),
     "unicode keys": every(**{"größe": SMALL, "名前": TEXT, "🙂": {"type": "null"}}),
     "awkward keys": every(**{"": SMALL, 'a"b': SMALL, "c\\d": SMALL, "e f": SMALL}),
@@ -146,5 +151,10 @@ SCHEMAS: dict[str, Schema] = {
     },
     "linked list": _LINKED,
     "expression": _EXPRESSION,
-    "one base": {"allOf": [every(a=SMALL)]},
+    "two bases": {
+        "allOf": [
+            {**obj("a", a=SMALL, b=TEXT), "additionalProperties": False},
+            obj("b", a={"type": "integer", "minimum": 50}, b=string("^[a-z]*$")),
+        ]
+    },
 }

@@ -459,6 +459,12 @@ def test_the_same_is_said_alone_and_in_company(
         assert serving.figures().num_preemptions > 0
 
 
+def test_the_same_is_said_where_steps_before_it_sample_nothing() -> None:
+    """Its prompt alone, in chunks: the last one's sampling waits for nobody's token."""
+    guided = regex_request("[a-z]{12}", sampling=GREEDY, prompt="a long prompt " * 20)
+    check_same(run(engine(max_batch_tokens=16), [(0, guided)]), [guided])
+
+
 @kinds
 @pytest.mark.parametrize("step", [0, 2, *(pytest.param(n, marks=slow) for n in (1, 3, 5, 9))])
 def test_the_same_is_said_after_a_lost_step(sampling: SamplingParams, step: int) -> None:
