@@ -152,6 +152,16 @@ class TestClosed:
         schema = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
         assert closed(schema) == schema
 
+    def test_not_the_definitions_that_are_combined(self) -> None:
+        base, other = {"properties": {"a": {}}}, {"properties": {"b": {}}}
+        whole = {"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"c": {}}}]}
+        schema = {"properties": {"whole": whole}, "$defs": {"base": base, "other": other}}
+        result = closed(schema)
+        assert result["properties"]["whole"] == whole
+        assert result["$defs"] == {"base": base, "other": closed(other)}
+        alone = {"allOf": [{"$ref": "#/$defs/base"}]}  # as pydantic wraps a reference
+        assert closed({**schema, "properties": {"a": alone}})["$defs"]["base"] == closed(base)
+
     def test_a_property_may_have_a_keywords_name(self) -> None:
         schema = {"properties": {"properties": {"type": "string"}, "items": {"type": "string"}}}
         assert closed(schema)["properties"] == schema["properties"]
@@ -232,6 +242,7 @@ class TestCompiling:
             ({"contains": {"type": "integer"}}, "contains"),
             ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
             ({"type": "string", "format": "nonsense"}, "nonsense"),
+            ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
         ],
     )
     def test_what_cannot_be_enforced_is_ignored_and_told(
@@ -243,6 +254,14 @@ class TestCompiling:
     def test_of_what_can_be_enforced_nothing_is_told(self) -> None:
         assert [n for n, s in SCHEMAS.items() if compiler().json_schema(s).warnings] == []
         assert compiler().regex("[a-z]+").warnings == ()
+
+    def test_a_base_and_what_extends_it_can_both_be_satisfied(self) -> None:
+        extended = {"allOf": [{"$ref": "#/$defs/base"}, every(b={"type": "integer"})]}
+        schema = {**every(whole=extended), "$defs": {"base": every(a={"type": "integer"})}}
+        state = compiler().json_schema(schema).start()
+        for token_id in tokenizer().encode('{"whole": {"a": 1, "b": 2}}'):
+            state.accept(token_id)
+        assert (state.is_finished, state.error) == (True, "")
 
     def test_the_same_source_is_compiled_once(self) -> None:
         schema = every(a={"type": "integer"})
