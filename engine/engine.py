@@ -384,10 +384,8 @@ class Engine:
             self.scheduler.skip_ahead(seq)
 
     def _finish(self, seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Finished:
-        self.scheduler.finish(seq)
-        del self._live[seq.request.request_id]
         started = seq.first_scheduled_time or seq.arrival_time
-        return Finished(
+        finished = Finished(
             reason=reason,
             generated_text=output.generated_text(),
             num_prompt_tokens=seq.num_prompt_tokens,
@@ -397,6 +395,9 @@ class Engine:
             inference_s=time.perf_counter() - started,
             prompt=output.prompt(),
         )
+        self.scheduler.finish(seq)
+        del self._live[seq.request.request_id]
+        return finished
 
     # -- steps that fail --------------------------------------------------------------
 
@@ -410,8 +411,9 @@ class Engine:
         self._in_flight.clear()
         for step in lost[1:]:
             _wait(step)
-        for seq in {entry.sequence for step in lost for entry in step.batch.scheduled}:
-            if not seq.is_finished:
+        sequences = {entry.sequence for step in lost for entry in step.batch.scheduled}
+        for seq in reversed(self.scheduler.sequences):  # each that has to wait goes to the head
+            if seq in sequences:
                 self.scheduler.rewind(seq)
         if _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error

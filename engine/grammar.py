@@ -6,7 +6,7 @@ safe in any thread and lets go of the interpreter lock; a state belongs to its s
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ _OPTIONS = {
     # A keyword that cannot be enforced is ignored, and told, as clients of outlines expect.
     "lenient": True,
 }
+
+
+_DEFINITIONS = "$defs", "definitions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +101,13 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that is valid under `schema`. Raises GrammarError."""
+        if not isinstance(schema, dict):
+            raise GrammarError("a schema is an object")
         try:
             source = orjson.dumps(closed(schema)).decode()
-        except (TypeError, RecursionError) as error:
+        except RecursionError:
+            raise GrammarError("it is nested too deeply") from None
+        except TypeError as error:
             raise GrammarError(str(error)) from None
         return self._cached("json", source)
 
@@ -125,9 +132,9 @@ class GrammarCompiler:
         return grammar
 
     def _compile(self, kind: str, source: str) -> Grammar:
-        if len(source.encode()) > _MAX_SOURCE_BYTES:
-            raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
         try:
+            if len(source.encode()) > _MAX_SOURCE_BYTES:
+                raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
             if kind == "json":
                 text = LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
             else:
@@ -161,10 +168,16 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     is an object, and has those alone unless it says otherwise.
 
     Not where schemas are combined by `allOf`: each would exclude the properties of the others.
+    Nor the definitions that are combined there.
     """
     if "allOf" in schema:
         return schema
     result = {key: _closed_within(key, value) for key, value in schema.items()}
+    for keyword in _DEFINITIONS:
+        if isinstance(schema.get(keyword), dict):
+            combined = set(_combined(schema))
+            own = {n: d for n, d in schema[keyword].items() if f"#/{keyword}/{n}" in combined}
+            result[keyword] |= own
     if isinstance(schema.get("properties"), dict):
         result.setdefault("type", "object")
         if "patternProperties" not in schema:
@@ -172,8 +185,20 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _combined(part: Any) -> Iterator[str]:
+    """What is referred to where several schemas are combined."""
+    if isinstance(part, dict):
+        members = part.get("allOf")
+        if isinstance(members, list) and len(members) > 1:
+            yield from (m["$ref"] for m in members if isinstance(m, dict) and "$ref" in m)
+        part = list(part.values())
+    if isinstance(part, list):
+        for value in part:
+            yield from _combined(value)
+
+
 def _closed_within(keyword: str, value: Any) -> Any:
-    if keyword in ("properties", "$defs", "definitions", "patternProperties"):
+    if keyword in ("properties", "patternProperties", *_DEFINITIONS):
         is_mapping = isinstance(value, dict)
         return {name: _closed(part) for name, part in value.items()} if is_mapping else value
     if keyword in ("anyOf", "oneOf", "prefixItems"):

@@ -121,6 +121,8 @@ class Sampler:
         self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.fields or ())
         neutral = replace(params, seed=0, logprobs=False, watermark=False)
         self._plain[slot] = neutral == SamplingParams()
+        if self.needs_counts(slot):
+            self._all_counts()  # by this thread: steps in flight and the next plan both look
 
     def needs_counts(self, slot: int) -> bool:
         return bool(self.uses_penalties(np.array([slot]))[0])

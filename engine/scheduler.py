@@ -136,8 +136,12 @@ class Scheduler:
     # -- requests come and go ---------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """A fork is to be added before the first step of its leader."""
-        if seq.leader is None:
+        """A fork is to be added before the first step of its leader.
+
+        One that asks for the logprobs of its prompt has to compute it itself.
+        """
+        if seq.leader is None or seq.wants_prompt_logprobs:
+            seq.leader = None
             self.waiting.append(seq)
         else:
             seq.leader.forks.append(seq)
@@ -146,15 +150,17 @@ class Scheduler:
         """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
         if seq.is_finished:
             return
+        place = 0
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
         elif seq.leader is not None:
             seq.leader.forks.remove(seq)
         else:
+            place = self.waiting.index(seq)
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
-        self._orphan(seq.forks)
+        self._orphan(seq.forks, place)
         seq.forks = []
 
     def skip_ahead(self, seq: Sequence) -> None:
@@ -163,11 +169,13 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)  # its slot counts other tokens
 
-    def _orphan(self, forks: list[Sequence]) -> None:
-        """They cannot share, and compute their prompts themselves."""
+    def _orphan(self, forks: list[Sequence], place: int = 0) -> None:
+        """They cannot share, and compute their prompts themselves; until then they wait, at the
+        head of the queue or where their leader did.
+        """
         for seq in reversed(forks):
             seq.leader = None
-            self.waiting.appendleft(seq)
+            self.waiting.insert(place, seq)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -178,7 +186,7 @@ class Scheduler:
     def schedule(self, only: set[Sequence] | None = None) -> Batch:
         """Choose the next step and commit to it; empty when nothing can run.
 
-        With `only`, no other sequence runs and none is admitted.
+        With `only`, no other sequence runs, but for their forks, and none is admitted.
         """
         batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
@@ -275,15 +283,17 @@ class Scheduler:
 
     def _grow(self, batch: Batch, seq: Sequence) -> bool:
         """Give it blocks for every token it knows; False if it had to be preempted."""
+        length = len(seq.block_table)
         while seq.num_tokens > len(seq.block_table) * BLOCK_SIZE:
             while self.pool.num_idle == 0:
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim is seq:
                     return False
-            (block,) = self.pool.allocate(1)
-            batch.grown.append((seq.slot, len(seq.block_table), block))
-            seq.block_table.append(block)
+            seq.block_table += self.pool.allocate(1)
+        # Told at the end: preempted half way, its slot may be another's in this very step.
+        grown = enumerate(seq.block_table[length:], start=length)
+        batch.grown.extend((seq.slot, index, block) for index, block in grown)
         return True
 
     def _take_blocks(self, seq: Sequence) -> bool:
@@ -326,6 +336,7 @@ class Scheduler:
         self._release(seq)
         seq.num_computed = seq.num_completed = seq.num_registered = 0
         seq.num_preemptions += 1
+        seq.leader = None  # a fork whose first step is in flight computes its prompt itself
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
@@ -359,8 +370,7 @@ class Scheduler:
         seq.num_tokens = len(seq.token_ids)
         seq.num_computed = seq.num_completed
         if seq.leader is not None and seq.status is SequenceStatus.RUNNING:
-            seq.leader = None  # a fork whose prompt was lost, in blocks that are another's too
-            self._preempt(seq)
+            self._preempt(seq)  # a fork whose prompt was lost, in blocks that are another's too
         elif seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)
 

@@ -43,7 +43,8 @@ def watermark_torch(
     previous  [batch] int64: the token before, of every row
     """
     green = green_list(previous[rows], gamma, logits.shape[1])
-    logits[rows] += green.to(logits.dtype) * delta
+    x = logits[rows]
+    logits[rows] = torch.where(green, (x.float() + delta).to(x.dtype), x)
 
 
 def watermark_triton(

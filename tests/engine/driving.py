@@ -71,14 +71,19 @@ class Answers:
 
 def run(
     engine: Engine,
-    arrivals: Iterable[tuple[int, Request]],
+    arrivals: Iterable[tuple[int, Request | list[Request]]],
     aborts: dict[int, Request] | None = None,
 ) -> Answers:
-    """Step until nothing is left; requests arrive, and are aborted, at given step numbers."""
+    """Step until nothing is left; requests arrive, and are aborted, at given step numbers.
+
+    A list of them is one with its forks.
+    """
     answers, pending, aborts = Answers(), sorted(arrivals, key=lambda a: a[0]), aborts or {}
     for step in count():
         while pending and pending[0][0] <= step:
-            engine.add(pending.pop(0)[1])
+            arrived = pending.pop(0)[1]
+            first, *forks = arrived if isinstance(arrived, list) else [arrived]
+            engine.add(first, forks)
         if step in aborts:
             engine.abort(aborts[step].request_id)
         if not engine.has_work and not pending:

@@ -4,6 +4,8 @@ Without a GPU the graph is a recording of the step's operations, which replays t
 what a step bakes into Python, a recording would repeat wrongly just as a CUDA graph would.
 """
 
+import re
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -12,11 +14,12 @@ import torch
 from engine import fused_sampler
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.grammar import GrammarCompiler
 from engine.loader import LoadedModel
-from engine.request import Request, SamplingParams, StoppingParams
+from engine.request import Finished, Request, SamplingParams, StoppingParams
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, run
-from tests.engine.models import adopted, reference
+from tests.engine.models import VOCAB_SIZE, adopted, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
 LAYERS = (1, 2)
@@ -48,9 +51,12 @@ def mixed_requests() -> list[Request]:
         SamplingParams(do_sample=True, temperature=0.8, seed=7, logprobs=True),
         SamplingParams(do_sample=True, top_k=9, top_p=0.9, seed=8, top_n_tokens=3, logprobs=True),
         SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
+        SamplingParams(presence_penalty=1.5, logprobs=True),
     ]
     return [
-        Request(f"mixed-{i}", list(b"say it again, say it"), kind, StoppingParams(6, True))
+        Request(
+            f"mixed-{i}", list(b"say it again, say it"), kind, StoppingParams(6, ignore_eos=True)
+        )
         for i, kind in enumerate(kinds)
     ]
 
@@ -74,8 +80,53 @@ def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
     eager = answers(loaded, requests, with_graphs=False)
     replayed = answers(loaded, requests, with_graphs=True)
     for request in requests:
+        assert isinstance(replayed.last(request), Finished)
         assert replayed.ids(request) == eager.ids(request)
         assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+
+
+def guided(loaded: LoadedModel) -> list[Request]:
+    """Beside one that is not; the forced words are taken in slices, in no graph."""
+    grammars = GrammarCompiler(loaded.tokenizer, VOCAB_SIZE, loaded.eos_token_ids)
+    sampling = SamplingParams(do_sample=True, seed=3, logprobs=True)
+    patterns = ["[a-f]{6}", "[0-9]{2} is the answer, [xyz]{3}"]
+    return [
+        *(
+            Request(p, PROMPTS[0], sampling, StoppingParams(40), grammar=grammars.regex(p))
+            for p in patterns
+        ),
+        greedy(PROMPTS[1], 10),
+    ]
+
+
+def watermarked(_: LoadedModel) -> list[Request]:
+    kinds = [
+        SamplingParams(watermark=True, logprobs=True),
+        SamplingParams(watermark=True, do_sample=True, seed=5, top_k=9, logprobs=True),
+        SamplingParams(logprobs=True),
+    ]
+    return [
+        Request(f"marked-{i}", PROMPTS[0], kind, StoppingParams(4, ignore_eos=True))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize("make", [pytest.param(guided, marks=pytest.mark.slow), watermarked])
+def test_what_few_steps_have_is_done_around_replayed_ones(
+    make: Callable[[LoadedModel], list[Request]],
+) -> None:
+    """Masks and watermarks change a graph's own logits, which the next replay writes anew."""
+    loaded, requests = fused("llama", 1), make(fused("llama", 1))
+    eager = answers(loaded, requests, with_graphs=False)
+    replayed = answers(loaded, requests, with_graphs=True)
+    for request in requests:
+        assert replayed.ids(request) == eager.ids(request) != []
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+        if request.grammar is not None:
+            finished = replayed.last(request)
+            assert isinstance(finished, Finished)
+            assert re.fullmatch(request.request_id, finished.generated_text)
+    check_greedy(reference("llama", num_hidden_layers=1), replayed, requests[-1])
 
 
 @pytest.mark.slow

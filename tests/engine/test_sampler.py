@@ -435,6 +435,19 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
             context.append(int(sampled.ids[row]))
 
 
+def test_counts_are_there_before_any_step_that_needs_them() -> None:
+    """The thread that runs steps and the one that plans the next never allocate them both."""
+    sampler = Sampler(3, 8, CPU)
+    sampler.set_parameters(0, SamplingParams(temperature=0.5, do_sample=True))
+    assert sampler._counts is None
+    sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
+    counts = sampler._counts
+    assert counts is not None
+    sampler.start_counts(1, torch.tensor([3, 3]), 2)
+    sampler.plan(np.array([0, 1]), np.array([2, 2]))
+    assert sampler._counts is counts
+
+
 def test_counts_are_needed_by_penalties_alone() -> None:
     sampler = Sampler(4, 10, CPU)
     sampler.set_parameters(0, SamplingParams(do_sample=True, temperature=0.5, top_k=3, seed=1))

@@ -5,6 +5,7 @@ operation the invariants; a test adds only what is special about its case.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.config import BLOCK_SIZE
-from engine.scheduler import Batch, Scheduler
+from engine.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from tests.engine.scheduling import END, MAX_IN_FLIGHT, Driver, next_token
 
@@ -367,6 +368,362 @@ class TestPreemption:
         driver.drain()
 
 
+class TestForks:
+    def start(self, driver: Driver, num_tokens: int, num_forks: int = 2) -> list[Sequence]:
+        """A leader and its forks."""
+        leader = driver.add(prompt(num_tokens), 8, num_forks=num_forks)
+        return [leader, *leader.forks]
+
+    def test_the_prompt_is_computed_once_and_all_sample_from_it(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 20)
+        batch = driver.launch()
+        assert ranges(batch) == {leader: (0, 20), first: (20, 20), second: (20, 20)}
+        assert [entry.samples for entry in batch.scheduled] == [True] * 3
+        assert driver.scheduler.running == [leader, first, second]
+        driver.drain()
+        assert driver.finished == [leader, first, second]
+
+    def test_full_blocks_are_shared_and_the_last_one_is_copied_to_each(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 40)
+        batch = driver.launch()
+        tables = [seq.block_table for seq in (leader, first, second)]
+        assert tables[0][:2] == tables[1][:2] == tables[2][:2]
+        assert len({table[2] for table in tables}) == 3
+        assert batch.copies == [(tables[0][2], tables[1][2]), (tables[0][2], tables[2][2])]
+        assert driver.scheduler.pool.num_used == 5
+        driver.drain()
+
+    def test_of_whole_blocks_nothing_is_copied(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 32)
+        assert driver.launch().copies == []
+        assert leader.block_table == first.block_table == second.block_table
+        assert driver.scheduler.pool.num_used == 2
+        driver.drain()
+
+    def test_forks_wait_for_the_last_chunk(self) -> None:
+        driver = Driver(max_batch_tokens=16)
+        leader, first, second = self.start(driver, 40)
+        assert ranges(driver.launch()) == {leader: (0, 16)}
+        assert ranges(driver.launch()) == {leader: (16, 32)}
+        driver.collect()
+        assert ranges(driver.launch()) == {leader: (32, 40), first: (40, 40), second: (40, 40)}
+        driver.drain()
+
+    def test_a_last_chunk_of_one_token_starts_them_too(self) -> None:
+        driver = Driver(max_batch_tokens=16)
+        leader, first, second = self.start(driver, 17)
+        driver.launch()
+        assert ranges(driver.launch()) == {leader: (16, 17), first: (17, 17), second: (17, 17)}
+        driver.drain()
+
+    def test_they_take_nothing_of_the_budget(self) -> None:
+        driver = Driver(max_batch_tokens=20)
+        self.start(driver, 12)
+        other = driver.add(prompt(30, stem=1), 2)
+        batch = driver.launch()
+        assert ranges(batch)[other] == (0, 8)
+        driver.drain()
+
+    def test_they_go_before_what_came_later(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 20)
+        other = driver.add(prompt(20, stem=1), 8)
+        driver.launch()
+        assert driver.scheduler.running == [leader, first, second, other]
+        driver.drain()
+
+    def test_they_go_before_what_runs_already_behind_their_leader(self) -> None:
+        driver = Driver(num_blocks=32, max_batch_tokens=400)
+        leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
+        (fork,) = leader.forks
+        other = driver.add(prompt(15, stem=1), 4)
+        decode(driver, 1)
+        assert driver.scheduler.running == [leader, other]
+        driver.launch()
+        assert driver.scheduler.running == [leader, fork, other]
+        driver.drain()
+
+    def test_a_fork_without_a_slot_waits_and_finds_the_prompt_in_the_cache(self) -> None:
+        driver = Driver(max_sequences=2)
+        leader, first, second = self.start(driver, 40)
+        later = driver.add(prompt(4, stem=1), 8)
+        assert set(ranges(driver.launch())) == {leader, first}
+        assert list(driver.scheduler.waiting) == [second, later]
+        driver.collect()
+        driver.abort(leader)
+        assert ranges(driver.launch())[second] == (32, 40)
+        driver.drain()
+
+    def test_a_fork_without_a_block_for_its_copy_waits(self) -> None:
+        driver = Driver(num_blocks=3)
+        leader, first, second = self.start(driver, 20)
+        assert set(ranges(driver.launch())) == {leader, first}
+        assert list(driver.scheduler.waiting) == [second]
+        driver.drain()
+        assert set(driver.finished) == {leader, first, second}
+
+    def test_of_whole_blocks_no_idle_one_is_needed(self) -> None:
+        driver = Driver(num_blocks=3)
+        driver.add(prompt(15, stem=1), 1)
+        _, first, second = self.start(driver, 32)
+        driver.launch()
+        assert driver.scheduler.pool.num_idle == 0
+        assert first.status is second.status is SequenceStatus.RUNNING
+        driver.drain()
+
+    def test_one_that_is_preempted_before_its_first_step_is_done_is_an_ordinary_sequence(
+        self,
+    ) -> None:
+        driver = Driver(num_blocks=2)
+        leader, fork = self.start(driver, 16, num_forks=1)
+        driver.launch()
+        driver.launch()
+        assert (fork.status, fork.num_in_flight) == (SequenceStatus.WAITING, 1)
+        assert fork.leader is None
+        driver.abort(fork)
+        driver.drain()
+        assert driver.finished == [leader]
+
+    @pytest.mark.parametrize("num_tokens", [32, 40])
+    def test_a_leader_that_leaves_leaves_the_prompt_to_its_forks(self, num_tokens: int) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, num_tokens)
+        driver.launch()
+        driver.abort(leader)
+        behind = num_tokens, num_tokens + 1
+        assert ranges(driver.launch()) == {first: behind, second: behind}
+        driver.drain()
+        assert driver.finished == [first, second]
+
+    def test_a_leader_that_leaves_in_mid_prefill_leaves_them_at_the_head_of_the_queue(self) -> None:
+        driver = Driver(max_batch_tokens=16)
+        leader, first, second = self.start(driver, 40)
+        other = driver.add(prompt(20, stem=1), 8)
+        decode(driver, 1)
+        driver.abort(leader)
+        assert list(driver.scheduler.waiting) == [first, second, other]
+        assert first.leader is second.leader is None
+        assert ranges(driver.launch()) == {first: (16, 32)}, "the first chunk was done"
+        driver.drain()
+        assert set(driver.finished) == {first, second, other}
+
+    def test_a_leader_that_leaves_the_queue_leaves_them_its_place(self) -> None:
+        driver = Driver(max_sequences=1)
+        running, ahead = driver.add(prompt(4, stem=1), 8), driver.add(prompt(4, stem=2), 8)
+        leader, first, second = self.start(driver, 20)
+        behind = driver.add(prompt(4, stem=3), 8)
+        driver.launch()
+        driver.abort(leader)
+        assert list(driver.scheduler.waiting) == [ahead, first, second, behind]
+        driver.drain()
+        assert driver.finished == [running, ahead, first, second, behind]
+
+    def test_a_fork_that_leaves_before_it_starts_is_forgotten(self) -> None:
+        driver = Driver(max_batch_tokens=16)
+        leader, first, second = self.start(driver, 40)
+        driver.launch()
+        driver.abort(first)
+        driver.abort(first)
+        driver.drain()
+        assert driver.finished == [leader, second]
+
+    def test_a_lost_first_step_sends_them_back_to_the_queue_in_order(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 20)
+        other = driver.add(prompt(20, stem=1), 8)
+        driver.launch()
+        driver.launch()
+        driver.lose(isolate=False)
+        assert driver.scheduler.running == [leader, other]
+        assert list(driver.scheduler.waiting) == [first, second]
+        driver.drain()
+        assert set(driver.finished) == {leader, first, second, other}
+
+    def test_after_their_first_step_they_are_rewound_where_they_are(self) -> None:
+        driver = Driver()
+        leader, first, second = self.start(driver, 20)
+        decode(driver, 2)
+        driver.launch()
+        driver.lose(isolate=False)
+        assert driver.scheduler.running == [leader, first, second]
+        assert ranges(driver.launch()) == dict.fromkeys((leader, first, second), (21, 22))
+        driver.drain()
+
+    def test_one_that_asks_for_the_prompts_logprobs_computes_them_itself(self) -> None:
+        driver = Driver()
+        leader = driver.add(prompt(20), 8)
+        fork = Sequence(replace(leader.request, prompt_logprobs=True), leader)
+        driver.truths[fork] = driver.truths[leader]
+        driver.live.append(fork)
+        driver.scheduler.add(fork)
+        assert ranges(driver.launch()) == {leader: (0, 20), fork: (0, 20)}
+        driver.drain()
+
+
+class TestPromptLogprobs:
+    def test_a_step_keeps_a_bounded_number_of_them(self) -> None:
+        """Two of them share the rows of a step, and what asks for none is not held up."""
+        driver = Driver(num_blocks=64, max_batch_tokens=600)
+        first = driver.add(prompt(300), 2, prompt_logprobs=True)
+        plain = driver.add(prompt(20, stem=1), 2)
+        second = driver.add(prompt(100, stem=2), 2, prompt_logprobs=True)
+        assert ranges(driver.launch()) == {first: (0, PROMPT_LOGPROB_ROWS), plain: (0, 20)}
+        batch = driver.launch()
+        assert ranges(batch) == {plain: (20, 21), first: (256, 300), second: (0, 100)}
+        assert [entry.num_prompt_rows for entry in batch.scheduled] == [0, 43, 99]
+        assert batch.prompted == [1, 2]
+        driver.drain()
+
+    def test_the_cache_is_not_read_but_written(self) -> None:
+        driver = Driver()
+        driver.add(prompt(40), 1)
+        driver.drain()
+        seq = driver.add(prompt(40), 1, prompt_logprobs=True)
+        assert ranges(driver.launch()) == {seq: (0, 40)}
+        driver.drain()
+        driver.add(prompt(40, stem=1), 1, prompt_logprobs=True)
+        driver.drain()
+        again = driver.add(prompt(40, stem=1), 1)
+        assert ranges(driver.launch()) == {again: (32, 40)}
+        driver.drain()
+
+    def test_forks_of_it_share_its_prompt_all_the_same(self) -> None:
+        driver = Driver()
+        leader = driver.add(prompt(20), 4, num_forks=1, prompt_logprobs=True)
+        (fork,) = leader.forks
+        batch = driver.launch()
+        assert ranges(batch) == {leader: (0, 20), fork: (20, 20)}
+        assert [entry.num_prompt_rows for entry in batch.scheduled] == [19, 0]
+        driver.drain()
+
+
+class TestSkipAhead:
+    def test_forced_tokens_are_computed_as_a_slice(self) -> None:
+        driver = Driver()
+        seq = driver.add(prompt(5), 20)
+        driver.force(seq, 6)
+        decode(driver, 1)
+        assert seq.num_generated == 7
+        batch = driver.launch()
+        assert ranges(batch) == {seq: (5, 12)}
+        assert batch.reset == [seq], "its slot counts other tokens"
+        driver.collect()
+        assert seq.num_generated == 8
+        driver.drain()
+        assert seq.num_generated == 20
+
+    def test_the_step_in_flight_computes_and_draws_for_nothing(self) -> None:
+        driver = Driver()
+        seq = driver.add(prompt(5), 20)
+        driver.force(seq, 6)
+        driver.launch()
+        driver.launch()
+        driver.collect()
+        assert (seq.num_generated, seq.num_in_flight) == (7, 0)
+        assert ranges(driver.launch()) == {seq: (6, 12)}, "the drawn one is being computed"
+        driver.collect()
+        assert seq.num_generated == 7
+        driver.collect()
+        assert seq.num_generated == 8
+        driver.drain()
+
+    def test_a_slice_over_the_budget_is_taken_in_chunks(self) -> None:
+        driver = Driver(max_batch_tokens=8)
+        seq = driver.add(prompt(5), 30)
+        driver.force(seq, 20)
+        decode(driver, 1)
+        batches = [driver.launch()]
+        driver.collect()
+        batches.append(driver.launch())
+        driver.collect()
+        batches.append(driver.launch())
+        assert [ranges(batch)[seq] for batch in batches] == [(5, 13), (13, 21), (21, 26)]
+        assert [batch.scheduled[0].samples for batch in batches] == [False, False, True]
+        driver.collect()
+        driver.drain()
+
+    def test_the_end_within_it_is_the_end(self) -> None:
+        driver = Driver()
+        seq = driver.add(prompt(5), 4)
+        driver.force(seq, 20)
+        driver.launch()
+        driver.launch()
+        driver.collect()
+        assert driver.finished == [seq]
+        assert seq.num_generated == 4
+        driver.drain()
+
+    def test_it_may_preempt_for_its_blocks_and_be_preempted(self) -> None:
+        driver = Driver(num_blocks=4)
+        first, second = (driver.add(prompt(15, stem), 40) for stem in range(2))
+        driver.force(first, 38)
+        decode(driver, 1)
+        assert ranges(driver.launch()) == {first: (15, 54)}
+        assert list(driver.scheduler.waiting) == [second]
+        driver.drain()
+        driver = Driver(num_blocks=4)
+        first, second = (driver.add(prompt(15, stem), 40) for stem in range(2))
+        driver.force(second, 38)
+        decode(driver, 1)
+        assert ranges(driver.launch()) == {first: (15, 16)}
+        assert list(driver.scheduler.waiting) == [second]
+        driver.drain()
+
+    def test_one_preempted_while_it_grows_leaves_no_block_to_the_next_owner_of_its_slot(
+        self,
+    ) -> None:
+        driver = Driver(num_blocks=22, max_sequences=2, max_batch_tokens=400)
+        leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
+        (fork,) = leader.forks
+        grows = driver.add(prompt(15, stem=1), 60)
+        driver.force(grows, 39)
+        decode(driver, 1)
+        slot = grows.slot
+        batch = driver.launch()
+        assert ranges(batch) == {leader: (256, 300), fork: (300, 300)}
+        assert (fork.slot, batch.grown) == (slot, [])
+        assert list(driver.scheduler.waiting) == [grows]
+        driver.drain()
+
+    def test_of_one_that_was_preempted_with_its_ids_in_flight(self) -> None:
+        driver = Driver(num_blocks=3)
+        driver.add(prompt(31), 10)
+        second = driver.add(prompt(4, stem=1), 12)
+        decode(driver, 1)
+        driver.force(second, 5)
+        driver.launch()
+        driver.launch()
+        assert (second.status, second.num_in_flight) == (SequenceStatus.WAITING, 1)
+        driver.collect()
+        assert (second.num_generated, second.num_in_flight) == (7, 0)
+        driver.drain()
+
+    def test_a_lost_slice_is_computed_again(self) -> None:
+        driver = Driver()
+        seq = driver.add(prompt(5), 20)
+        driver.force(seq, 6)
+        decode(driver, 1)
+        driver.launch()
+        driver.lose(isolate=False)
+        assert ranges(driver.launch()) == {seq: (5, 12)}
+        driver.drain()
+        assert seq.num_generated == 20
+
+    def test_a_fork_may_take_its_first_slice_at_once(self) -> None:
+        driver = Driver()
+        leader = driver.add(prompt(20), 20, num_forks=1)
+        (fork,) = leader.forks
+        driver.force(fork, 4)
+        driver.launch()
+        driver.launch()
+        driver.collect()
+        assert ranges(driver.launch()) == {leader: (21, 22), fork: (21, 25)}
+        driver.drain()
+
+
 def waiting(driver: Driver) -> Sequence:
     return driver.add(prompt(40, stem=1), 4)
 
@@ -639,7 +996,9 @@ class TestIntegrity:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests with common prefixes come and go, steps are launched, collected and lost."""
+    """Requests with common prefixes, and forks of them, come and go, tokens are forced, steps
+    are launched, collected and lost.
+    """
 
     @initialize(
         num_blocks=st.integers(4, 10) | st.integers(4, 24),
@@ -666,9 +1025,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         changed=st.none() | st.integers(0, 70),
         max_new_tokens=st.integers(1, 40),
         salt=st.sampled_from([b"", b"", b"", b"other"]),
+        num_forks=st.just(0) | st.integers(1, 4),
+        prompt_logprobs=st.sampled_from([False, False, True]),
     )
     def add(
-        self, stem: int, lengths: list[int], changed: int | None, max_new_tokens: int, salt: bytes
+        self,
+        stem: int,
+        lengths: list[int],
+        changed: int | None,
+        max_new_tokens: int,
+        salt: bytes,
+        num_forks: int,
+        prompt_logprobs: bool,
     ) -> None:
         """Prefixes of one of two stems or of a finished text, perhaps with another token."""
         driver, room = self.driver, self.driver.num_blocks * BLOCK_SIZE
@@ -677,7 +1045,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             tokens = stems[stem % len(stems)][: min(length, room - 1)]
             if changed is not None and changed < len(tokens):
                 tokens[changed] = 3
-            driver.add(tokens, min(max_new_tokens, room - len(tokens)), salt)
+            num_tokens = min(max_new_tokens, room - len(tokens))
+            driver.add(tokens, num_tokens, salt, num_forks, prompt_logprobs)
 
     @rule(num_steps=st.integers(1, 20))
     def run_steps(self, num_steps: int) -> None:
@@ -699,6 +1068,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 30))
     def abort(self, index: int) -> None:
         self.driver.abort(self.driver.live[index % len(self.driver.live)])
+
+    @precondition(lambda self: self.driver.live)
+    @rule(index=st.integers(0, 30), num_tokens=st.integers(2, 30))
+    def force(self, index: int, num_tokens: int) -> None:
+        self.driver.force(self.driver.live[index % len(self.driver.live)], num_tokens)
 
     @precondition(lambda self: self.driver.in_flight)
     @rule(isolate=st.booleans())

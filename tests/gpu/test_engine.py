@@ -85,6 +85,8 @@ def _sampling(rng: random.Random) -> SamplingParams:
         typical_p=rng.choice([1.0, 1.0, 0.8]),
         repetition_penalty=rng.choice([1.0, 1.2]),
         frequency_penalty=rng.choice([0.0, 0.3]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+        watermark=rng.random() < 0.2,
         seed=rng.randrange(1 << 60),
         logprobs=rng.random() < 0.5,
         top_n_tokens=rng.choice([0, 0, 5]),

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.attention_plan import FixedTables, StepSequences
 from engine.config import BLOCK_SIZE
 from engine.fused_sampler import FusedSampler
-from engine.kv_cache import AttentionCall
+from engine.kv_cache import AttentionCall, copy_blocks
 from engine.request import SamplingParams
 from engine.sampler import Sampler
 from kernels.norm import NormForm, norm_torch
@@ -208,6 +208,7 @@ PARAMS = [
     SamplingParams(do_sample=True, top_p=0.9, temperature=1.3, seed=3),
     SamplingParams(do_sample=True, typical_p=0.8, seed=4),
     SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3),
+    SamplingParams(presence_penalty=1.5),
     SamplingParams(do_sample=True, top_k=1000, top_p=0.95, seed=5, top_n_tokens=5),
 ]
 
@@ -246,6 +247,47 @@ def test_greedy_takes_the_first_of_the_best(shape: Shape, rows: int) -> None:
     assert sampled.logprobs is not None
     chosen = logits.double().log_softmax(-1).gather(-1, sampled.ids[:, None])[:, 0]
     torch.testing.assert_close(sampled.logprobs.double(), chosen, rtol=0, atol=1e-5)
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 64])
+def test_forbidden_tokens_are_masked(shape: Shape, dtype: torch.dtype, rows: int) -> None:
+    logits = randn(2 * rows, shape.vocab_size, dtype=dtype)
+    masked = torch.randperm(2 * rows, device=CUDA)[:rows]
+    words = (rows, -(-shape.vocab_size // 32))
+    masks = torch.randint(-(1 << 31), 1 << 31, words, dtype=torch.int32, device=CUDA)
+    expected = logits.clone()
+    TORCH.mask_tokens(expected, masked, masks)
+    TRITON.mask_tokens(logits, masked, masks)
+    assert torch.equal(logits, expected)
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize(("gamma", "delta"), [(0.5, 2.0), (0.25, 0.3)])
+def test_watermark(shape: Shape, dtype: torch.dtype, gamma: float, delta: float) -> None:
+    logits = randn(64, shape.vocab_size, dtype=dtype)
+    rows = torch.randperm(64, device=CUDA)[:40]
+    previous = torch.randint(0, shape.vocab_size, (64,), device=CUDA)
+    expected = logits.clone()
+    TORCH.watermark(expected, rows, previous, gamma, delta)
+    raised = (expected != logits)[rows].float().mean(dim=1)
+    assert (raised - gamma).abs().max() < 0.02
+    TRITON.watermark(logits, rows, previous, gamma, delta)
+    assert torch.equal(logits, expected)
+
+
+@each_dtype
+def test_blocks_are_copied_in_every_layer(dtype: torch.dtype) -> None:
+    pools = [randn(4, 60, BLOCK_SIZE, 8, 128, dtype=dtype) for _ in range(2)]
+    before = [pool.clone() for pool in pools]
+    sources, targets = (torch.tensor(ids, device=CUDA) for ids in ([3, 3, 7], [5, 59, 0]))
+    copy_blocks(pools, sources, targets)
+    for pool, old in zip(pools, before, strict=True):
+        assert torch.equal(pool[:, targets], old[:, sources])
+        kept = [block for block in range(60) if block not in (5, 59, 0)]
+        assert torch.equal(pool[:, kept], old[:, kept])
 
 
 def test_norm_of_heads_reads_them_where_they_are() -> None:

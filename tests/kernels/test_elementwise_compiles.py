@@ -127,3 +127,25 @@ def check_store(
         num_warps=2,
         divisible=set(strides),
     )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_mask_tokens(dtype: str) -> None:
+    check(
+        "token_mask._mask_tokens_kernel",
+        {"logits_ptr": f"*{dtype}", "rows_ptr": "*i64", "masks_ptr": "*i32"}
+        | dict.fromkeys(["row_stride", "mask_stride", "vocab_size"], "i32"),
+        {"BLOCK": 1024},
+        divisible={"row_stride"},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_watermark(dtype: str) -> None:
+    check(
+        "watermark._watermark_kernel",
+        {"logits_ptr": f"*{dtype}", "rows_ptr": "*i64", "previous_ptr": "*i64", "delta": "fp32"}
+        | dict.fromkeys(["row_stride", "threshold", "vocab_size"], "i32"),
+        {"SEED": 15485863, "BLOCK": 1024},
+        divisible={"row_stride"},
+    )

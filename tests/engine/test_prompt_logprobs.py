@@ -1,0 +1,141 @@
+"""The logprobs of a prompt's tokens: the model's own, however the prompt is computed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.request import Finished, Request, SamplingParams
+from engine.scheduler import PROMPT_LOGPROB_ROWS
+from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
+from tests.engine.models import FAMILIES, adopted, byte_tokenizer, family, reference
+from tests.engine.test_failures import sabotage
+
+FAST = ("llama", "gemma2")
+families = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FAMILIES],
+)
+
+
+@torch.inference_mode()
+def prompt_logprobs(name: str, prompt: list[int], **options: object) -> list[float]:
+    """Of all but the first token, by the model itself."""
+    model = reference(name, **options)
+    logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs[torch.arange(len(prompt) - 1), prompt[1:]].tolist()
+
+
+def asking(request: Request) -> Request:
+    return replace(request, prompt_logprobs=True)
+
+
+def check_prompt(name: str, answers: Answers, request: Request) -> None:
+    """The prompt's own tokens and logprobs, the first without; and the answer is the model's."""
+    finished = answers.last(request)
+    assert isinstance(finished, Finished)
+    assert [token.id for token in finished.prompt] == request.prompt_ids
+    assert finished.prompt[0].logprob is None
+    expected = prompt_logprobs(name, request.prompt_ids)
+    assert [token.logprob for token in finished.prompt[1:]] == pytest.approx(expected, abs=1e-4)
+    check_greedy(reference(name), answers, request)
+
+
+def prompt(num_tokens: int, stem: int = 0) -> list[int]:
+    return [(5 * i + 31 * stem + i * i) % 256 for i in range(num_tokens)]
+
+
+@families
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 100])
+def test_a_prompts_logprobs_are_the_models_own(name: str, num_tokens: int) -> None:
+    request = asking(greedy(prompt(num_tokens), 4))
+    check_prompt(name, run(make_engine(family(name)), [(0, request)]), request)
+
+
+def test_a_token_is_told_with_its_text_and_whether_it_is_special() -> None:
+    request = asking(greedy([256, *byte_tokenizer().encode("Hello")], 2))
+    finished = run(make_engine(family("llama")), [(0, request)]).last(request)
+    assert isinstance(finished, Finished)
+    assert "".join(token.text for token in finished.prompt) == "<s>Hello"
+    assert [token.special for token in finished.prompt] == [True] + [False] * 5
+
+
+def test_who_does_not_ask_gets_none() -> None:
+    request = greedy(prompt(20), 2)
+    finished = run(make_engine(family("llama")), [(0, request)]).last(request)
+    assert isinstance(finished, Finished)
+    assert finished.prompt == ()
+
+
+@families
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"max_batch_tokens": 512}, id="company"),
+        pytest.param({"max_batch_tokens": 13}, id="chunks"),
+        pytest.param({"num_blocks": 20, "max_total_tokens": 240}, id="preemption"),
+    ],
+)
+def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, object]) -> None:
+    """More rows than a step keeps of them, all together."""
+    engine = make_engine(family(name), **config)
+    asked = [asking(greedy(prompt(n, stem), 20)) for stem, n in enumerate((200, 90, 33, 1))]
+    others = [greedy(prompt(n, 7), 12) for n in (50, 3, 50)]
+    assert sum(len(request.prompt_ids) for request in asked) > PROMPT_LOGPROB_ROWS
+    answers = run(engine, [(i, r) for i, r in enumerate([*others[:1], *asked, *others[1:]])])
+    answers.check_endings([*asked, *others])
+    for request in asked:
+        check_prompt(name, answers, request)
+    for request in others:
+        check_greedy(reference(name), answers, request)
+    if "num_blocks" in config:
+        assert engine.figures().num_preemptions > 0
+
+
+def test_a_prompt_longer_than_a_steps_rows() -> None:
+    options = {"max_position_embeddings": 1024}
+    engine = make_engine(adopted("llama", **options), max_batch_tokens=1000)
+    request = asking(greedy(prompt(2 * PROMPT_LOGPROB_ROWS + 10), 2))
+    finished = run(engine, [(0, request)]).last(request)
+    assert isinstance(finished, Finished)
+    expected = prompt_logprobs("llama", request.prompt_ids, **options)
+    assert [token.logprob for token in finished.prompt[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_cache_is_not_read_for_them() -> None:
+    engine = make_engine(family("llama"))
+    first, again = greedy(prompt(50), 2), asking(greedy(prompt(50), 2))
+    answers = run(engine, [(0, first), (6, again)])
+    check_prompt("llama", answers, again)
+    assert engine.figures().num_prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_lost_step_loses_none_of_them(step: int) -> None:
+    engine = make_engine(family("llama"), max_batch_tokens=16)
+    sabotage(engine, lambda _: engine.num_steps == step, ValueError("once"))
+    requests = [asking(greedy(prompt(40, stem), 4)) for stem in range(2)]
+    answers = run(engine, [(0, greedy([1], 20)), *((0, r) for r in requests)])
+    for request in requests:
+        check_prompt("llama", answers, request)
+
+
+def test_a_leader_may_ask_for_its_forks() -> None:
+    leader = asking(greedy(prompt(40), 6))
+    forks = [greedy(prompt(40), 6), asking(greedy(prompt(40), 6))]
+    answers = run(make_engine(family("llama")), [(0, [leader, *forks])])
+    check_prompt("llama", answers, leader)
+    check_prompt("llama", answers, forks[1])
+    check_greedy(reference("llama"), answers, forks[0])
+
+
+@pytest.mark.parametrize("make", [SamplingParams, lambda **k: SamplingParams(watermark=True, **k)])
+def test_sampling_does_not_touch_them(make: Callable[..., SamplingParams]) -> None:
+    sampling = make(do_sample=True, seed=3, temperature=0.3, repetition_penalty=2.0)
+    request = replace(asking(greedy(prompt(30), 4)), sampling=sampling)
+    finished = run(make_engine(family("llama")), [(0, request)]).last(request)
+    assert isinstance(finished, Finished)
+    expected = prompt_logprobs("llama", request.prompt_ids)
+    assert [token.logprob for token in finished.prompt[1:]] == pytest.approx(expected, abs=1e-4)
