@@ -51,7 +51,7 @@ def _check_port_is_free(settings: Settings) -> None:
 
 
 def _load(settings: Settings) -> AppState:
-    settings.export_hub_cache()
+    settings.export_hub_settings()
     from engine.engine import Engine  # brings torch: not before the settings are known to be good
 
     engine = Engine.load(settings.load_config(), settings.engine_config())

@@ -40,8 +40,9 @@ class EngineConfig:
     is the token budget of one step; `num_blocks` is the size of the KV pool in
     blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
     `kv_cache_dtype` stores keys and values in fewer bits than the model computes in;
-    None keeps the model's type. `watermark` is the share of the vocabulary that the watermark
-    favours, and what it adds to scores there.
+    None keeps the model's type. Without `cuda_graphs` every kernel is launched by itself.
+    `watermark` is the share of the vocabulary that the watermark favours, and what it adds to
+    scores there.
     """
 
     max_sequences: int = 256
@@ -51,6 +52,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     kv_cache_dtype: KVCacheType | None = None
+    cuda_graphs: bool = True
     watermark: tuple[float, float] = (0.5, 2.0)
 
 
