@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelInfo
 from transformers import Phi3Config
 
+from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, LoadConfig
 from engine.engine import Engine
-from engine.errors import LoadError
+from engine.errors import DownloadFailed, LoadError
 from engine.loader import adopt, load
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import build, byte_tokenizer, family, reference
@@ -44,8 +46,28 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_gguf_file_is_refused() -> None:
-    with pytest.raises(LoadError, match="there is no file"):
+    with pytest.raises(DownloadFailed, match="there is no file"):
         load(LoadConfig("/nowhere/model.gguf"))
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(DownloadFailed, match=r"^org/nothing is not in the local cache and the hub"):
+        load(LoadConfig("org/nothing"))
+
+
+def test_a_download_that_breaks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def model_info(self, *_: object, **__: object) -> ModelInfo:
+            return ModelInfo(id="org/model", sha="abc")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "HfApi", Hub)
+    monkeypatch.setattr(checkpoint, "snapshot_download", full)
+    with pytest.raises(DownloadFailed, match="org/model could not be downloaded: No space left"):
+        load(LoadConfig("org/model"))
 
 
 def test_a_sequence_longer_than_the_cache_is_refused() -> None:
