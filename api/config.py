@@ -32,7 +32,7 @@ from pydantic_settings import (
 
 from api.launcher_flags import CheckpointFormat, LauncherFlags, flag_of
 from api.served_flags import ServedFlags
-from engine.config import EngineConfig, LoadConfig, Quantization
+from engine.config import EngineConfig, LoadConfig, Quantization, RopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ class Settings(LauncherFlags, ServedFlags):
             revision=self.revision,
             dtype=self.dtype,
             quantize=self._quantization(),
+            rope=self._rope(),
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -192,6 +193,11 @@ class Settings(LauncherFlags, ServedFlags):
             max_total_tokens=max_total_tokens,
             prefill_logprobs=self.enable_prefill_logprobs,
         )
+
+    def _rope(self) -> tuple[RopeScaling, float] | None:
+        if self.rope_scaling is None and self.rope_factor is None:
+            return None
+        return self.rope_scaling or "linear", self.rope_factor or 1.0
 
     def _quantization(self) -> Quantization | None:
         """What to do to the weights as they load."""

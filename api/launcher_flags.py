@@ -39,9 +39,6 @@ _ONE_GPU = _only(
     otherwise="one process serves one GPU: leave it out, and quantise a model that does not fit "
     "(--quantize)",
 )
-_OWN_ROPE = _only(
-    None, otherwise="write rope_scaling into the model's config.json, from where it is taken"
-)
 
 
 class LauncherFlags(BaseSettings):
@@ -55,13 +52,6 @@ class LauncherFlags(BaseSettings):
         str | None,
         _only(None, otherwise="adapters are not served: merge them into the model's weights"),
     ] = Field(None, description="refused: no adapters are served")
-    rope_scaling: Annotated[Literal["linear", "dynamic"] | None, _OWN_ROPE] = Field(
-        None, description="refused: taken from the model's config.json"
-    )
-    rope_factor: Annotated[float | None, _OWN_ROPE] = Field(
-        None, description="refused: taken from the model's config.json"
-    )
-
     speculate: NonNegativeInt | None = _unused(
         None,
         "each step makes one token of a sequence; guesses would change the speed, not the text",

@@ -6,7 +6,13 @@ from pydantic import Field, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, NoDecode
 
 from api.launcher_flags import CheckpointFormat
-from engine.config import DEFAULT_MODEL_ID, EngineConfig, KVCacheType, Quantization
+from engine.config import (
+    DEFAULT_MODEL_ID,
+    EngineConfig,
+    KVCacheType,
+    Quantization,
+    RopeScaling,
+)
 
 _ENGINE_DEFAULTS = EngineConfig()
 
@@ -23,6 +29,12 @@ class ServedFlags(BaseSettings):
         None,
         description="quantise the weights as they load: bitsandbytes to 8 bits, -nf4 and -fp4 to "
         "4; None takes them as they are, and so does the name of a checkpoint's own format",
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None, description="how to stretch rotary positions, in place of the model's own way"
+    )
+    rope_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="by how much to stretch them; alone it is linear"
     )
     trust_remote_code: bool = Field(False, description="run Python code from the model's repo")
     huggingface_hub_cache: str | None = Field(

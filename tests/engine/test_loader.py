@@ -5,14 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelInfo
-from transformers import Phi3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    Phi3Config,
+)
 
 from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, LoadConfig
 from engine.engine import Engine
 from engine.errors import DownloadFailed, LoadError
-from engine.loader import adopt, load
+from engine.loader import _scale_rotary, adopt, load
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import build, byte_tokenizer, family, reference
 
@@ -38,6 +44,33 @@ def test_the_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
     assert loaded.model.dtype == getattr(torch, dtype)
     request = greedy([1, 2, 3], 5)
     assert len(run(make_engine(loaded), [(0, request)]).ids(request)) == 5
+
+
+def test_rotary_positions_are_stretched_as_asked_for(saved: Path) -> None:
+    loaded = load(LoadConfig(str(saved), rope=("linear", 4.0)))
+    model_config = AutoConfig.from_pretrained(saved)
+    model_config.rope_parameters |= {"rope_type": "linear", "factor": 4.0}
+    expected = AutoModelForCausalLM.from_pretrained(saved, config=model_config, dtype=torch.float32)
+    request = greedy([1, 2, 3], 20)
+    check_greedy(expected.eval(), run(make_engine(loaded), [(0, request)]), request)
+    own = load(LoadConfig(str(saved))).model.model.rotary_emb
+    torch.testing.assert_close(4 * loaded.model.model.rotary_emb.inv_freq, own.inv_freq)
+
+
+def test_each_kind_of_layer_keeps_its_own_base() -> None:
+    config = Gemma3TextConfig()
+    bases = {kind: own["rope_theta"] for kind, own in config.rope_parameters.items()}
+    _scale_rotary(config, "dynamic", 2.0)
+    assert config.rope_parameters == {
+        kind: {"rope_theta": base, "rope_type": "dynamic", "factor": 2.0}
+        for kind, base in bases.items()
+    }
+    assert len(set(bases.values())) == 2
+
+
+def test_a_model_without_rotary_positions_has_none_to_stretch() -> None:
+    with pytest.raises(LoadError, match="leave out --rope-scaling"):
+        _scale_rotary(GPT2Config(), "linear", 2.0)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
