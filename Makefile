@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 .PHONY: serve test check lint rooms bench gpu clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
-	@$(PYTHON) -m api --hostname 127.0.0.1
+	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
 
 test: lint rooms  ## everything that runs without a GPU
 	$(PYTHON) -m pytest

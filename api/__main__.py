@@ -1,18 +1,23 @@
 """`python -m api`: read the settings, load the model, serve until told to stop."""
 
+import json
+import logging
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 import uvicorn
 
 from api.app import create_app
 from api.config import ConfigError, Settings, read_settings
+from api.launcher_flags import flag_of
+from api.runtime_info import runtime_info
 from api.state import AppState, build_state
 from engine.async_engine import AsyncEngine
-from engine.errors import LoadError
+from engine.errors import DownloadFailed, LoadError
+
+logger = logging.getLogger("api")
 
 
 class Server(uvicorn.Server):
@@ -24,19 +29,44 @@ class Server(uvicorn.Server):
         print(_ready_line(host, port), flush=True)
 
 
+class PortTaken(Exception):
+    """Nothing can be served where it should be."""
+
+
+_EXITS: tuple[tuple[type[Exception], str], ...] = (
+    (DownloadFailed, "DownloadError"),
+    (LoadError, "ShardCannotStart"),
+    (PortTaken, "WebserverFailed"),
+)
+"""TGI's names for what ends the launcher: Vast's workers, for one, wait for them in the log."""
+
+
 def main(argv: Sequence[str]) -> int:
+    # Until uvicorn listens to it: the first process of a container ignores it otherwise. And
+    # uvicorn raises it again when it has drained: that is leaving in good order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(argv)
+        _introduce(settings)
         _check_port_is_free(settings)
-        state = _load(settings)
-    except (ConfigError, LoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        Server(_server_config(_load(settings))).run()
+    except ConfigError as error:
+        print(f"Error: ArgumentValidation({json.dumps(str(error))})", file=sys.stderr)
         return 1
-    # uvicorn raises its signal again when it has drained: that is leaving in good order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with suppress(KeyboardInterrupt):
-        Server(_server_config(state)).run()
+    except (LoadError, PortTaken) as error:
+        name = next(name for kind, name in _EXITS if isinstance(error, kind))
+        print(f"error: {error}\nError: {name}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
     return 0
+
+
+def _introduce(settings: Settings) -> None:
+    if settings.env:
+        print(runtime_info(), flush=True)
+    for note in settings.notes():
+        logger.warning(note)
 
 
 def _check_port_is_free(settings: Settings) -> None:
@@ -47,11 +77,11 @@ def _check_port_is_free(settings: Settings) -> None:
         try:
             probe.bind((settings.hostname, settings.port))
         except OSError as error:
-            raise ConfigError(f"--port (PORT): {settings.port}: {error.strerror}") from None
+            raise PortTaken(f"{flag_of('port')}: {settings.port}: {error.strerror}") from None
 
 
 def _load(settings: Settings) -> AppState:
-    settings.export_hub_cache()
+    settings.export_hub_settings()
     from engine.engine import Engine  # brings torch: not before the settings are known to be good
 
     engine = Engine.load(settings.load_config(), settings.engine_config())

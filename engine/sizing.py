@@ -116,8 +116,17 @@ def _useful_blocks(fitting: int, max_sequences: int, longest: int) -> int:
 def _cache_bytes(
     loaded: LoadedModel, memory: DeviceMemory, max_batch_tokens: int, max_sequences: int
 ) -> tuple[int, str]:
-    """What is left for the cache beside the largest step and the graphs, and why."""
-    step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
+    """What is left for the cache beside the largest step and the graphs, and why.
+
+    Raises LoadError, in TGI's words, where there is no memory for that step.
+    """
+    try:
+        step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"Not enough memory to handle {max_batch_tokens} prefill tokens. "
+            "You need to decrease `--max-batch-prefill-tokens`"
+        ) from error
     available = memory.available()
     graphs = int(step * _GRAPH_SHARE)
     left = max(available - step - graphs, 0)

@@ -2,11 +2,13 @@
 
 import asyncio
 import sys
+import time
 import types
 from collections.abc import AsyncIterator
 
 from api import __main__ as server
-from engine.request import Event
+from engine.config import LoadConfig
+from engine.request import Event, Request
 from tests.api import scripted
 
 
@@ -19,14 +21,20 @@ class SlowGeneration(scripted.ScriptedGeneration):
 
 class Engine:
     @classmethod
-    def load(cls, *_: object) -> "Engine":
+    def load(cls, config: LoadConfig, *_: object) -> "Engine":
+        if config.model_id == "slow":
+            print("loading", flush=True)
+            time.sleep(60)
         return cls()
 
     def summary(self) -> list[str]:
         return ["one limit: 1"]
 
 
-def twenty_tokens(_: object) -> list[list[Event]]:
+def twenty_tokens(request: Request) -> list[list[Event]]:
+    """With a prompt of more than one word, a token and then nothing, for ever."""
+    if len(request.prompt_ids) > 2:
+        return [[scripted.output("a")], scripted.HOLD]
     steps: list[list[Event]] = [[scripted.output("a")] for _ in range(20)]
     steps[-1].append(scripted.finished("a" * 20, 20))
     return steps

@@ -1,35 +1,48 @@
 """The life of the process: ready when it serves, drained when it is told to stop."""
 
+import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from api.__main__ import main
-from engine.errors import LoadError
+from engine.errors import DownloadFailed, LoadError
 
 SCRIPT = Path(__file__).parent / "serve_scripted.py"
 
 
+Start = Callable[..., subprocess.Popen[str]]
+
+
 @pytest.fixture
-def server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(SCRIPT), "--hostname", "127.0.0.1", "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PYTHONPATH": str(SCRIPT.parents[2])},
-    )
-    yield process
-    process.kill()
-    process.communicate()
+def start() -> Iterator[Start]:
+    """Starts servers with these flags, and nothing else of the environment."""
+    started = []
+
+    def start(*flags: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--hostname", "127.0.0.1", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PYTHONPATH": str(SCRIPT.parents[2])},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def ready_line(server: subprocess.Popen[str]) -> str:
@@ -38,40 +51,145 @@ def ready_line(server: subprocess.Popen[str]) -> str:
     return server.stdout.readline()
 
 
-def test_it_says_when_it_is_ready_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
+def url_of(server: subprocess.Popen[str]) -> str:
     found = re.search(r"^Ready on .* curl (127\.0\.0\.1:\d+)/generate ", ready_line(server))
     assert found is not None
-    url = f"http://{found[1]}/generate_stream"
+    return f"http://{found[1]}"
+
+
+def test_it_says_when_it_is_ready_and_drains_on_sigterm(start: Start) -> None:
+    server = start()
+    url = f"{url_of(server)}/generate_stream"
     with httpx2.stream("POST", url, json={"inputs": "x"}) as answer:
         chunks = answer.iter_bytes()
         received = next(chunks)
         server.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx2.ConnectError):  # others are refused meanwhile, as by TGI
+            httpx2.post(url, json={"inputs": "x"})
         received += b"".join(chunks)
     assert received.count(b"data: ") == 20
     assert server.wait(5) == 0
 
 
+def test_what_does_not_end_in_time_is_cut_and_the_exit_is_good(start: Start) -> None:
+    server = start("--graceful-termination-timeout", "1")
+    body = {"inputs": "never ends"}
+    with httpx2.stream("POST", f"{url_of(server)}/generate_stream", json=body) as answer:
+        chunks = answer.iter_bytes()
+        next(chunks)
+        asked = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(httpx2.RemoteProtocolError):
+            list(chunks)
+    assert server.wait(5) == 0
+    assert 1 <= time.monotonic() - asked < 3
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_it_can_be_told_to_stop_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
+    server = start("--model-id", "slow")
+    assert server.stdout is not None
+    assert server.stderr is not None
+    assert server.stdout.readline() == "loading\n"
+    server.send_signal(sign)
+    assert server.wait(5) == 0
+    assert server.stderr.read() == ""
+
+
+def test_the_key_and_the_origins_are_those_of_the_flags(start: Start) -> None:
+    url = url_of(start("--api-key", "k", "--cors-allow-origin", "https://a"))
+    headers = {"origin": "https://a"}
+    refused = httpx2.post(f"{url}/generate", content=b"x" * 3_000_000, headers=headers)
+    assert (refused.status_code, refused.content) == (401, b"")
+    assert refused.headers["access-control-allow-origin"] == "https://a"
+    served = httpx2.get(f"{url}/health", headers={"origin": "https://b"})
+    assert served.status_code == 200
+    assert "access-control-allow-origin" not in served.headers
+
+
+class FailingEngine:
+    error: Exception
+
+    @classmethod
+    def load(cls, *_: object) -> None:
+        raise cls.error
+
+
+@pytest.fixture(autouse=True)
+def _what_main_changes_is_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
-def broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        @staticmethod
-        def load(*_: object) -> None:
-            raise LoadError("no such model; try another")
-
+def failing_engine(monkeypatch: pytest.MonkeyPatch) -> type[FailingEngine]:
+    FailingEngine.error = AssertionError("the model is loaded")
     module = types.ModuleType("engine.engine")
-    module.Engine = Engine  # type: ignore[attr-defined]
+    module.Engine = FailingEngine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "engine.engine", module)
+    return FailingEngine
 
 
-@pytest.mark.usefixtures("broken_engine")
-def test_a_model_that_does_not_load_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (LoadError("no such layer; try another"), "ShardCannotStart"),
+        (DownloadFailed("no such model; try another"), "DownloadError"),
+    ],
+)
+def test_a_model_that_does_not_load_is_told_in_our_words_and_tgis(
+    error: Exception,
+    name: str,
+    failing_engine: type[FailingEngine],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing_engine.error = error
     assert main(["--port", "0"]) == 1
-    assert capsys.readouterr().err == "error: no such model; try another\n"
+    assert capsys.readouterr().err == f"error: {error}\nError: {name}\n"
 
 
-@pytest.mark.usefixtures("broken_engine")
+@pytest.mark.usefixtures("failing_engine")
 def test_a_taken_port_is_told_before_the_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--hostname", "127.0.0.1", "--port", str(port)]) == 1
-    assert capsys.readouterr().err == f"error: --port (PORT): {port}: Address already in use\n"
+    assert capsys.readouterr().err == (
+        f"error: --port (PORT): {port}: Address already in use\nError: WebserverFailed\n"
+    )
+
+
+@pytest.mark.usefixtures("failing_engine")
+def test_a_bad_setting_is_told_before_the_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--max-batch-size", "0"]) == 1
+    assert capsys.readouterr().err == (
+        'Error: ArgumentValidation("--max-batch-size (MAX_BATCH_SIZE): '
+        "`max_batch_size` must be > 0, not '0'\")\n"
+    )
+
+
+def test_env_prints_what_is_installed_and_goes_on(
+    failing_engine: type[FailingEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_engine.error = LoadError("it went on")
+    assert main(["--env", "--port", "0"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("Runtime environment:\nTarget: ")
+    assert "\ntorch version: " in said.out
+    assert "\nnvidia-smi:\n   " in said.out
+    assert "it went on" in said.err
+
+
+def test_what_changes_nothing_is_told_at_start(
+    failing_engine: type[FailingEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    failing_engine.error = LoadError("it went on")
+    assert main(["--port", "0", "--speculate", "2", "--prometheus-port", "1"]) == 1
+    assert [record.message for record in caplog.records] == [
+        "--speculate (SPECULATE) changes nothing here: each step makes one token of a sequence; "
+        "guesses would change the speed, not the text",
+        "--prometheus-port (PROMETHEUS_PORT) changes nothing here: /metrics is served on --port",
+    ]

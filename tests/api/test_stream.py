@@ -41,6 +41,8 @@ async def test_headers_of_a_stream() -> None:
         "x-compute-type": "1-nvidia-h200",
         "x-compute-characters": "3",
         "x-accel-buffering": "no",
+        "vary": "origin, access-control-request-method, access-control-request-headers",
+        "access-control-allow-origin": "*",
     }
 
 

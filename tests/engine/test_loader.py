@@ -4,13 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Phi3Config
+from huggingface_hub import HfApi, ModelInfo
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    Phi3Config,
+)
 
+from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, LoadConfig
 from engine.engine import Engine
-from engine.errors import LoadError
-from engine.loader import adopt, load
+from engine.errors import DownloadFailed, LoadError
+from engine.loader import _scale_rotary, adopt, load
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import build, byte_tokenizer, family, reference
 
@@ -38,14 +46,61 @@ def test_the_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
     assert len(run(make_engine(loaded), [(0, request)]).ids(request)) == 5
 
 
+def test_rotary_positions_are_stretched_as_asked_for(saved: Path) -> None:
+    loaded = load(LoadConfig(str(saved), rope=("linear", 4.0)))
+    model_config = AutoConfig.from_pretrained(saved)
+    model_config.rope_parameters |= {"rope_type": "linear", "factor": 4.0}
+    expected = AutoModelForCausalLM.from_pretrained(saved, config=model_config, dtype=torch.float32)
+    request = greedy([1, 2, 3], 20)
+    check_greedy(expected.eval(), run(make_engine(loaded), [(0, request)]), request)
+    own = load(LoadConfig(str(saved))).model.model.rotary_emb
+    torch.testing.assert_close(4 * loaded.model.model.rotary_emb.inv_freq, own.inv_freq)
+
+
+def test_each_kind_of_layer_keeps_its_own_base() -> None:
+    config = Gemma3TextConfig()
+    bases = {kind: own["rope_theta"] for kind, own in config.rope_parameters.items()}
+    _scale_rotary(config, "dynamic", 2.0)
+    assert config.rope_parameters == {
+        kind: {"rope_theta": base, "rope_type": "dynamic", "factor": 2.0}
+        for kind, base in bases.items()
+    }
+    assert len(set(bases.values())) == 2
+
+
+def test_a_model_without_rotary_positions_has_none_to_stretch() -> None:
+    with pytest.raises(LoadError, match="leave out --rope-scaling"):
+        _scale_rotary(GPT2Config(), "linear", 2.0)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="cannot be loaded"):
         load(LoadConfig(str(tmp_path)))
 
 
 def test_a_missing_gguf_file_is_refused() -> None:
-    with pytest.raises(LoadError, match="there is no file"):
+    with pytest.raises(DownloadFailed, match="there is no file"):
         load(LoadConfig("/nowhere/model.gguf"))
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(DownloadFailed, match=r"^org/nothing is not in the local cache and the hub"):
+        load(LoadConfig("org/nothing"))
+
+
+def test_a_download_that_breaks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def model_info(self, *_: object, **__: object) -> ModelInfo:
+            return ModelInfo(id="org/model", sha="abc")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "HfApi", Hub)
+    monkeypatch.setattr(checkpoint, "snapshot_download", full)
+    with pytest.raises(DownloadFailed, match="org/model could not be downloaded: No space left"):
+        load(LoadConfig("org/model"))
 
 
 def test_a_sequence_longer_than_the_cache_is_refused() -> None:

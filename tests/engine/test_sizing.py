@@ -55,6 +55,20 @@ def test_no_more_is_taken_than_could_be_used() -> None:
     assert limits.num_blocks == 2 * 8 * loaded.max_positions // BLOCK_SIZE
 
 
+def test_a_step_that_does_not_fit_is_refused_in_tgis_words() -> None:
+    class FullMemory(ScriptedMemory):
+        def peak_of(self, work: Callable[[], object]) -> int:
+            work()
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(LoadError) as caught:
+        decide_limits(family("llama"), config(), FullMemory(free=MIB, step=0))
+    assert str(caught.value) == (
+        "Not enough memory to handle 64 prefill tokens. "
+        "You need to decrease `--max-batch-prefill-tokens`"
+    )
+
+
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     memory = ScriptedMemory(free=MIB, step=2 * MIB)
     with pytest.raises(LoadError, match="no room"):
