@@ -27,7 +27,7 @@ def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
     limits = settings.limits(engine.max_total_tokens)
     validator = Validator(
         engine.tokenizer,
-        GrammarValidator(engine.grammars),
+        GrammarValidator(None if settings.disable_grammar_support else engine.grammars),
         limits,
         settings.validation_workers,
     )

@@ -111,7 +111,7 @@ class Engine:
         capture: Capture | None = None,
     ):
         """`capture` records decode steps as graphs: CUDA's, where nothing else is said."""
-        if capture is None and loaded.model.device.type == "cuda":
+        if capture is None and config.cuda_graphs and loaded.model.device.type == "cuda":
             capture = CudaCapture()
         self.limits = limits or decide_limits(loaded, config)
         self.info = loaded.info
