@@ -136,6 +136,8 @@ def _sentence(detail: ErrorDetails) -> str:
             expected = "a boolean"
         case "list_type":
             expected = "a sequence"
+        case "dict_type":
+            expected = "a map"
         case "model_type":
             expected = f"struct {context['class_name']}"
         case _:
