@@ -40,13 +40,15 @@ class Call(NamedTuple):
 
 def offered(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
     """Those that the model may choose of; none at all means plain text. Raises ToolError."""
+    if not tools:
+        return []
     match choice:
         case "none":
             return []
         case "required":
             return tools
         case None | "auto":
-            return [*tools, _NO_TOOL] if tools else []
+            return [*tools, _NO_TOOL]
         case NamedTool(function=function):
             return [_named(tools, function.name)]
         case str(name):

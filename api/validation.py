@@ -1,7 +1,7 @@
 """A request's body becomes an engine `Request`, or a `ValidationError` in TGI's words.
 
-The only place that raises it. The order of the checks is TGI's: the first failure is
-what the client sees. What comes out needs no second look anywhere behind it.
+The order of the checks is TGI's: the first failure is what the client sees. What comes
+out needs no second look anywhere behind it.
 """
 
 import asyncio

@@ -206,7 +206,16 @@ async def test_where_no_tool_is_wanted_all_is_of_a_second_generation() -> None:
     assert [request.grammar is None for request in engine.requests] == [False, True]
 
 
-@pytest.mark.parametrize("body", [{"tool_choice": "none"}, {"tools": []}, {"tools": None}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tool_choice": "none"},
+        {"tools": []},
+        {"tools": None},
+        {"tools": None, "tool_choice": "required"},
+        {"tools": None, "tool_choice": "clock"},
+    ],
+)
 async def test_without_tools_an_answer_is_plain_text(body: dict[str, Any]) -> None:
     engine = saying()
     answer = await ask(engine, **body)
