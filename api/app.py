@@ -8,10 +8,13 @@ from fastapi import FastAPI
 from starlette.routing import Match
 from starlette.types import Scope
 
-from api import errors, openapi, tgi
+from api import errors, openai, openapi, platforms, tgi, tokenize
 from api.auth import ApiKey
 from api.cors import Cors
 from api.state import AppState
+
+_ROOMS = (tgi, openai, tokenize, platforms)
+"""Each has a router, and the bodies of its POST routes for the OpenAPI document."""
 
 
 def create_app(state: AppState) -> FastAPI:
@@ -25,9 +28,11 @@ def create_app(state: AppState) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.serving = state
-    app.include_router(tgi.router)
+    for room in _ROOMS:
+        app.include_router(room.router)
+    bodies = {path: model for room in _ROOMS for path, model in room.BODIES.items()}
     errors.install_handlers(app)
-    app.openapi = cache(partial(openapi.describe, app, tgi.BODIES))  # type: ignore[method-assign]
+    app.openapi = cache(partial(openapi.describe, app, bodies))  # type: ignore[method-assign]
     settings = state.settings
     if settings.api_key is not None:
         key = settings.api_key.get_secret_value()

@@ -25,10 +25,12 @@ def parse_body(raw: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(_parse_json(raw))
     except pydantic.ValidationError as error:
+        # Of an untagged enum, serde has no position to tell.
+        where = "" if issubclass(model, pydantic.RootModel) else f" {_end_of(raw)}"
         raise BodyRejected(
             422,
             "Failed to deserialize the JSON body into the target type: "
-            f"{first_refusal(error)} {_end_of(raw)}",
+            f"{first_refusal(error)}{where}",
         ) from None
 
 

@@ -2,10 +2,13 @@
 
     RequestError                  JSON {"error", "error_type"}, or the same as an SSE event
     ├── ValidationError           422
+    ├── ToolError                 422
+    ├── Refused                   what one route alone says, in its own words
     ├── GenerationFailed          424
     ├── IncompleteGeneration      500
     └── IncompleteStream          (inside a stream that already answered 200)
     Overloaded, EngineDead        the engine's own, 429 and 424
+    TemplateError                 likewise, 422
     BodyRejected                  plain text, for a body that never became a request
     ClientGone                    no one to tell
 
@@ -24,7 +27,7 @@ from starlette.routing import Match
 from api.disconnect import ClientGone
 from api.schemas import ErrorResponse
 from engine.async_engine import Overloaded
-from engine.errors import EngineDead
+from engine.errors import EngineDead, TemplateError
 
 
 class RequestError(Exception):
@@ -33,6 +36,19 @@ class RequestError(Exception):
 
 class ValidationError(RequestError):
     """The request asks for what the limits or the contract refuse."""
+
+
+class ToolError(RequestError):
+    """The tools cannot be offered, or what was generated is no call of one."""
+
+
+class Refused(RequestError):
+    """What is said on one route alone."""
+
+    def __init__(self, status: int, error: str, error_type: str) -> None:
+        super().__init__(error)
+        self.status = status
+        self.error_type = error_type
 
 
 class GenerationFailed(RequestError):
@@ -55,7 +71,7 @@ class BodyRejected(Exception):
         self.status = status
 
 
-REQUEST_ERRORS = (RequestError, Overloaded, EngineDead)
+REQUEST_ERRORS = (RequestError, Overloaded, EngineDead, TemplateError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,12 @@ def wire_error(problem: Exception) -> WireError:
     match problem:
         case ValidationError():
             return WireError(422, f"Input validation error: {problem}", "validation")
+        case TemplateError():
+            return WireError(422, f"Template error: {problem}", "template_error")
+        case ToolError():
+            return WireError(422, f"Tool error: {problem}", "tool_error")
+        case Refused():
+            return WireError(problem.status, str(problem), problem.error_type)
         case Overloaded():
             return WireError(429, "Model is overloaded", "overloaded")
         case GenerationFailed() | EngineDead():

@@ -7,6 +7,16 @@ from api.observation import Caller
 from api.schemas import GenerateRequest
 from api.state import AppState
 
+_SUMMED = (
+    "x-total-time",
+    "x-validation-time",
+    "x-queue-time",
+    "x-inference-time",
+    "x-time-per-token",
+    "x-prompt-tokens",
+    "x-generated-tokens",
+)
+
 
 def caller_of(http: HttpRequest, route: str) -> Caller:
     return Caller(route, http.headers.get("traceparent"))
@@ -29,6 +39,15 @@ def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> di
         "x-generated-tokens": str(timings.num_generated_tokens),
         **_grammar_warnings(answer),
     }
+
+
+def summed_headers(
+    state: AppState, bodies: list[GenerateRequest], answers: list[Answer]
+) -> dict[str, str]:
+    """Of several generations for one request: TGI adds up all but the `x-compute-time`."""
+    each = [answer_headers(state, body, a) for body, a in zip(bodies, answers, strict=True)]
+    sums = {name: str(sum(int(headers[name]) for headers in each)) for name in _SUMMED}
+    return _compute_headers(state, tuple(bodies)) | sums
 
 
 def _grammar_warnings(answer: Answer) -> dict[str, str]:

@@ -13,16 +13,18 @@ from typing_extensions import TypedDict
 from api.serde import F32, I32, U32, U64, USIZE
 
 
-class _Request(BaseModel):
+class WireRequest(BaseModel):
+    """Strict, and blind to what it does not know."""
+
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class GrammarType(_Request):
+class GrammarType(WireRequest):
     type: Literal["json", "json_object", "regex", "json_schema"]
     value: JsonValue
 
 
-class GenerateParameters(_Request):
+class GenerateParameters(WireRequest):
     """How to generate. Present but empty, it means greedy; absent, it means sampling."""
 
     best_of: USIZE | None = None
@@ -46,7 +48,7 @@ class GenerateParameters(_Request):
     adapter_id: str | None = None
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(WireRequest):
     inputs: str
     parameters: GenerateParameters = Field(
         default_factory=lambda: GenerateParameters(do_sample=True)

@@ -6,11 +6,18 @@ room names the number types as Rust does and words the refusals as serde would.
 """
 
 import ctypes
+import json
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 F32_MAX = 3.4028234663852886e38
@@ -54,6 +61,32 @@ I32 = Annotated[
 U32 = Annotated[int, Field(ge=0, le=U32_MAX), BeforeValidator(_integer("u32", 0, U32_MAX))]
 U64 = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("u64", 0, U64_MAX))]
 USIZE = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("usize", 0, U64_MAX))]
+
+
+def no_variant(name: str) -> PydanticCustomError:
+    """What serde says of a value that is none of an untagged enum's; not why."""
+    text = "data did not match any variant of untagged enum {name}"
+    return PydanticCustomError("serde", text, {"name": name})
+
+
+def untagged(name: str) -> WrapValidator:
+    """Any fault within a union is told as `no_variant`."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise no_variant(name) from None
+
+    return WrapValidator(validate)
+
+
+def json_text(value: object, allow_nan: bool = True) -> str:
+    """As serde_json prints it, compact; orjson has no integers beyond 64 bits.
+
+    Without `allow_nan`, raises ValueError for a float that JSON cannot say.
+    """
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=allow_nan)
 
 
 def unexpected(value: object) -> str:
@@ -103,6 +136,8 @@ def _sentence(detail: ErrorDetails) -> str:
             expected = "a boolean"
         case "list_type":
             expected = "a sequence"
+        case "dict_type":
+            expected = "a map"
         case "model_type":
             expected = f"struct {context['class_name']}"
         case _:

@@ -14,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from api.disconnect import ClientGone, until_disconnect
 
 KEEP_ALIVE = b":\n\n"
+DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's streams, whatever came before."""
 
 
 def event(payload: object) -> bytes:

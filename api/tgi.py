@@ -23,6 +23,7 @@ from api.headers import answer_headers, caller_of, stream_headers
 from api.inference import Answer, split_end
 from api.observation import Caller
 from api.payloads import generate_response, last_stream_response, stream_response, wants_details
+from api.responses import json_response
 from api.schemas import (
     CompatGenerateRequest,
     ErrorResponse,
@@ -56,7 +57,7 @@ async def generate(http: HttpRequest) -> Response:
     state = state_of(http)
     body = await read_body(http, GenerateRequest, state.settings.payload_limit)
     answer = await _complete(http, body)
-    return _json(generate_response(body, answer), answer_headers(state, body, answer))
+    return json_response(generate_response(body, answer), answer_headers(state, body, answer))
 
 
 @router.post("/generate_stream", response_model=StreamResponse)
@@ -70,13 +71,17 @@ async def generate_stream(http: HttpRequest) -> Response:
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
 async def compat_generate(http: HttpRequest) -> Response:
     """As /generate_stream if `stream` is true, else as /generate with the answer in a list."""
+    limit = state_of(http).settings.payload_limit
+    return await answer_compat(http, await read_body(http, CompatGenerateRequest, limit))
+
+
+async def answer_compat(http: HttpRequest, body: CompatGenerateRequest) -> Response:
     state = state_of(http)
-    body = await read_body(http, CompatGenerateRequest, state.settings.payload_limit)
     body = _with_default_full_text(body, state.engine.model.pipeline_tag)
     if body.stream:
         return _event_stream(http, body)
     answer = await _complete(http, body)
-    return _json([generate_response(body, answer)], answer_headers(state, body, answer))
+    return json_response([generate_response(body, answer)], answer_headers(state, body, answer))
 
 
 async def health(http: HttpRequest) -> Response:
@@ -90,7 +95,7 @@ async def health(http: HttpRequest) -> Response:
 
 async def info(http: HttpRequest) -> Response:
     """The model, and the limits of a request."""
-    return _json(_info(state_of(http)), {})
+    return json_response(_info(state_of(http)))
 
 
 for _path, _route in (("/", health), ("/health", health), ("/ping", health), ("/info", info)):
@@ -160,8 +165,3 @@ def _info(state: AppState) -> Info:
         "sha": None,
         "docker_label": None,
     }
-
-
-def _json(payload: object, headers: dict[str, str]) -> Response:
-    content = orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(content, headers=headers, media_type="application/json")

@@ -1,7 +1,7 @@
 """A request's body becomes an engine `Request`, or a `ValidationError` in TGI's words.
 
-The only place that raises it. The order of the checks is TGI's: the first failure is
-what the client sees. What comes out needs no second look anywhere behind it.
+The order of the checks is TGI's: the first failure is what the client sees. What comes
+out needs no second look anywhere behind it.
 """
 
 import asyncio
@@ -85,6 +85,7 @@ class Validator:
         """`logprobs`: whether the response shows them, and top tokens, or chooses by them."""
         parameters = body.parameters
         self._check_parameters(parameters)
+        _check_penalty("presence_penalty", extras.presence_penalty)
         self._check_inputs(body)
         prompt_ids = await self._tokenise(
             body.inputs, parameters.truncate, extras.add_special_tokens
@@ -195,9 +196,7 @@ def _samples(parameters: GenerateParameters) -> bool:
 def _check_ranges(parameters: GenerateParameters) -> None:
     _check_positive("temperature", parameters.temperature)
     _check_positive("repetition_penalty", parameters.repetition_penalty)
-    frequency_penalty = parameters.frequency_penalty
-    if frequency_penalty is not None and not -2.0 <= frequency_penalty <= 2.0:
-        raise ValidationError("`frequency_penalty` must be >= -2.0 and <= 2.0")
+    _check_penalty("frequency_penalty", parameters.frequency_penalty)
     _check_open_unit("top_p", parameters.top_p)
     _check_open_unit("typical_p", parameters.typical_p)
     _check_positive("top_k", parameters.top_k)
@@ -207,6 +206,11 @@ def _check_ranges(parameters: GenerateParameters) -> None:
 def _check_positive(name: str, value: float | None) -> None:
     if value is not None and value <= 0:
         raise ValidationError(f"`{name}` must be strictly positive")
+
+
+def _check_penalty(name: str, value: float | None) -> None:
+    if value is not None and not -2.0 <= value <= 2.0:
+        raise ValidationError(f"`{name}` must be >= -2.0 and <= 2.0")
 
 
 def _check_open_unit(name: str, value: float | None) -> None:

@@ -15,3 +15,7 @@ class EngineDead(Exception):
 
 class GrammarError(Exception):
     """A grammar that cannot be followed, and why."""
+
+
+class TemplateError(Exception):
+    """The model's chat template does not take these messages, and why."""

@@ -6,10 +6,14 @@ changed after load (truncation is applied to the encoding, not configured).
 
 from collections.abc import Sequence as Seq
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+
+from engine.chat_template import ChatTemplate
 
 _CONTEXT_TOKENS = 5
 _INCOMPLETE = "\ufffd"
@@ -24,6 +28,7 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         self._hf = tokenizer
+        self._chat = ChatTemplate(tokenizer)
         self._num_special = self.fast.num_special_tokens_to_add(is_pair=False)
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
@@ -53,6 +58,29 @@ class Tokenizer:
         if add_special_tokens:
             encoding = self.fast.post_process(encoding, add_special_tokens=True)
         return list(encoding.ids)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """Each token's id and the bytes of `text`, from and to, that it stands for.
+
+        What the tokenizer puts around a text stands for none: 0 and 0.
+        """
+        encoding = self.fast.encode(text, add_special_tokens=add_special_tokens)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        if text.isascii():
+            return [(token_id, start, stop) for token_id, (start, stop) in spans]
+        # The library counts characters.
+        byte_at = list(accumulate((len(char.encode()) for char in text), initial=0))
+        return [(token_id, byte_at[start], byte_at[stop]) for token_id, (start, stop) in spans]
+
+    @property
+    def chat_uses_tools(self) -> bool:
+        return self._chat.uses_tools
+
+    def render_chat(
+        self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None = None
+    ) -> str:
+        """See ChatTemplate.render. Raises TemplateError."""
+        return self._chat.render(messages, tools)
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool) -> str:
         return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -1,7 +1,7 @@
 """Two ways to call the application in its own process, without a socket."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,12 @@ async def client(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[httpx
     transport = httpx2.ASGITransport(make_app(engine, **settings))
     async with httpx2.AsyncClient(transport=transport, base_url="http://skiff") as http:
         yield http
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(1):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 class Connection:

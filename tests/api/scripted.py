@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from engine.async_engine import Overloaded
 from engine.errors import EngineDead, GrammarError
@@ -52,6 +52,27 @@ class WordTokenizer:
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.chat_uses_tools = False
+        self.template_error: Exception | None = None
+        self.chats: list[tuple[list[dict[str, str]], list[dict[str, Any]] | None]] = []
+
+    def render_chat(
+        self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """`role: content` of each message, joined by bars."""
+        self.chats.append((messages, tools))
+        if self.template_error is not None:
+            raise self.template_error
+        return "|".join(f"{message['role']}: {message['content']}" for message in messages)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """Three bytes to a token."""
+        if self.error is not None:
+            raise self.error
+        size = len(text.encode())
+        spans = [(start, min(start + 3, size)) for start in range(0, size, 3)]
+        tokens = [(stop - start, start, stop) for start, stop in spans]
+        return [(BOS, 0, 0), *tokens] if add_special_tokens else tokens
 
     def encode(
         self, text: str, truncate: int | None = None, add_special_tokens: bool = True

@@ -1,22 +1,15 @@
 """A client that goes away gives back its permit and its generation at once, in every phase."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from tests.api.client import Connection, make_app
+from tests.api.client import Connection, make_app, until
 from tests.api.scripted import HOLD, ScriptedEngine, output
 
 pytestmark = pytest.mark.anyio
 
 PATHS = pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(1):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @PATHS

@@ -421,3 +421,34 @@ def test_generated_text_joins_the_pieces_after_a_prompt_that_ends_in_emoji(name:
     token_ids = [*utf8(name, "中"), *ids_of(name, "a")]
     assert "".join(pieces(name, prompt_ids, token_ids)) == "中a"
     assert ours(name).generated_text(prompt_ids, token_ids) == "中a"
+
+
+# -- spans ----------------------------------------------------------------------------
+
+
+def test_spans_are_bytes_of_the_text() -> None:
+    text = "naïve 🙂 日本"
+    raw = text.encode()
+    spans = ours("smollm2").tokenize(text)
+    assert [token_id for token_id, _, _ in spans] == ours("smollm2").encode(text)
+    assert [raw[start:stop].decode() for _, start, stop in spans][:3] == ["na", "ïve", " 🙂"]
+    assert spans[-1][2] == len(raw)
+
+
+@every_tokenizer
+@examples
+@given(text=texts)
+def test_spans_are_whole_characters_in_order(name: str, text: str) -> None:
+    raw = text.encode()
+    spans = ours(name).tokenize(text, add_special_tokens=False)
+    assert [token_id for token_id, _, _ in spans] == ours(name).encode(
+        text, add_special_tokens=False
+    )
+    assert [start for _, start, _ in spans] == sorted(start for _, start, _ in spans)
+    for _, start, stop in spans:
+        assert 0 <= start <= stop <= len(raw)
+        raw[start:stop].decode()
+
+
+def test_what_is_put_around_a_text_has_no_span() -> None:
+    assert ours("byte_level").tokenize("he")[0] == (1, 0, 0)

@@ -1,0 +1,144 @@
+"""What the OpenAI routes answer: typed dicts, in the order of TGI's keys."""
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float | None
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float | None
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(TypedDict):
+    content: list[TokenLogprob]
+
+
+class CalledFunction(TypedDict):
+    description: None
+    name: str
+    arguments: str
+
+
+class ToolCallJson(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class TextMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+
+
+class ToolMessage(TypedDict):
+    role: Literal["assistant"]
+    tool_calls: list[ToolCallJson]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: TextMessage | ToolMessage
+    logprobs: Logprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(TypedDict):
+    object: Literal["chat.completion"]
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionDelta(TypedDict):
+    name: str | None
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    id: str
+    type: Literal["function"]
+    function: FunctionDelta
+
+
+class ToolDelta(TypedDict):
+    role: Literal["assistant"]
+    tool_calls: list[ToolCallDelta]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: TextMessage | ToolDelta
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletionChunk(TypedDict):
+    object: Literal["chat.completion.chunk"]
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: str
+
+
+class Completion(TypedDict):
+    object: Literal["text_completion"]
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelInfo(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsInfo(TypedDict):
+    object: Literal["list"]
+    data: list[ModelInfo]
+
+
+class SimpleToken(TypedDict):
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ChatTokenizeResponse(TypedDict):
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class VertexResponse(TypedDict):
+    predictions: list[str]

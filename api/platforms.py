@@ -1,0 +1,122 @@
+"""The routes that SageMaker and Vertex AI call, over what the others offer."""
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field, RootModel
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from api.body import read_body
+from api.chat import answer_chat
+from api.chat_prompt import prepare
+from api.completions import answer_completion
+from api.disconnect import all_together, until_disconnect
+from api.errors import REQUEST_ERRORS, Refused
+from api.headers import caller_of
+from api.inference import Answer
+from api.observation import Caller
+from api.openai_requests import ChatRequest, CompletionRequest
+from api.openai_responses import ChatCompletion, Completion, VertexResponse
+from api.responses import json_response
+from api.schemas import (
+    CompatGenerateRequest,
+    GenerateParameters,
+    GenerateRequest,
+    GenerateResponse,
+    WireRequest,
+)
+from api.serde import untagged
+from api.state import AppState, state_of
+from api.tgi import ERRORS, answer_compat
+from api.validation import NO_EXTRAS, Extras
+
+
+class SagemakerRequest(RootModel):
+    """The first that fits."""
+
+    root: Annotated[
+        Annotated[
+            CompatGenerateRequest | ChatRequest | CompletionRequest,
+            Field(union_mode="left_to_right"),
+        ],
+        untagged("SagemakerRequest"),
+    ]
+
+
+class GenerateInstance(WireRequest):
+    """Of its parameters, `max_new_tokens` and `seed` are heeded."""
+
+    inputs: str
+    parameters: GenerateParameters | None = None
+
+
+Instance = Annotated[
+    Annotated[GenerateInstance | ChatRequest, Field(union_mode="left_to_right")],
+    untagged("VertexInstance"),
+]
+
+
+class VertexRequest(WireRequest):
+    instances: list[Instance]
+
+
+BODIES: dict[str, type[BaseModel]] = {"/invocations": SagemakerRequest, "/vertex": VertexRequest}
+
+router = APIRouter()
+
+
+@router.post(
+    "/invocations",
+    response_model=list[GenerateResponse] | ChatCompletion | Completion,
+    responses=ERRORS,
+)
+async def invocations(http: HttpRequest) -> Response:
+    """As `/`, a chat or a completion, by what the body looks like."""
+    limit = state_of(http).settings.payload_limit
+    match (await read_body(http, SagemakerRequest, limit)).root:
+        case CompatGenerateRequest() as body:
+            return await answer_compat(http, body)
+        case ChatRequest() as chat:
+            return await answer_chat(http, chat)
+        case CompletionRequest() as completion:
+            return await answer_completion(http, completion)
+
+
+@router.post("/vertex", response_model=VertexResponse, responses=ERRORS)
+async def vertex(http: HttpRequest) -> Response:
+    """The text for each instance; a failure of any is one of all."""
+    state = state_of(http)
+    body = await read_body(http, VertexRequest, state.settings.payload_limit)
+    if not body.instances:
+        raise Refused(422, "Input validation error", "Input validation error")
+    asked = [await _asked(state, instance) for instance in body.instances]
+    work = _answers(state, asked, caller_of(http, "vertex_compatibility"))
+    answers = await until_disconnect(http.receive, work)
+    return json_response({"predictions": [answer.best.end.generated_text for answer in answers]})
+
+
+async def _asked(
+    state: AppState, instance: GenerateInstance | ChatRequest
+) -> tuple[GenerateRequest, Extras]:
+    """A chat that cannot become a prompt is refused as on its own route."""
+    if isinstance(instance, ChatRequest):
+        prompt = await prepare(state.engine.tokenizer, instance)
+        return prompt.request, prompt.extras
+    given = instance.parameters or GenerateParameters()
+    parameters = GenerateParameters(
+        do_sample=True, max_new_tokens=given.max_new_tokens, seed=given.seed
+    )
+    return GenerateRequest(inputs=instance.inputs, parameters=parameters), NO_EXTRAS
+
+
+async def _answers(
+    state: AppState, asked: list[tuple[GenerateRequest, Extras]], caller: Caller
+) -> list[Answer]:
+    try:
+        return await all_together(
+            state.inference.complete(request, caller, extras, logprobs=False)
+            for request, extras in asked
+        )
+    except REQUEST_ERRORS:
+        raise Refused(500, "Incomplete generation", "Incomplete generation") from None

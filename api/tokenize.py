@@ -1,0 +1,68 @@
+"""Texts and chats as the tokens that the model would read."""
+
+import asyncio
+from typing import Protocol
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from api.body import read_body
+from api.chat_prompt import prepare
+from api.errors import ValidationError
+from api.openai_requests import ChatRequest
+from api.openai_responses import ChatTokenizeResponse, SimpleToken
+from api.responses import json_response
+from api.schemas import GenerateRequest
+from api.state import state_of
+from api.tgi import ERRORS
+
+BODIES: dict[str, type[BaseModel]] = {"/tokenize": GenerateRequest, "/chat_tokenize": ChatRequest}
+
+router = APIRouter()
+
+
+class SpanTokenizer(Protocol):
+    def tokenize(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]: ...
+
+
+@router.post("/tokenize", response_model=list[SimpleToken], responses=ERRORS)
+async def tokenize(http: HttpRequest) -> Response:
+    """The tokens of `inputs`, special ones included; no limit but the payload's."""
+    state = state_of(http)
+    body = await read_body(http, GenerateRequest, state.settings.payload_limit)
+    return json_response(await _tokens(state.engine.tokenizer, body.inputs, True))
+
+
+@router.post("/chat_tokenize", response_model=ChatTokenizeResponse, responses=ERRORS)
+async def chat_tokenize(http: HttpRequest) -> Response:
+    """The prompt that a chat becomes, and its tokens."""
+    state = state_of(http)
+    chat = await read_body(http, ChatRequest, state.settings.payload_limit)
+    text = (await prepare(state.engine.tokenizer, chat)).request.inputs
+    tokens = await _tokens(state.engine.tokenizer, text, False)
+    return json_response({"tokenize_response": tokens, "templated_text": text})
+
+
+async def _tokens(tokenizer: SpanTokenizer, text: str, special: bool) -> list[SimpleToken]:
+    try:
+        return await asyncio.to_thread(_simple_tokens, tokenizer, text, special)
+    except Exception as error:
+        raise ValidationError(f"tokenizer error {error}") from error
+
+
+def _simple_tokens(tokenizer: SpanTokenizer, text: str, special: bool) -> list[SimpleToken]:
+    """With the bytes of the text that each stands for."""
+    raw = text.encode()
+    return [
+        {
+            "id": token_id,
+            "text": raw[start:stop].decode(errors="replace"),
+            "start": start,
+            "stop": stop,
+        }
+        for token_id, start, stop in tokenizer.tokenize(text, special)
+    ]
