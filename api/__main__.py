@@ -12,6 +12,7 @@ import uvicorn
 from api.app import create_app
 from api.config import ConfigError, Settings, read_settings
 from api.launcher_flags import flag_of
+from api.logs import configure_logging, connected, stopping
 from api.runtime_info import runtime_info
 from api.state import AppState, build_state
 from engine.async_engine import AsyncEngine
@@ -27,6 +28,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         print(_ready_line(host, port), flush=True)
+        connected()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping()
+        await super().shutdown(sockets)
 
 
 class PortTaken(Exception):
@@ -47,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(argv)
+        configure_logging(settings.json_output, settings.log_level, settings.log_colorize)
         _introduce(settings)
         _check_port_is_free(settings)
         Server(_server_config(_load(settings))).run()

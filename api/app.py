@@ -1,5 +1,6 @@
 """The application: routes, error handlers and the engine's life around them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache, partial
@@ -8,7 +9,7 @@ from fastapi import FastAPI
 from starlette.routing import Match
 from starlette.types import Scope
 
-from api import errors, openai, openapi, platforms, tgi, tokenize
+from api import errors, openai, openapi, platforms, prometheus, tgi, tokenize
 from api.auth import ApiKey
 from api.cors import Cors
 from api.state import AppState
@@ -30,6 +31,7 @@ def create_app(state: AppState) -> FastAPI:
     app.state.serving = state
     for room in _ROOMS:
         app.include_router(room.router)
+    app.include_router(prometheus.router)
     bodies = {path: model for room in _ROOMS for path, model in room.BODIES.items()}
     errors.install_handlers(app)
     app.openapi = cache(partial(openapi.describe, app, bodies))  # type: ignore[method-assign]
@@ -54,3 +56,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await state.engine.stop()
     state.validator.close()
+    await asyncio.to_thread(state.observer.close)

@@ -9,6 +9,7 @@ from api import sse
 from api.chat_prompt import ChatPrompt, prepare, prepare_without_tools
 from api.chat_stream import chat_frames
 from api.disconnect import until_disconnect
+from api.errors import REQUEST_ERRORS
 from api.headers import answer_headers, caller_of, stream_headers
 from api.inference import Answer
 from api.observation import Caller
@@ -30,7 +31,11 @@ async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
     """Template and tools are refused by status even where a stream was asked for."""
     state = state_of(http)
     caller = caller_of(http, "chat_completions")
-    prompt = await prepare(state.engine.tokenizer, chat)
+    try:
+        prompt = await prepare(state.engine.tokenizer, chat)
+    except REQUEST_ERRORS as problem:
+        state.observer.refused(caller, problem)
+        raise
     if chat.stream:
         frames = chat_frames(state, chat, prompt, caller)
         return sse.EventStream(frames, stream_headers(state, prompt.request))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from api.errors import GenerationFailed, IncompleteGeneration, IncompleteStream
-from api.observation import Caller, Observer, Timings
+from api.observation import Caller, Observation, Observer, Timings
 from api.schemas import GenerateRequest
 from api.validation import NO_EXTRAS, Extras, Validator, random_seed
 from engine.async_engine import AsyncEngine, Generation
@@ -68,7 +68,7 @@ class Inference:
                 )
                 observation.validated(request)
                 validated = time.perf_counter()
-                completions = await self._complete(request, best_of)
+                completions = await self._complete(request, best_of, observation)
             prompt = completions[0].end.prompt
             winner = max(range(best_of), key=lambda n: completions[n].mean_logprob)
             ranked = [completions.pop(winner), *completions]
@@ -91,6 +91,7 @@ class Inference:
                 validated = time.perf_counter()
                 with self._engine.submit(request) as generation:
                     async for events in generation.events():
+                        observation.token_came()
                         end = events[-1]
                         if isinstance(end, Finished):
                             observation.finished(end, _timings(end, started, validated))
@@ -103,14 +104,16 @@ class Inference:
                             return
             raise IncompleteStream
 
-    async def _complete(self, request: Request, best_of: int) -> list[Completion]:
+    async def _complete(
+        self, request: Request, best_of: int, observation: Observation
+    ) -> list[Completion]:
         """They run at the same time; they are only collected one after the other."""
         with ExitStack() as running:
             generations = [
                 running.enter_context(generation)
                 for generation in self._engine.submit_all(_candidates(request, best_of))
             ]
-            return [await _collect(generation) for generation in generations]
+            return [await _collect(generation, observation) for generation in generations]
 
 
 def split_end(events: list[Event]) -> tuple[list[TokenOutput], Finished | None]:
@@ -134,9 +137,10 @@ def _candidates(request: Request, best_of: int) -> list[Request]:
     return [request, *others]
 
 
-async def _collect(generation: Generation) -> Completion:
+async def _collect(generation: Generation, observation: Observation) -> Completion:
     outputs: list[TokenOutput] = []
     async for events in generation.events():
+        observation.token_came()
         for event in events:
             match event:
                 case TokenOutput():

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from api.config import Limits, Settings
 from api.grammar import GrammarValidator
 from api.inference import Inference
-from api.observation import Observer
+from api.observation import Observer, observer_for
 from api.validation import Validator
 from engine.async_engine import AsyncEngine
 
@@ -20,6 +20,7 @@ class AppState:
     limits: Limits
     validator: Validator
     inference: Inference
+    observer: Observer
     compute_type: str
 
 
@@ -31,12 +32,15 @@ def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
         limits,
         settings.validation_workers,
     )
+    observer = observer_for(engine, limits, settings.otlp_endpoint, settings.otlp_service_name)
+    engine.on_step = observer.step
     return AppState(
         engine=engine,
         settings=settings,
         limits=limits,
         validator=validator,
-        inference=Inference(engine, validator, Observer()),
+        inference=Inference(engine, validator, observer),
+        observer=observer,
         compute_type=settings.compute_type or f"1-{_slug(engine.model.device)}",
     )
 

@@ -61,6 +61,7 @@ class FixedSource:
         self._asked: dict[str, int] = {}
         self.tokenizer = _Tokenizer()
         self.grammars = None
+        self.last_step = None
         self.limits = SimpleNamespace(max_total_tokens=1 << 20)
         self.info = ModelInfo("source", None, None, "none", "cpu", 0, None)
         self.num_late_ticks = 0

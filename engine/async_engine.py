@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from engine.errors import EngineDead
-from engine.metrics import EngineFigures, EngineStatus, ModelInfo
+from engine.metrics import EngineFigures, EngineStatus, ModelInfo, StepFigures
 from engine.request import Event, Failed, Request, TokenOutput
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ class AsyncEngine:
         self._busy_since: float | None = None
         self._figures: EngineFigures = engine.figures()
         self._death: str | None = None
+        self.on_step: Callable[[StepFigures], None] | None = None
+        """Called on the event loop, once for each step that was looked at."""
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -199,7 +201,7 @@ class AsyncEngine:
         self._inbox.append(message)
         self._wake.set()
 
-    def _dispatch(self, events: "Events") -> None:
+    def _dispatch(self, events: "Events", figures: StepFigures | None = None) -> None:
         for request_id, event in events:
             generation = self._generations.get(request_id)
             if generation is None:
@@ -207,6 +209,8 @@ class AsyncEngine:
             generation._deliver(event)
             if generation._ended:
                 del self._generations[request_id]
+        if figures is not None and self.on_step is not None:
+            self.on_step(figures)
 
     def _fail_all(self, reason: str) -> None:
         self._dispatch([(request_id, Failed(reason)) for request_id in self._generations])
@@ -219,7 +223,7 @@ class AsyncEngine:
                 self._await_work()
                 self._busy_since = time.monotonic()
                 self._drain_inbox()
-                self._cross(self._engine.step())
+                self._cross(self._engine.step(), self._engine.last_step)
                 self._busy_since = None
                 self._figures = self._engine.figures()
             self._end("the server is shutting down")
@@ -253,6 +257,6 @@ class AsyncEngine:
         self._loop.call_soon_threadsafe(self._fail_all, reason)
         self._engine.fail_all(reason)
 
-    def _cross(self, events: "Events") -> None:
-        if events:
-            self._loop.call_soon_threadsafe(self._dispatch, events)
+    def _cross(self, events: "Events", figures: StepFigures | None) -> None:
+        if events or figures is not None:
+            self._loop.call_soon_threadsafe(self._dispatch, events, figures)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from engine.async_engine import Overloaded
 from engine.errors import EngineDead, GrammarError
-from engine.metrics import EngineFigures, EngineState, EngineStatus, ModelInfo
+from engine.metrics import EngineFigures, EngineState, EngineStatus, ModelInfo, StepFigures
 from engine.request import Event, Failed, Finished, FinishReason, Request, Token, TokenOutput
 
 HOLD: list[Event] = []
@@ -162,6 +162,7 @@ class ScriptedEngine:
         self.script = script
         self.tokenizer = WordTokenizer()
         self.grammars = ScriptedGrammars()
+        self.on_step: Callable[[StepFigures], None] | None = None
         self.model = ModelInfo(
             "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 1 << 30, None
         )
