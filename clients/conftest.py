@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "LANGSMITH_TRACING": "false"}
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "LANGSMITH_TRACING": "false"}
 
 from clients.server import Server, serve
 

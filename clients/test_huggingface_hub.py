@@ -58,8 +58,8 @@ def test_details_are_those_of_the_text(client: Any) -> None:
     assert details.seed is None
     assert "".join(token.text for token in details.prefill) == PROMPT
     for token, best in zip(details.tokens, details.top_tokens, strict=True):
-        assert best[0].id == token.id  # greedy
-        assert best[0].logprob == token.logprob >= best[1].logprob
+        assert best[0]["id"] == token.id  # greedy; the client leaves these as dicts
+        assert best[0]["logprob"] == token.logprob >= best[1]["logprob"]
 
 
 def test_streamed_text_joins_to_the_unstreamed_one(client: Any) -> None:
@@ -116,14 +116,12 @@ def test_a_full_server_is_an_overloaded_error(client: Any, url: str) -> None:
                 client.text_generation(PROMPT, max_new_tokens=1, stream=stream)
 
 
-@pytest.mark.skipif(
-    not hasattr(InferenceClient, "get_endpoint_info"), reason="gone from this release"
-)
-def test_the_endpoint_tells_what_it_is_and_that_it_is_well(client: Any, url: str) -> None:
+def test_the_endpoint_tells_what_it_is_and_that_it_is_well(url: str) -> None:
+    client = InferenceClient(url, provider="hf-inference")
     info = client.get_endpoint_info()
     assert info["router"] == "text-generation-router"
     assert info["max_total_tokens"] == 512
-    assert client.health_check(url) is True
+    assert client.health_check() is True
 
 
 def test_a_chat_is_answered_with_its_usage(client: Any) -> None:
@@ -203,5 +201,5 @@ def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
 
 def test_a_streamed_chat_that_cannot_be_tells_why(client: Any) -> None:
     """The error of this event is an object, of no type that the client knows."""
-    with pytest.raises(huggingface_hub.errors.TextGenerationError, match="`top_p` must be > 0.0"):
+    with pytest.raises(huggingface_hub.errors.TextGenerationError, match="`top_p` must be > 0"):
         client.chat_completion(MESSAGES, max_tokens=1, top_p=1.0, stream=True)

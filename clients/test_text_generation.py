@@ -197,8 +197,10 @@ def test_what_cannot_be_done_is_a_validation_error(
 
 
 def test_too_many_of_best_of_is_a_validation_error(client: Any) -> None:
-    with pytest.raises(ValidationError, match="`best_of` must be > 0 and <= 2. Given: 3"):
+    with pytest.raises(ValidationError) as refused:
         client.generate(PROMPT, best_of=3, do_sample=True)
+    told = "Input validation error: `best_of` must be > 0 and <= 2. Given: 3"
+    assert str(refused.value) == told
 
 
 def test_a_full_server_is_an_overloaded_error_and_then_answers_again(client: Any, url: str) -> None:
@@ -241,7 +243,7 @@ def test_a_chat_takes_every_parameter(client: Any) -> None:
     assert one.choices == two.choices
     content = one.choices[0].logprobs["content"]
     assert len(content) == one.usage["completion_tokens"]
-    assert all(1 <= len(entry["top_logprobs"]) for entry in content)
+    assert all(entry["top_logprobs"] for entry in content)
 
 
 def test_a_chat_calls_the_chosen_tool(client: Any) -> None:
@@ -256,8 +258,9 @@ def test_a_chat_calls_the_chosen_tool(client: Any) -> None:
 
 
 def test_a_chat_that_cannot_be_is_a_validation_error(client: Any) -> None:
-    with pytest.raises(ValidationError, match="`top_p` must be > 0.0 and < 1.0"):
+    with pytest.raises(ValidationError) as refused:
         client.chat(CHAT, max_tokens=1, top_p=1.0)
+    assert str(refused.value) == "Input validation error: `top_p` must be > 0.0 and < 1.0"
 
 
 def test_a_streamed_chat_fails_in_release_0_7_0_as_it_does_with_tgi(client: Any) -> None:
@@ -286,9 +289,7 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(
     plain = Client(url, timeout=60).chat(CHAT, max_tokens=6, temperature=0.0)
     chunks = []
     with pytest.raises(ValueError, match="Expecting value"):  # noqa: PT012
-        for chunk in Client(url, timeout=60).chat(
-            CHAT, max_tokens=6, temperature=0.0, stream=True
-        ):
+        for chunk in Client(url, timeout=60).chat(CHAT, max_tokens=6, temperature=0.0, stream=True):
             chunks.append(chunk)
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content for delta in deltas) == plain.choices[0].message.content
