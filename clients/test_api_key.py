@@ -1,4 +1,6 @@
-"""A server with a key: who has it is served, who has not is told nothing (section 1.10)."""
+"""A server with a key, and a list of origins: who has the key is served, who has not is told
+nothing (section 1.10); pages of the origins, and no others, may read its answers (1.11).
+"""
 
 from collections.abc import Iterator
 
@@ -9,14 +11,15 @@ import text_generation
 from huggingface_hub import InferenceClient
 
 from clients.server import serve
-from clients.wire import MESSAGES, PROMPT
+from clients.wire import MESSAGES, PROMPT, VARY
 
 KEY = "Sesame-42"
+ORIGIN = "https://ours.example"
 
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[str]:
-    with serve("--api-key", KEY) as running:
+    with serve("--api-key", KEY, "--cors-allow-origin", ORIGIN) as running:
         yield running.url
 
 
@@ -69,3 +72,19 @@ def test_a_client_with_another_key_is_not(locked: str) -> None:
         openai.OpenAI(base_url=f"{locked}/v1", api_key="other").chat.completions.create(
             model="tgi", messages=MESSAGES
         )
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"), [(ORIGIN, ORIGIN), ("https://theirs.example", None), (None, None)]
+)
+def test_only_pages_of_the_origins_may_read_an_answer(
+    locked: str, origin: str | None, allowed: str | None
+) -> None:
+    headers = {"origin": origin} if origin else {}
+    for path in ("/info", "/nowhere"):
+        answer = httpx2.get(f"{locked}{path}", headers=headers)
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        assert answer.headers["vary"] == VARY
+    refused = httpx2.post(f"{locked}/generate", json={"inputs": "x"}, headers=headers)
+    assert refused.status_code == 401
+    assert refused.headers.get("access-control-allow-origin") == allowed

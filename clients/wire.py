@@ -9,6 +9,8 @@ import httpx2
 
 from clients.server import MAX_CONCURRENT_REQUESTS
 
+VARY = "origin, access-control-request-method, access-control-request-headers"
+"""On every answer (section 1.11)."""
 PROMPT = "The capital of France is"
 CHAT_PROMPT = "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n"
 """Ends of itself: the model's own turn, then its end of sequence token."""
