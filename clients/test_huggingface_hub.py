@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, OverloadedError, ValidationError
+from huggingface_hub.errors import OverloadedError, ValidationError
 from jsonschema import validate
 
 from clients.calling import Calls
@@ -30,6 +30,11 @@ def client(kind: str, url: str) -> Iterator[Any]:
     else:
         with asyncio.Runner() as runner:
             yield Calls(AsyncInferenceClient(url, timeout=60), runner)
+
+
+def told(value: Any) -> Any:
+    """As JSON: this client has a class for the same thing streamed, and another not."""
+    return json.loads(json.dumps(value))
 
 
 def test_the_bare_url_repeats_the_prompt(client: Any) -> None:
@@ -147,9 +152,9 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     assert chunks[-1].choices[0].finish_reason == plain.choices[0].finish_reason
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == []
-    assert last.usage == plain.usage
+    assert told(last.usage) == told(plain.usage)
     entries = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
-    assert entries == plain.choices[0].logprobs.content
+    assert told(entries) == told(plain.choices[0].logprobs.content)
     assert len(entries) == plain.usage.completion_tokens
 
 
@@ -194,9 +199,9 @@ def test_a_response_format_makes_json_that_validates(
 
 
 def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
-    with pytest.raises(HfHubHTTPError) as refused:
+    with pytest.raises(OSError, match="422") as refused:
         client.chat_completion(MESSAGES, max_tokens=1, top_p=1.0)
-    assert refused.value.response.status_code == 422
+    assert "`top_p` must be > 0.0 and < 1.0" in str(refused.value)
 
 
 def test_a_streamed_chat_that_cannot_be_tells_why(client: Any) -> None:
