@@ -11,7 +11,8 @@ import pytest
 from jsonschema import validate
 
 from clients.calling import Calls
-from clients.wire import CITY, MESSAGES, PROMPT, TOOL, WEATHER, every_permit_taken
+from clients.comparing import assert_alike
+from clients.wire import CITY, MESSAGES, PROMPT, TOOL, WEATHER, every_permit_taken, name_of
 
 GREEDY = {"model": "tgi", "temperature": 0}
 
@@ -148,7 +149,10 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     assert [c.finish_reason for c in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1].finish_reason == plain.choices[0].finish_reason
     entries = [entry for choice in choices for entry in choice.logprobs.content]
-    assert entries == plain.choices[0].logprobs.content
+    assert_alike(
+        [entry.model_dump() for entry in entries],
+        [entry.model_dump() for entry in plain.choices[0].logprobs.content],
+    )
     assert len(choices) == plain.usage.completion_tokens
     assert {chunk.usage for chunk in chunks} == {None}
     assert last.choices == []
@@ -267,9 +271,7 @@ REFUSED_BY_VALIDATION = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("asked", "told"), REFUSED_BY_VALIDATION, ids=lambda value: "-".join(value)[:20]
-)
+@pytest.mark.parametrize(("asked", "told"), REFUSED_BY_VALIDATION, ids=name_of)
 def test_what_cannot_be_done_is_an_unprocessable_entity(
     client: Any, asked: dict[str, Any], told: str
 ) -> None:
@@ -303,9 +305,7 @@ REFUSED_BY_SHAPE = [
 """TGI refuses these, so this does; a decision to take them in would be recorded."""
 
 
-@pytest.mark.parametrize(
-    ("asked", "told"), REFUSED_BY_SHAPE, ids=lambda value: "-".join(value)[:20]
-)
+@pytest.mark.parametrize(("asked", "told"), REFUSED_BY_SHAPE, ids=name_of)
 def test_what_is_not_of_tgis_shape_is_an_unprocessable_entity_in_words(
     client: Any, asked: dict[str, Any], told: str
 ) -> None:

@@ -7,7 +7,6 @@ writes the files anew; read the difference like code, beside the contract, befor
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from clients.comparing import differences
 from clients.wire import CHAT_PROMPT, CITY, MESSAGES, PROMPT, TOOL, events, every_permit_taken
 
 FOLDER = Path(__file__).parent / "snapshots"
-LOGPROB_TOLERANCE = 2e-3  # float32, whatever the threads and vector units of the machine
 TIMES = {
     "x-compute-time": r"\d+\.\d+",
     **dict.fromkeys(
@@ -287,23 +286,3 @@ def assert_compact(text: str) -> None:
     """serde's form: no spaces, nothing escaped that need not be."""
     again = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
     assert again == text or "e-" in text  # exponents are spelled in more ways than one
-
-
-def differences(expected: Any, actual: Any, path: str = "") -> Iterator[str]:
-    """Where two answers differ; the order of keys is part of an answer."""
-    if isinstance(expected, dict) and isinstance(actual, dict):
-        if list(expected) != list(actual):
-            yield f"{path}: keys {list(actual)}, not {list(expected)}"
-            return
-        for key, value in expected.items():
-            yield from differences(value, actual[key], f"{path}.{key}")
-    elif isinstance(expected, list) and isinstance(actual, list):
-        if len(expected) != len(actual):
-            yield f"{path}: {len(actual)} items, not {len(expected)}: {actual}"
-        for number, (one, other) in enumerate(zip(expected, actual, strict=False)):
-            yield from differences(one, other, f"{path}[{number}]")
-    elif path.endswith(".logprob") and isinstance(expected, float) and isinstance(actual, float):
-        if not math.isclose(expected, actual, abs_tol=LOGPROB_TOLERANCE):
-            yield f"{path}: {actual}, not {expected}"
-    elif expected != actual or type(expected) is not type(actual):
-        yield f"{path}: {actual!r}, not {expected!r}"

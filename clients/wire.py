@@ -41,6 +41,11 @@ CITY = {
 }
 
 
+def name_of(value: object) -> str | None:
+    """A parametrized test is named by the parameters it asks with, not by what it is told."""
+    return "-".join(value) if isinstance(value, dict) else ""
+
+
 def events(body: str) -> list[Any]:
     """The JSON of each server-sent event; `[DONE]` is itself. Frames are checked to the byte."""
     assert body.endswith("\n\n")
