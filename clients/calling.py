@@ -4,6 +4,11 @@ import asyncio
 import inspect
 from typing import Any
 
+import pytest
+
+sync_alone = pytest.mark.parametrize("client", ["sync"], indirect=True)
+"""For what the two halves have in common, below the method that is called: one is enough."""
+
 
 class Calls:
     """`calls.method(...)` is the client's own, awaited if need be, a stream read to its end

@@ -13,20 +13,15 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import OverloadedError, ValidationError
 from jsonschema import validate
 
-from clients.calling import Calls
+from clients.calling import Calls, sync_alone
 from clients.comparing import assert_alike
 from clients.wire import CITY, MESSAGES, PROMPT, TOOL, WEATHER, every_permit_taken
 
 
 @pytest.fixture(params=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def client(kind: str, url: str) -> Iterator[Any]:
+def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
     """As its documentation says for a server of one's own: the bare URL."""
-    if kind == "sync":
+    if request.param == "sync":
         yield Calls(InferenceClient(url, timeout=60), None)
     else:
         with asyncio.Runner() as runner:
@@ -42,11 +37,13 @@ def test_the_bare_url_repeats_the_prompt(client: Any) -> None:
     assert client.text_generation(PROMPT, max_new_tokens=2) == f"{PROMPT} Paris."
 
 
+@sync_alone
 def test_full_text_is_left_out_when_asked(client: Any) -> None:
     answer = client.text_generation(PROMPT, max_new_tokens=2, return_full_text=False)
     assert answer == " Paris."
 
 
+@sync_alone
 def test_the_url_of_a_route_does_not_repeat_the_prompt(client: Any, url: str) -> None:
     generate = f"{url}/generate"
     assert client.text_generation(PROMPT, max_new_tokens=2, model=generate) == " Paris."
@@ -95,6 +92,7 @@ def test_the_better_of_two(client: Any) -> None:
     assert other.seed != answer.details.seed
 
 
+@sync_alone
 @pytest.mark.parametrize(
     "grammar",
     [{"type": "json", "value": CITY}, {"type": "json_schema", "value": {"schema": CITY}}],

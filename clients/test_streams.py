@@ -43,7 +43,7 @@ CASES = [
     {
         "inputs": text,
         "parameters": {
-            "max_new_tokens": 12,
+            "max_new_tokens": 8,
             "do_sample": True,
             "temperature": next(TEMPERATURES),
             "seed": 1000 * turn + number,
@@ -81,7 +81,7 @@ async def test_80_answers_are_the_same_streamed_or_not(url: str) -> None:
         assert streamed[-1]["details"]["generated_tokens"] == details["generated_tokens"]
         check_text(case, plain)
         said += len(details["tokens"])
-    assert said > len(CASES) * 6  # most were not cut short
+    assert said > len(CASES) * 5  # most were not cut short
 
 
 def check_text(case: dict[str, Any], plain: Any) -> None:

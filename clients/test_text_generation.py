@@ -13,7 +13,7 @@ from text_generation import AsyncClient, Client, types
 from text_generation.errors import OverloadedError, ValidationError
 from text_generation.types import FinishReason, Grammar, GrammarType, Message, Tool
 
-from clients.calling import Calls
+from clients.calling import Calls, sync_alone
 from clients.comparing import assert_alike
 from clients.wire import CHAT_PROMPT, CITY, PROMPT, TOOL, WEATHER, every_permit_taken, name_of
 
@@ -90,6 +90,7 @@ def test_every_parameter_at_once(client: Any) -> None:
     assert streamed[-1].details.seed == 7
 
 
+@sync_alone
 def test_a_prompt_has_its_logprobs_when_asked(client: Any) -> None:
     prefill = client.generate(PROMPT, max_new_tokens=1, decoder_input_details=True).details.prefill
     assert "".join(token.text for token in prefill) == PROMPT
@@ -123,6 +124,7 @@ def test_a_stream_of_one_token_is_one_event(client: Any) -> None:
     assert event.details.generated_tokens == 1
 
 
+@sync_alone
 def test_the_models_own_end_is_told_and_is_not_in_the_text(client: Any) -> None:
     answer = client.generate(CHAT_PROMPT, max_new_tokens=60)
     assert answer.details.finish_reason == FinishReason.EndOfSequenceToken
@@ -133,6 +135,7 @@ def test_the_models_own_end_is_told_and_is_not_in_the_text(client: Any) -> None:
     assert answer.details.generated_tokens == len(answer.details.tokens)
 
 
+@sync_alone
 def test_a_stop_sequence_ends_the_text_and_stays_in_it(client: Any) -> None:
     answer = client.generate(PROMPT, max_new_tokens=20, stop_sequences=["."])
     assert answer.generated_text == " Paris."
@@ -142,6 +145,7 @@ def test_a_stop_sequence_ends_the_text_and_stays_in_it(client: Any) -> None:
     assert last.details.finish_reason == FinishReason.StopSequence
 
 
+@sync_alone
 def test_a_seed_says_the_same_again(client: Any) -> None:
     asked = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 10}
     texts = [client.generate(PROMPT, seed=seed, **asked).generated_text for seed in (1, 1, 2)]
@@ -149,6 +153,7 @@ def test_a_seed_says_the_same_again(client: Any) -> None:
     assert client.generate_stream(PROMPT, seed=1, **asked)[-1].generated_text == texts[0]
 
 
+@sync_alone
 def test_a_json_grammar_is_kept(client: Any) -> None:
     grammar = Grammar(type=GrammarType.Json, value=CITY)
     answer = client.generate("A city as JSON: ", max_new_tokens=40, grammar=grammar)
@@ -158,6 +163,7 @@ def test_a_json_grammar_is_kept(client: Any) -> None:
     assert streamed[-1].generated_text == answer.generated_text
 
 
+@sync_alone
 def test_a_regex_grammar_is_kept(client: Any) -> None:
     grammar = Grammar(type=GrammarType.Regex, value="[0-9]{3}-[0-9]{4}")
     answer = client.generate("My phone number is ", max_new_tokens=20, grammar=grammar)
@@ -234,6 +240,7 @@ def test_a_chat_is_answered_with_its_usage(client: Any) -> None:
     assert 1 <= usage["completion_tokens"] <= 6
 
 
+@sync_alone
 def test_a_chat_takes_every_parameter(client: Any) -> None:
     asked = {
         "frequency_penalty": 0.2,

@@ -23,9 +23,8 @@ WEATHER = {
         "type": "object",
         "properties": {
             "city": {"type": "string", "enum": ["Paris", "Rome", "Oslo"]},
-            "celsius": {"type": "boolean"},
         },
-        "required": ["city", "celsius"],
+        "required": ["city"],
     },
 }
 """Arguments that are bounded, so that a small model ends them in time."""
