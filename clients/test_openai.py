@@ -24,7 +24,9 @@ def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
         yield Calls(openai.OpenAI(**options), None)
     else:
         with asyncio.Runner() as runner:
-            yield Calls(openai.AsyncOpenAI(**options), runner)
+            client = Calls(openai.AsyncOpenAI(**options), runner)
+            yield client
+            client.close()
 
 
 def chat(client: Any, **asked: Any) -> Any:
