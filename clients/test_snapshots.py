@@ -4,6 +4,7 @@ headers, statuses and errors exactly, logprobs within a tolerance, times by thei
     .venv-clients/bin/python -m pytest clients/test_snapshots.py --regenerate
 
 writes the files anew; read the difference like code, beside the contract, before committing it.
+Files of refusals that the contract spells out were written from it, ahead of their routes.
 """
 
 import json
