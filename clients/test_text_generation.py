@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable, Iterator
 from statistics import mean
 from typing import Any
@@ -161,6 +162,15 @@ def test_a_json_grammar_is_kept(client: Any) -> None:
     validate(json.loads(answer.generated_text), CITY)
     streamed = client.generate_stream("A city as JSON: ", max_new_tokens=40, grammar=grammar)
     assert streamed[-1].generated_text == answer.generated_text
+
+
+@sync_alone
+def test_json_has_the_white_space_that_tgi_allows(client: Any) -> None:
+    """One space at most, around punctuation (section 2.5): it decides the bytes of an answer."""
+    grammar = Grammar(type=GrammarType.Json, value=CITY)
+    text = client.generate(PROMPT, max_new_tokens=40, grammar=grammar).generated_text
+    pattern = r'{ ?"name" ?: ?"(Paris|Rome|Oslo)" ?, ?"capital" ?: ?(true|false) ?}'
+    assert re.fullmatch(pattern, text), text
 
 
 @sync_alone
