@@ -21,8 +21,9 @@ from engine.tokenizer import Tokenizer
 
 _MAX_SOURCE_BYTES = 256 * 1024
 _CACHE_SIZE = 256
-_WHITESPACE = r"[\x20\x0A]{1,8}"
-"""Between JSON's tokens: unbounded, a model may fill its whole answer with it."""
+_WHITESPACE = r"\x20"
+"""At most one space between JSON's tokens, as Text Generation Inference has it: unbounded, a
+model may fill its whole answer with white space."""
 _LIMITS = LLParserLimits(verbose_errors=False)
 """The library's own bound a compilation to tens of milliseconds and a mask to a few."""
 _OPTIONS = {
