@@ -465,7 +465,7 @@ def check_same(answers: Answers, requests: list[Request]) -> None:
     [
         pytest.param({}, id="company"),
         pytest.param({"max_batch_tokens": 9}, id="chunks"),
-        pytest.param({"num_blocks": 10, "max_total_tokens": 160}, id="preemption"),
+        pytest.param({"num_blocks": 9, "max_total_tokens": 144}, id="preemption"),
     ],
 )
 def test_the_same_is_said_alone_and_in_company(
