@@ -31,6 +31,7 @@ async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
     """Template and tools are refused by status even where a stream was asked for."""
     state = state_of(http)
     caller = caller_of(http, "chat_completions")
+    state.observer.arrived()
     try:
         prompt = await prepare(state.engine.tokenizer, chat)
     except REQUEST_ERRORS as problem:

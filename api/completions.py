@@ -22,6 +22,7 @@ from api.state import AppState, state_of
 async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Response:
     """Raises Refused for what is looked at before any generation begins."""
     state = state_of(http)
+    state.observer.arrived()
     _check(body, state.settings.max_client_batch_size)
     requests = _requests(body)
     caller = caller_of(http, "completions")

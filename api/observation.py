@@ -185,13 +185,13 @@ class Observer:
     def request(self, caller: Caller) -> Observation:
         return Observation(caller, self.metrics, self._tracer)
 
+    def arrived(self) -> None:
+        """A request that is not a generation itself, as it may make several: TGI counts both."""
+        self.metrics.requests.count.inc()
+
     def refused(self, caller: Caller, problem: BaseException) -> None:
-        """A request that failed before there was anything to validate: its chat template
-        did, for one.
-        """
-        observation = self.request(caller)
-        observation.__enter__()
-        observation.__exit__(type(problem), problem, problem.__traceback__)
+        """One that arrived and failed before it made any: its chat template did, for one."""
+        self.request(caller).__exit__(type(problem), problem, problem.__traceback__)
 
     def step(self, figures: StepFigures) -> None:
         self.metrics.steps.record(figures)

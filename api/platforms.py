@@ -88,6 +88,7 @@ async def vertex(http: HttpRequest) -> Response:
     """The text for each instance; a failure of any is one of all."""
     state = state_of(http)
     body = await read_body(http, VertexRequest, state.settings.payload_limit)
+    state.observer.arrived()
     if not body.instances:
         raise Refused(422, "Input validation error", "Input validation error")
     asked = [await _asked(state, instance) for instance in body.instances]

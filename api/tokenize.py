@@ -42,6 +42,7 @@ async def chat_tokenize(http: HttpRequest) -> Response:
     """The prompt that a chat becomes, and its tokens."""
     state = state_of(http)
     chat = await read_body(http, ChatRequest, state.settings.payload_limit)
+    state.observer.arrived()
     text = (await prepare(state.engine.tokenizer, chat)).request.inputs
     tokens = await _tokens(state.engine.tokenizer, text, False)
     return json_response({"tokenize_response": tokens, "templated_text": text})

@@ -202,7 +202,7 @@ def test_a_response_format_makes_json_that_validates(
 
 def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
     with pytest.raises(Exception, match="422") as refused:
-        client.chat_completion(MESSAGES, max_tokens=1, top_p=1.0)
+        client.chat_completion(MESSAGES, max_tokens=1, top_p=0.0)
     error = refused.value  # of requests, of httpx2, or of aiohttp, which needs the payload kept
     payload = getattr(error, "response_error_payload", None) or error.response.json()
     assert payload == {
@@ -214,4 +214,4 @@ def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
 def test_a_streamed_chat_that_cannot_be_tells_why(client: Any) -> None:
     """The error of this event is an object, of no type that the client knows."""
     with pytest.raises(huggingface_hub.errors.TextGenerationError, match="`top_p` must be > 0"):
-        client.chat_completion(MESSAGES, max_tokens=1, top_p=1.0, stream=True)
+        client.chat_completion(MESSAGES, max_tokens=1, top_p=0.0, stream=True)

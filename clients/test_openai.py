@@ -275,15 +275,15 @@ def test_a_response_format_in_tgis_form_makes_json_that_validates(
 
 
 REFUSED_BY_VALIDATION = [
-    ({"top_p": 1.0}, "Input validation error: `top_p` must be > 0.0 and < 1.0"),
+    ({"top_p": 0.0}, "Input validation error: `top_p` must be > 0.0 and < 1.0"),
     ({"max_tokens": 0}, "Input validation error: `max_new_tokens` must be strictly positive"),
     (
         {"top_logprobs": 6, "logprobs": True},
         "Input validation error: `top_n_tokens` must be >= 0 and <= 5. Given: 6",
     ),
     (
-        {"presence_penalty": -2.0},
-        "Input validation error: `repetition_penalty` must be strictly positive",
+        {"presence_penalty": -2.1},
+        "Input validation error: `presence_penalty` must be >= -2.0 and <= 2.0",
     ),
 ]
 

@@ -283,7 +283,7 @@ def test_a_chat_calls_the_chosen_tool(client: Any) -> None:
 
 def test_a_chat_that_cannot_be_is_a_validation_error(client: Any) -> None:
     with pytest.raises(ValidationError) as refused:
-        client.chat(CHAT, max_tokens=1, top_p=1.0)
+        client.chat(CHAT, max_tokens=1, top_p=0.0)
     assert str(refused.value) == "Input validation error: `top_p` must be > 0.0 and < 1.0"
 
 
