@@ -10,7 +10,7 @@ from collections import Counter as Multiset
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -58,15 +58,6 @@ class Metrics:
         self.requests = RequestMetrics(self.registry, limits)
         self.steps = StepMetrics(self.registry)
         self.registry.register(_EngineCollector(figures))
-        self._startup = Gauge(
-            "skiff_startup_seconds",
-            "Seconds that a phase of the start took",
-            ["phase"],
-            registry=self.registry,
-        )
-
-    def started(self, phase: str, seconds: float) -> None:
-        self._startup.labels(phase).set(seconds)
 
 
 class RequestMetrics:
