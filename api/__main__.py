@@ -1,5 +1,6 @@
 """`python -m api`: read the settings, load the model, serve until told to stop."""
 
+import asyncio
 import json
 import logging
 import signal
@@ -21,8 +22,16 @@ from engine.errors import DownloadFailed, LoadError
 logger = logging.getLogger("api")
 
 
+_LAST_WORDS_S = 0.5
+"""Before streams are cut they end, with an error as their last event."""
+
+
 class Server(uvicorn.Server):
-    """uvicorn, with a word of our own when requests are served."""
+    """uvicorn, with words of our own when requests are served and when they no longer are."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -32,7 +41,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping()
+        timeout_s = self.config.timeout_graceful_shutdown or 0
+        last_words = asyncio.get_running_loop().call_later(
+            max(timeout_s - _LAST_WORDS_S, 0), self._engine.give_up, "the server is shutting down"
+        )
         await super().shutdown(sockets)
+        last_words.cancel()
 
 
 class PortTaken(Exception):
@@ -56,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         configure_logging(settings.json_output, settings.log_level, settings.log_colorize)
         _introduce(settings)
         _check_port_is_free(settings)
-        Server(_server_config(_load(settings))).run()
+        state = _load(settings)
+        Server(_server_config(state), state.engine).run()
     except ConfigError as error:
         print(f"Error: ArgumentValidation({json.dumps(str(error))})", file=sys.stderr)
         return 1

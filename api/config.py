@@ -163,6 +163,7 @@ class Settings(LauncherFlags, ServedFlags):
             quantize=self._quantization(),
             rope=self._rope(),
             trust_remote_code=self.trust_remote_code,
+            tokenizer_config_path=self.tokenizer_config_path,
         )
 
     def engine_config(self) -> EngineConfig:
@@ -191,7 +192,7 @@ class Settings(LauncherFlags, ServedFlags):
             max_top_n_tokens=self.max_top_n_tokens,
             max_input_tokens=max_input,
             max_total_tokens=max_total_tokens,
-            prefill_logprobs=self.enable_prefill_logprobs,
+            prefill_logprobs=self.enable_prefill_logprobs or self.request_logprobs,
         )
 
     def _rope(self) -> tuple[RopeScaling, float] | None:

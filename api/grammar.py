@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import orjson
+import pydantic_core
 from pydantic import JsonValue
 
 from api.errors import ValidationError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 10.0
 """The compiler's own limits stop it long before, unless the machine is overloaded."""
+_MAX_DETAIL = 500  # characters
 
 
 class GrammarValidator:
@@ -63,8 +64,8 @@ def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
         value = value["schema"]
     if isinstance(value, str):
         try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError as error:
+            value = pydantic_core.from_json(value, allow_inf_nan=False)
+        except ValueError as error:
             raise _not_valid(str(error)) from None
     if not isinstance(value, dict):
         raise ValidationError("grammar is not supported")
@@ -72,4 +73,7 @@ def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
 
 
 def _not_valid(detail: str) -> ValidationError:
+    """The compiler may repeat the whole grammar in what it says of it."""
+    if len(detail) > _MAX_DETAIL:
+        detail = detail[:_MAX_DETAIL] + "..."
     return ValidationError(f"grammar is not valid: {detail}")

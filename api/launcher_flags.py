@@ -84,7 +84,7 @@ class LauncherFlags(BaseSettings):
     attention: str | None = _unused(None, "one paged attention serves every model")
     prefill_chunking: bool = _unused(True, "long prompts are always computed in chunks")
     use_flash_attention: bool = _unused(True, "one paged attention serves every model")
-    request_logprobs: bool = _unused(False, "logprobs are computed where a request shows them")
+    max_image_fetch_size: PositiveInt = _unused(1 << 30, "only text is served")
     disable_exllama: bool = _unused(False, "transformers picks the kernels of a quantised model")
     use_cutlass_w8a8: bool = _unused(False, "transformers picks the kernels of a quantised model")
 

@@ -53,9 +53,6 @@ class ServedFlags(BaseSettings):
         [], description="origins whose pages may read answers, separated by commas; empty is all"
     )
     payload_limit: PositiveInt = Field(2_000_000, description="largest request body, in bytes")
-    max_image_fetch_size: PositiveInt = Field(
-        1 << 30, description="largest image that a request may name by URL, in bytes"
-    )
     graceful_termination_timeout: PositiveInt = Field(
         90, description="seconds that running requests get to finish on SIGTERM"
     )
@@ -86,6 +83,7 @@ class ServedFlags(BaseSettings):
     enable_prefill_logprobs: bool = Field(
         False, description="answer decoder_input_details with the logprobs of the prompt's tokens"
     )
+    request_logprobs: bool = Field(False, description="older name of --enable-prefill-logprobs")
     disable_grammar_support: bool = Field(False, description="refuse requests with a grammar")
     watermark_gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of the vocabulary that a watermark favours"

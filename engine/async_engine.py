@@ -161,6 +161,12 @@ class AsyncEngine:
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
 
+    def give_up(self, reason: str) -> None:
+        """Fail every request, each with its last event; the engine goes on."""
+        for request_id in self._generations:
+            self._post(_Abort(request_id))
+        self._fail_all(reason)
+
     def admit(self, permits: int = 1) -> Permit:
         """Take permits, to be held until the generations end. Raises Overloaded."""
         if permits > self._free_permits:
@@ -213,7 +219,7 @@ class AsyncEngine:
             self.on_step(figures)
 
     def _fail_all(self, reason: str) -> None:
-        self._dispatch([(request_id, Failed(reason)) for request_id in self._generations])
+        self._dispatch([(request_id, Failed(reason)) for request_id in list(self._generations)])
 
     # -- engine thread ----------------------------------------------------------------
 

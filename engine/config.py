@@ -24,7 +24,8 @@ class LoadConfig:
     CUDA, float32 on a CPU (whose bfloat16 is slower beyond one sequence).
     `quantize` is what to do to the weights as they load; None leaves them as they are,
     quantised or not. `rope` stretches rotary positions in place of the checkpoint's own way:
-    `linear` or `dynamic`, and by how much.
+    `linear` or `dynamic`, and by how much. `tokenizer_config_path` is a file whose chat template
+    replaces the model's.
     """
 
     model_id: str
@@ -33,6 +34,7 @@ class LoadConfig:
     quantize: Quantization | None = None
     rope: tuple[RopeScaling, float] | None = None
     trust_remote_code: bool = False
+    tokenizer_config_path: str | None = None
     device: str | None = None
 
 

@@ -1,7 +1,9 @@
 """Weights, tokenizer and what the engine has to know about the model they make."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +66,18 @@ def load(config: LoadConfig) -> LoadedModel:
         ) from error
     if not hf_tokenizer.is_fast:
         raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
+    if config.tokenizer_config_path is not None:
+        hf_tokenizer.chat_template = _chat_template(Path(config.tokenizer_config_path))
     tokenizer = Tokenizer(hf_tokenizer)
     return adopt(model, tokenizer, checkpoint)
+
+
+def _chat_template(path: Path) -> str | list[dict[str, str]]:
+    """Of a tokenizer_config.json. Raises LoadError."""
+    try:
+        return json.loads(path.read_text())["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"no chat template can be read from {path}: {error!r}") from None
 
 
 def adopt(

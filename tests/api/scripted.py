@@ -140,7 +140,10 @@ class ScriptedGeneration:
         for events in self._steps:
             if events is HOLD:
                 self._engine.holding.set()
-                await asyncio.Event().wait()
+                await self._engine.gave_up.wait()
+                self._ended = True
+                yield [Failed(self._engine.reason or "")]
+                return
             await asyncio.sleep(0)
             self._ended = isinstance(events[-1], Finished | Failed)
             yield events
@@ -175,6 +178,7 @@ class ScriptedEngine:
         self.num_stops = 0
         self.requests: list[Request] = []
         self.holding = asyncio.Event()
+        self.gave_up = asyncio.Event()
         ScriptedEngine.made.append(self)
 
     def start(self) -> None:
@@ -188,6 +192,10 @@ class ScriptedEngine:
             raise Overloaded
         self.num_permits -= permits
         return ScriptedPermit(self, permits)
+
+    def give_up(self, reason: str) -> None:
+        self.reason = reason
+        self.gave_up.set()
 
     def submit_all(self, requests: Sequence[Request]) -> list[ScriptedGeneration]:
         return [self.submit(request) for request in requests]

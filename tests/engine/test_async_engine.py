@@ -68,6 +68,33 @@ async def test_leaving_early_frees_the_sequence(seen: int) -> None:
         assert (await answer(served, greedy([1], 2)))[-1].__class__ is Finished
 
 
+async def test_giving_up_fails_what_runs_and_nothing_that_comes_after() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        running = [asyncio.create_task(answer(served, greedy([i], 200))) for i in range(3)]
+        await eventually(lambda: engine.figures().num_running == 3)
+        served.give_up("it is late")
+        for events in await asyncio.gather(*running):
+            assert events[-1] == Failed("it is late")
+        await eventually(idle(engine))
+        assert isinstance((await answer(served, greedy([1], 2)))[-1], Finished)
+
+
+async def test_each_step_is_told_once_on_the_event_loop() -> None:
+    engine, told = make_engine(family("llama")), []
+    loop_thread = threading.get_ident()
+    async with serving(engine) as served:
+        served.on_step = lambda figures: told.append((figures, threading.get_ident()))
+        await answer(served, greedy(range(40), 5))
+    figures = [step for step, _ in told]
+    assert {thread for _, thread in told} == {loop_thread}
+    assert sum(step.num_admitted for step in figures) == 1
+    assert sum(step.num_prefills for step in figures) == 1
+    assert figures[0].num_tokens == 40
+    assert sum(step.num_decodes for step in figures) >= 4
+    assert not any(step.failed for step in figures)
+
+
 async def test_a_cancelled_task_frees_the_sequence() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:

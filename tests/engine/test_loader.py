@@ -73,6 +73,24 @@ def test_a_model_without_rotary_positions_has_none_to_stretch() -> None:
         _scale_rotary(GPT2Config(), "linear", 2.0)
 
 
+def test_the_chat_template_is_that_of_the_file_named(saved: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}')
+    loaded = load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
+    assert loaded.tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "<hi>"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]"])
+def test_a_file_without_a_chat_template_is_refused(
+    saved: Path, tmp_path: Path, content: str | None
+) -> None:
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_text(content)
+    with pytest.raises(LoadError, match=r"no chat template can be read from .*other\.json"):
+        load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="cannot be loaded"):
         load(LoadConfig(str(tmp_path)))
