@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     # Until uvicorn listens to it: the first process of a container ignores it otherwise. And
     # uvicorn raises it again when it has drained: that is leaving in good order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Shells have what they start in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = read_settings(argv)
         configure_logging(settings.json_output, settings.log_level, settings.log_colorize)

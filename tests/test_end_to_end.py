@@ -23,7 +23,7 @@ from tests.engine.driving import generate, make_engine
 from tests.engine.models import byte_tokenizer, family, reference
 from tests.engine.test_failures import sabotage
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again."
 

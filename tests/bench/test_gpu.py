@@ -27,6 +27,8 @@ from kernels.ops import TORCH, TRITON, Ops
 from tests.engine.models import adopted
 from tests.engine.recording import capture, recorded, recorded_kernel
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -51,7 +53,6 @@ def tiny_run(folder: Path, **scale: Any) -> Run:
 # -- the whole program ---------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_every_section_runs_and_is_written(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     figures = result_of(tmp_path)

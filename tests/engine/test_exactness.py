@@ -102,6 +102,7 @@ def _serve(engine: Engine, plan: list[tuple[int, int, int, int, int, int | None]
     check("llama", run(engine, arrivals, aborts), kept)
 
 
+@pytest.mark.slow
 @given(traffic, st.integers(6, 12), st.integers(4, 40))
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_traffic_over_a_full_pool(

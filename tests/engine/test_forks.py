@@ -89,6 +89,7 @@ def test_the_prompt_is_computed_once(name: str) -> None:
     assert lengths == [40] + [5] * 7
 
 
+@pytest.mark.slow
 @families
 def test_in_company_under_a_full_pool(name: str) -> None:
     engine = make_engine(family(name), num_blocks=9, max_total_tokens=128, max_sequences=6)
@@ -157,7 +158,8 @@ def interpreted() -> LoadedModel:
     return adopted("llama", TRITON, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("num_tokens", [16, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [16, 20])
 def test_on_the_triton_kernels(num_tokens: int) -> None:
     prompt = list(range(num_tokens))
     requests = [greedy(prompt, 3), greedy(prompt, 4), greedy(prompt, 2, watermark=True)]

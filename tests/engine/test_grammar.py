@@ -361,6 +361,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 def test_formats_have_their_form() -> None:
     for name, said in generate_all(list(FORMATS), seed=7).items():
         assert re.fullmatch(FORMATS[name], json.loads(said)), (name, said)
@@ -506,6 +507,7 @@ def test_sampling_that_fails_is_a_step_that_fails(monkeypatch: pytest.MonkeyPatc
     check_same(run(serving, [(0, r) for r in requests]), requests)
 
 
+@pytest.mark.slow
 def test_forks_are_guided_each_for_itself() -> None:
     grammar = compiler().json_schema(ORDER)
     requests = [request(grammar, replace(GREEDY, repetition_penalty=1 + i)) for i in range(3)]

@@ -111,7 +111,8 @@ def watermarked(_: LoadedModel) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("make", [pytest.param(guided, marks=pytest.mark.slow), watermarked])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [guided, watermarked])
 def test_what_few_steps_have_is_done_around_replayed_ones(
     make: Callable[[LoadedModel], list[Request]],
 ) -> None:
@@ -139,6 +140,7 @@ def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
     check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_captured_runs_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

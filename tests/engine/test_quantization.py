@@ -19,6 +19,8 @@ from tests.engine import models
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [list(range(7 * i, 7 * i + n)) for i, n in enumerate((5, 29, 1, 40, 16, 33))]
 PROMPTS += [PROMPTS[3][:34] + PROMPTS[0]]
 NUM_TOKENS = 10
@@ -226,7 +228,6 @@ def test_what_is_quantised_otherwise_is_refused(
         load(LoadConfig(str(tmp_path), quantize=quantize))
 
 
-@pytest.mark.slow
 def test_smollm2_in_company(method: Quantization) -> None:
     served = load(LoadConfig(DEFAULT_MODEL_ID, quantize=method))
     texts = [

@@ -1102,7 +1102,7 @@ class ThoroughSchedulerMachine(SchedulerMachine):
 
 class TestRandomSchedules(SchedulerMachine.TestCase):
     settings = settings(
-        max_examples=200,
+        max_examples=60,
         stateful_step_count=40,
         deadline=None,
         report_multiple_bugs=False,

@@ -68,6 +68,7 @@ def test_a_greedy_choice_is_the_best_of_the_raised_scores() -> None:
         assert raised[token_id] > raised.max() - 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
