@@ -1113,7 +1113,7 @@ class TestRandomSchedules(SchedulerMachine.TestCase):
 @pytest.mark.slow
 class TestManyRandomSchedules(ThoroughSchedulerMachine.TestCase):
     settings = settings(
-        max_examples=2000,
+        max_examples=600,
         stateful_step_count=60,
         deadline=None,
         report_multiple_bugs=False,

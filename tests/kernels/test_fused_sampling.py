@@ -131,7 +131,7 @@ def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
         torch.testing.assert_close(logprobs[i], expected[ids[i]], rtol=1e-5, atol=atol)
         check_choice(scores, own, int(ids[i]))
         if own["top_n_tokens"][0]:
-            check_top(expected, top_ids[i], top_logprobs[i], atol)
+            check_top(scores, top_ids[i], top_logprobs[i], atol)
     if counts is not None:
         assert torch.equal(counts, expected_counts)
 
@@ -146,14 +146,18 @@ def check_choice(scores: Tensor, p: np.ndarray, chosen: int) -> None:
         assert scores[chosen] >= scores.max() - slack
 
 
-def check_top(expected: Tensor, top_ids: Tensor, top_logprobs: Tensor, atol: float) -> None:
-    """The best survivors, with their logprobs, best first and of equals the lowest id."""
+def check_top(scores: Tensor, top_ids: Tensor, top_logprobs: Tensor, atol: float) -> None:
+    """The best survivors, with their logprobs, best first and of equals the lowest id.
+
+    Equal are scores: their logprobs, rounded once more, may be equal where they are not.
+    """
+    expected = scores.log_softmax(-1)
     alive = int((expected > -math.inf).sum().clamp(max=len(top_ids)))
     ids, logprobs = top_ids[:alive], top_logprobs[:alive]
     assert len(set(ids.tolist())) == alive
     torch.testing.assert_close(logprobs, expected[ids], rtol=1e-5, atol=atol)
     assert (logprobs.diff() <= 0).all()
-    same = expected[ids][1:] == expected[ids][:-1]
+    same = scores[ids][1:] == scores[ids][:-1]
     assert (ids.diff()[same] > 0).all()
     assert logprobs[-1] >= expected.sort(descending=True).values[alive - 1] - atol
     assert (top_logprobs[alive:] == -math.inf).all()
