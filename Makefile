@@ -5,7 +5,7 @@ READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
 
-.PHONY: serve test check clients fuzz lint rooms bench gpu clean
+.PHONY: serve test check clients fuzz thorough lint rooms bench gpu clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
@@ -24,6 +24,9 @@ clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and 
 
 fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
+
+thorough: $(READY)  ## ten times as many random schedules
+	THOROUGH=10 $(PYTHON) -m pytest --timeout=7200 tests/engine/test_scheduler.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

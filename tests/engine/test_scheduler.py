@@ -4,6 +4,7 @@ Each launch of the `Driver` checks the contents of every block that is read, and
 operation the invariants; a test adds only what is special about its case.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -1113,7 +1114,7 @@ class TestRandomSchedules(SchedulerMachine.TestCase):
 @pytest.mark.slow
 class TestManyRandomSchedules(ThoroughSchedulerMachine.TestCase):
     settings = settings(
-        max_examples=600,
+        max_examples=600 * int(os.environ.get("THOROUGH", "1")),
         stateful_step_count=60,
         deadline=None,
         report_multiple_bugs=False,
