@@ -3,17 +3,15 @@
     python -m bench.http_cost --streams 256 --rate 100
 
 The engine is a fixed source: every 1 / rate seconds a token for every stream, as a GPU would
-give them. Clients run in a process of their own and count events. What is told is the share
-of the source's tokens that arrived in time, and the server's CPU time per token, which with
-one interpreter lock is time that the engine's thread does not have.
-"""
+give"""
 
 import argparse
 import asyncio
 import multiprocessing
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -21,6 +19,7 @@ from urllib.parse import urlsplit
 import orjson
 import uvloop
 
+from bench.bare_server import serving_bare
 from bench.http_engine import serving_engine
 from engine.metrics import EngineFigures, ModelInfo
 from engine.request import Event, Finished, FinishReason, Request, Token, TokenOutput
@@ -126,21 +125,37 @@ class Cost:
     seconds: float
     cpu_s: float
     ideal_s: float
-    num_late_ticks: int
+    num_late_ticks: int = 0
+
+    @property
+    def us_per_token(self) -> float:
+        return self.cpu_s / self.tokens * 1e6
 
     def __str__(self) -> str:
         return (
             f"{self.streams:4} streams at {self.rate:.0f}/s: "
             f"{self.ideal_s / self.seconds:.3f} of the source's rate, "
-            f"{self.cpu_s / self.tokens * 1e6:.1f} us of CPU per token, "
+            f"{self.us_per_token:.1f} us of CPU per token, "
             f"{self.tokens / self.seconds:.0f} tokens/s, {self.num_late_ticks} ticks late"
         )
 
 
 def measure(api: str, streams: int, rate: float, seconds: float) -> Cost:
     source = FixedSource(rate)
+    serving = serving_engine(source, streams)  # type: ignore[arg-type]
+    cost = _measure(serving, api, streams, rate, int(seconds * rate))
+    return replace(cost, num_late_ticks=source.num_late_ticks)
+
+
+def measure_bare(streams: int, rate: float, seconds: float) -> Cost:
     num_tokens = int(seconds * rate)
-    with serving_engine(source, streams) as url:  # type: ignore[arg-type]
+    return _measure(serving_bare(rate, num_tokens), "tgi", streams, rate, num_tokens)
+
+
+def _measure(
+    serving: AbstractContextManager[str], api: str, streams: int, rate: float, num_tokens: int
+) -> Cost:
+    with serving as url:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         clients = multiprocessing.get_context("spawn").Process(
             target=_run_clients, args=(theirs, url, api, streams, num_tokens)
@@ -153,15 +168,7 @@ def measure(api: str, streams: int, rate: float, seconds: float) -> Cost:
         cpu_s, elapsed = time.process_time() - cpu_s, time.perf_counter() - started
         clients.join()
     assert received >= streams * num_tokens, f"{received} events of {streams * num_tokens}"
-    return Cost(
-        streams,
-        rate,
-        streams * num_tokens,
-        elapsed,
-        cpu_s,
-        num_tokens / rate,
-        source.num_late_ticks,
-    )
+    return Cost(streams, rate, streams * num_tokens, elapsed, cpu_s, num_tokens / rate)
 
 
 def _run_clients(pipe: Connection, url: str, api: str, streams: int, num_tokens: int) -> None:
@@ -204,7 +211,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each run")
     options = parser.parse_args()
     for streams in map(int, options.streams.split(",")):
-        print(measure(options.api, streams, options.rate, options.seconds), flush=True)
+        bare = measure_bare(streams, options.rate, options.seconds)
+        cost = measure(options.api, streams, options.rate, options.seconds)
+        print(
+            f"{cost}; a bare application {bare.us_per_token:.1f} us: "
+            f"{cost.us_per_token / bare.us_per_token:.2f} times that",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.config import LifespanType
 
 from api.app import create_app
 from api.config import read_settings
@@ -18,17 +20,26 @@ _START_S = 30.0
 
 @contextmanager
 def serving_engine(engine: Engine, max_concurrent_requests: int) -> Iterator[str]:
-    """Yields the URL. As `python -m api` serves; the engine is closed with the server."""
+    """Yields the URL. The engine is closed with the server."""
     flags = {"--hostname": "127.0.0.1", "--max-concurrent-requests": str(max_concurrent_requests)}
     settings = read_settings([word for flag in flags.items() for word in flag])
+    app = create_app(build_state(AsyncEngine(engine, max_concurrent_requests), settings))
+    with running_server(app) as url:
+        yield url
+
+
+@contextmanager
+def running_server(app: ASGIApp, lifespan: LifespanType = "on") -> Iterator[str]:
+    """Yields the URL."""
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(build_state(AsyncEngine(engine, max_concurrent_requests), settings)),
-            host=settings.hostname,
+            app,
+            host="127.0.0.1",
             port=0,
             loop="uvloop",
             http="httptools",
             ws="none",
+            lifespan=lifespan,
             access_log=False,
             log_level="warning",
             timeout_graceful_shutdown=5,
