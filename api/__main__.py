@@ -11,46 +11,35 @@ from collections.abc import Sequence
 import uvicorn
 
 from api.app import create_app
-from api.config import ConfigError, Settings, read_settings
-from api.launcher_flags import flag_of
-from api.logs import configure_logging, connected, stopping
+from api.config import ConfigError, Settings, platform_identity, read_settings
+from api.logs import configure_logging, connected
 from api.runtime_info import runtime_info
+from api.server import PortTaken, Server, check_port, server_config
 from api.state import AppState, build_state
+from api.vast import pyworker
+from api.vast.worker import AlreadyRunning, report_failure
+from api.vast.worker import run as run_worker
 from engine.async_engine import AsyncEngine
 from engine.errors import DownloadFailed, LoadError
 
 logger = logging.getLogger("api")
 
 
-_LAST_WORDS_S = 0.5
-"""Before streams are cut they end, with an error as their last event."""
+class _PlainServer(Server):
+    """With words of our own when requests are served; `repeats` where they might be missed."""
 
-
-class Server(uvicorn.Server):
-    """uvicorn, with words of our own when requests are served and when they no longer are."""
-
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, repeats: bool) -> None:
         super().__init__(config)
-        self._engine = engine
+        self.engine = engine
+        self._repeats = repeats
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         print(_ready_line(host, port), flush=True)
         connected()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping()
-        timeout_s = self.config.timeout_graceful_shutdown or 0
-        last_words = asyncio.get_running_loop().call_later(
-            max(timeout_s - _LAST_WORDS_S, 0), self._engine.give_up, "the server is shutting down"
-        )
-        await super().shutdown(sockets)
-        last_words.cancel()
-
-
-class PortTaken(Exception):
-    """Nothing can be served where it should be."""
+        if self._repeats and self.engine is not None:
+            self._repeating = asyncio.create_task(pyworker.repeat_connected(self.engine))
 
 
 _EXITS: tuple[tuple[type[Exception], str], ...] = (
@@ -68,21 +57,49 @@ def main(argv: Sequence[str]) -> int:
     # Shells have what they start in the background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        settings = read_settings(argv)
-        configure_logging(settings.json_output, settings.log_level, settings.log_colorize)
-        _introduce(settings)
-        _check_port_is_free(settings)
-        state = _load(settings)
-        Server(_server_config(state), state.engine).run()
+        return _run(argv)
     except ConfigError as error:
         print(f"Error: ArgumentValidation({json.dumps(str(error))})", file=sys.stderr)
+        return _end(str(error))
+    except AlreadyRunning as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except (LoadError, PortTaken) as error:
         name = next(name for kind, name in _EXITS if isinstance(error, kind))
         print(f"error: {error}\nError: {name}", file=sys.stderr)
-        return 1
+        logger.error("Error: %s", name)
+        return _end(f"Worker Server failed to launch: {error}")
     except KeyboardInterrupt:
-        pass
+        return 0
+
+
+def _end(reason: str) -> int:
+    """As a failure. One of Vast's workers stays to say why: else it is taken to be loading."""
+    identity = platform_identity()
+    if identity is not None:
+        report_failure(identity, reason)
+    return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    settings = read_settings(argv)
+    behind = settings.vast_mode == "behind pyworker"
+    configure_logging(
+        settings.json_output or behind,
+        settings.log_level,
+        settings.log_colorize,
+        pyworker.log_file(settings.model_log) if behind else None,
+    )
+    _introduce(settings)
+    if settings.vast_mode == "worker":
+        run_worker(settings.vast_worker(), lambda: _load(settings))
+        return 0
+    hostname, port = settings.address
+    check_port(hostname, port)
+    state = _load(settings)
+    drain_s = settings.graceful_termination_timeout
+    config = server_config(create_app(state), hostname, port, drain_s)
+    _PlainServer(config, state.engine, repeats=behind).run()
     return 0
 
 
@@ -91,17 +108,6 @@ def _introduce(settings: Settings) -> None:
         print(runtime_info(), flush=True)
     for note in settings.notes():
         logger.warning(note)
-
-
-def _check_port_is_free(settings: Settings) -> None:
-    """Before the minutes that a model may take to load, not after."""
-    family = socket.AF_INET6 if ":" in settings.hostname else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.hostname, settings.port))
-        except OSError as error:
-            raise PortTaken(f"{flag_of('port')}: {settings.port}: {error.strerror}") from None
 
 
 def _load(settings: Settings) -> AppState:
@@ -118,24 +124,6 @@ def _load(settings: Settings) -> AppState:
             stall_timeout_s=settings.stall_timeout,
         ),
         settings,
-    )
-
-
-def _server_config(state: AppState) -> uvicorn.Config:
-    settings = state.settings
-    return uvicorn.Config(
-        create_app(state),
-        host=settings.hostname,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        # Above the 60 s for which proxies keep idle connections, so that they close first.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=settings.graceful_termination_timeout,
     )
 
 

@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import (
@@ -32,6 +33,14 @@ from pydantic_settings import (
 
 from api.launcher_flags import CheckpointFormat, LauncherFlags, flag_of
 from api.served_flags import ServedFlags
+from api.vast import pyworker
+from api.vast.variables import (
+    Identity,
+    MissingVariable,
+    VastVariables,
+    WorkerConfig,
+    identity_in,
+)
 from engine.config import EngineConfig, LoadConfig, Quantization, RopeScaling
 
 logger = logging.getLogger(__name__)
@@ -54,7 +63,7 @@ class Limits:
 
 
 # Fields of the last base come first in --help: what does something, before what does not.
-class Settings(LauncherFlags, ServedFlags):
+class Settings(LauncherFlags, VastVariables, ServedFlags):
     """Serve one model as Text Generation Inference does. Every flag is an environment variable
     too: --max-best-of 4 is MAX_BEST_OF=4; a flag wins. HF_TOKEN opens gated models.
     """
@@ -178,6 +187,23 @@ class Settings(LauncherFlags, ServedFlags):
             watermark=(self.watermark_gamma, self.watermark_delta),
         )
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where to listen, unless as a worker."""
+        if self.vast_mode != "behind pyworker":
+            return self.hostname, self.port
+        port = self.port if "port" in self.model_fields_set else pyworker.PORT
+        return pyworker.HOSTNAME, port
+
+    def vast_worker(self) -> WorkerConfig:
+        """Raises ConfigError, naming the variable that is missing."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "skiff"
+        try:
+            return self.worker_config(os.environ, home)
+        except MissingVariable as error:
+            raise ConfigError(str(error)) from None
+
     def limits(self, max_total_tokens: int) -> Limits:
         """The limits, once the engine knows how long a sequence may be."""
         max_input = self.max_input_tokens or self.max_input_length or max_total_tokens - 1
@@ -208,6 +234,11 @@ class Settings(LauncherFlags, ServedFlags):
             case "eetq":
                 return "bitsandbytes"
         return None
+
+
+def platform_identity() -> Identity | None:
+    """Who is to report that the settings are wrong, if this is one of Vast's workers."""
+    return identity_in(os.environ)
 
 
 def read_settings(argv: Sequence[str]) -> Settings:

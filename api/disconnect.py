@@ -5,7 +5,7 @@ would generate for nobody. So all routes run their work through here.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -35,6 +35,16 @@ async def all_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
+    finally:
+        await cancel(*tasks)
+
+
+async def first_of(*works: Awaitable[T]) -> T:
+    """What the first of `works` to end returns; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
     finally:
         await cancel(*tasks)
 

@@ -19,7 +19,7 @@ _SUMMED = (
 
 
 def caller_of(http: HttpRequest, route: str) -> Caller:
-    return Caller(route, http.headers.get("traceparent"))
+    return Caller(route, http.headers.get("traceparent"), http.scope.get("meter"))
 
 
 def stream_headers(state: AppState, *bodies: GenerateRequest) -> dict[str, str]:

@@ -66,7 +66,7 @@ class Inference:
                 request = await self._validator.validate(
                     body, extras, logprobs=logprobs or best_of > 1
                 )
-                observation.validated(request)
+                observation.validated(request, best_of)
                 validated = time.perf_counter()
                 completions = await self._complete(request, best_of, observation)
             prompt = completions[0].end.prompt
@@ -91,8 +91,8 @@ class Inference:
                 validated = time.perf_counter()
                 with self._engine.submit(request) as generation:
                     async for events in generation.events():
-                        observation.token_came()
                         end = events[-1]
+                        observation.tokens_came(_num_tokens(events))
                         if isinstance(end, Finished):
                             observation.finished(end, _timings(end, started, validated))
                         if isinstance(end, Failed):
@@ -124,6 +124,11 @@ def split_end(events: list[Event]) -> tuple[list[TokenOutput], Finished | None]:
     return cast(list[TokenOutput], events), None
 
 
+def _num_tokens(events: list[Event]) -> int:
+    """All but the last one are tokens."""
+    return len(events) - (not isinstance(events[-1], TokenOutput))
+
+
 def _candidates(request: Request, best_of: int) -> list[Request]:
     others = (
         replace(
@@ -140,7 +145,7 @@ def _candidates(request: Request, best_of: int) -> list[Request]:
 async def _collect(generation: Generation, observation: Observation) -> Completion:
     outputs: list[TokenOutput] = []
     async for events in generation.events():
-        observation.token_came()
+        observation.tokens_came(_num_tokens(events))
         for event in events:
             match event:
                 case TokenOutput():

@@ -38,16 +38,23 @@ _COLOURS = {"DEBUG": 34, "INFO": 32, "WARN": 33, "ERROR": 31}
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), 127)} | {10: "\\n"}
 
 
-def configure_logging(json_output: bool, level: str, colorize: bool) -> None:
-    """Send every line to stdout from now on. `level` is warn, info, debug or a filter of
-    Rust's tracing, as LOG_LEVEL has it. May be called again.
+def configure_logging(
+    json_output: bool, level: str, colorize: bool, log_file: Path | None = None
+) -> None:
+    """Send every line to stdout from now on, and to the end of `log_file` as JSON. `level` is
+    warn, info, debug or a filter of Rust's tracing, as LOG_LEVEL has it. May be called again.
     """
-    handler = _Handler(sys.stdout)
-    handler.setFormatter(_JsonFormatter() if json_output else _TextFormatter(colorize))
+    handlers = [_Handler(sys.stdout)]
+    handlers[0].setFormatter(_JsonFormatter() if json_output else _TextFormatter(colorize))
+    if log_file is not None:
+        # Appending, since who reads it may cut it to nothing at any time.
+        handlers.append(_Handler(log_file.open("a", buffering=1)))
+        handlers[1].setFormatter(_JsonFormatter())
     root, own_level = logging.getLogger(), plain_level(level)
     for earlier in [h for h in root.handlers if isinstance(h, _Handler)]:
         root.removeHandler(earlier)
-    root.addHandler(handler)
+    for handler in handlers:
+        root.addHandler(handler)
     # Libraries speak of URLs and headers below this level.
     root.setLevel(max(own_level, logging.WARNING))
     for name in (*_OURS, "text_generation_router"):

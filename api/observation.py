@@ -9,7 +9,7 @@ import logging
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from api.config import Limits
 from api.disconnect import ClientGone
@@ -33,6 +33,7 @@ _FAILURES: dict[str, Failure] = {
     "incomplete_generation_stream": "incomplete",
 }
 """TGI's label by the `error_type` on the wire. Every other one is a request refused."""
+_FAULTS: frozenset[Failure] = frozenset({"generation", "incomplete"})
 _GONE = (GeneratorExit, asyncio.CancelledError, ClientGone)
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,26 @@ _server = logging.getLogger(SERVER)
 _infer = logging.getLogger(INFER)
 
 
+class Meter(Protocol):
+    """Told what a request costs, by who stands in front of the application."""
+
+    def accept(self, max_new_tokens: int) -> None:
+        """One of its generations passed its checks, and may have as many."""
+
+    def generate(self, num_tokens: int) -> None:
+        """They came."""
+
+    def fail(self) -> None:
+        """One came to nothing, and not by fault of its request or its client."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The route that a request came by, and the trace it belongs to."""
+    """The route that a request came by, the trace it belongs to, and who meters it."""
 
     route: str
     traceparent: str | None = None
+    meter: Meter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class Observation:
     __slots__ = (
         "_ended",
         "_first_token_came",
+        "_meter",
         "_metrics",
         "_request",
         "_route",
@@ -81,6 +97,7 @@ class Observation:
 
     def __init__(self, caller: Caller, metrics: Metrics, tracer: Tracer | None) -> None:
         self._route = caller.route
+        self._meter = caller.meter
         self._metrics = metrics.requests
         self._started = time.perf_counter()
         self._request: Request | None = None
@@ -109,13 +126,17 @@ class Observation:
         if self._span is not None:
             self._span.end()
 
-    def validated(self, request: Request) -> None:
+    def validated(self, request: Request, best_of: int = 1) -> None:
         """It passed its checks, and is about to be queued."""
         self._request = request
         self._metrics.validated(request)
+        if self._meter is not None:
+            self._meter.accept(request.stopping.max_new_tokens * best_of)
 
-    def token_came(self) -> None:
-        """All but the first are ignored, as are those of other completions."""
+    def tokens_came(self, num_tokens: int) -> None:
+        """Of any of its completions."""
+        if self._meter is not None:
+            self._meter.generate(num_tokens)
         if not self._first_token_came:
             self._first_token_came = True
             self._metrics.time_to_first_token.observe(time.perf_counter() - self._started)
@@ -146,6 +167,8 @@ class Observation:
         self._metrics.failure[err].inc()
         if err == "dropped":
             self._metrics.cancelled[self._phase].inc()
+        elif self._meter is not None and err in _FAULTS:
+            self._meter.fail()
         self._tell_failure(err, problem)
 
     def _tell_failure(self, err: Failure, problem: BaseException) -> None:

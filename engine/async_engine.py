@@ -150,6 +150,11 @@ class AsyncEngine:
 
     # -- event loop -------------------------------------------------------------------
 
+    @property
+    def free_permits(self) -> int:
+        """How many generations may come yet."""
+        return self._free_permits
+
     def start(self) -> None:
         """Begin to serve the running event loop."""
         self._loop = asyncio.get_running_loop()

@@ -1,0 +1,167 @@
+"""What this worker can do, measured at start, as the autoscaler plans with it.
+
+In the shape of the platform's own benchmark: several runs of as many requests at once as a step
+takes, each of random words; a run's figure is its tokens per second, and the best run counts.
+Unlike there, every token that is counted was generated, and time is limited.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from api.state import AppState
+from engine.async_engine import AsyncEngine
+from engine.request import (
+    Event,
+    Failed,
+    Request,
+    SamplingParams,
+    StoppingParams,
+    TokenOutput,
+)
+
+_RUNS = 8
+_MAX_CONCURRENCY = 50
+_NUM_WORDS = 250
+_NUM_TOKENS = 128
+_TEMPERATURE = 0.7
+_COMMON_WORDS = (
+    "a about after all also and as at back be because but by can come could day even find first "
+    "for from get give good have he her here him his how if in into it its just know like look "
+    "make man many me more my new no not now of on one only or other our out people say see she "
+    "so some take tell than that the their them then there these they thing think this time to "
+    "two up use very want way we well what when which who will with work would year you"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class BenchmarkFailed(Exception):
+    """Not one run came to an end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a result is of. On any other device, model, version or setting it says nothing."""
+
+    model: str
+    device: str
+    version: str
+    settings: str
+
+    @property
+    def file_name(self) -> str:
+        text = json.dumps([self.model, self.device, self.version, self.settings])
+        return f"benchmark-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def key_of(state: AppState) -> Key:
+    settings, model = state.settings, state.engine.model
+    return Key(
+        model=f"{model.sha} {model.weight_bytes} {settings.load_config()}",
+        device=model.device,
+        version=_sources(),
+        settings=f"{settings.engine_config()} {settings.max_concurrent_requests}",
+    )
+
+
+def _sources() -> str:
+    """A digest of what runs a step: as exact as a version can be."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for path in sorted((*root.glob("engine/*.py"), *root.glob("kernels/*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+async def max_perf(engine: AsyncEngine, key: Key, cache: Path, seconds: float) -> float:
+    """Tokens per second: measured now, or when this same worker last was. Raises
+    BenchmarkFailed.
+    """
+    path = cache / key.file_name
+    known = await asyncio.to_thread(_read, path)
+    if known is not None:
+        logger.info("benchmark: %.1f tokens/s, known from an earlier start", known)
+        return known
+    measured = await measure(engine, seconds)
+    await asyncio.to_thread(_write, path, measured)
+    return measured
+
+
+async def measure(engine: AsyncEngine, seconds: float) -> float:
+    """The best of some runs, as many as there is time for, but one."""
+    deadline = time.monotonic() + seconds
+    concurrency = min(_MAX_CONCURRENCY, engine.free_permits)
+    best = 0.0
+    for run in range(_RUNS):
+        left = deadline - time.monotonic()
+        if run and left < seconds / _RUNS / 2:
+            break
+        best = max(best, await _run(engine, run, concurrency, left))
+    if best == 0.0:
+        raise BenchmarkFailed("no token came in time")
+    return best
+
+
+async def _run(engine: AsyncEngine, run: int, concurrency: int, seconds: float) -> float:
+    """Cut off at the end of its time, what was generated until then counts."""
+    requests = [_request(engine, f"benchmark-{run}-{n}") for n in range(concurrency)]
+    counts = [0] * concurrency
+    started = time.perf_counter()
+    with ExitStack() as running:
+        running.enter_context(engine.admit(concurrency))
+        generations = [running.enter_context(engine.submit(request)) for request in requests]
+        readers = (_count(g.events(), counts, n) for n, g in enumerate(generations))
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*readers)
+        except TimeoutError:
+            pass
+        elapsed = time.perf_counter() - started
+    logger.info("benchmark: %d tokens in %.2f s, %d at once", sum(counts), elapsed, concurrency)
+    return sum(counts) / elapsed
+
+
+async def _count(events: AsyncIterator[list[Event]], counts: list[int], n: int) -> None:
+    async for arrived in events:
+        if isinstance(arrived[-1], Failed):
+            raise BenchmarkFailed(arrived[-1].message)
+        counts[n] += sum(isinstance(event, TokenOutput) for event in arrived)
+
+
+def _request(engine: AsyncEngine, request_id: str) -> Request:
+    """Words at random: nothing of a prompt was computed for another."""
+    ids = engine.tokenizer.encode(" ".join(random.choices(_COMMON_WORDS.split(), k=_NUM_WORDS)))
+    num_tokens = min(_NUM_TOKENS, engine.max_total_tokens // 2)
+    return Request(
+        request_id=request_id,
+        prompt_ids=ids[: engine.max_total_tokens - num_tokens],
+        sampling=SamplingParams(do_sample=True, temperature=_TEMPERATURE),
+        stopping=StoppingParams(num_tokens, ignore_eos=True),
+    )
+
+
+def _read(path: Path) -> float | None:
+    try:
+        value = json.loads(path.read_text())["tokens_per_second"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _write(path: Path, value: float) -> None:
+    """Whole or not at all; a folder that cannot be written to costs the next start some time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps({"tokens_per_second": value}))
+        whole.replace(path)
+    except OSError as error:
+        logger.warning("the benchmark's result cannot be kept in %s: %s", path.parent, error)
