@@ -6,8 +6,10 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
+import psutil
 import uvicorn
 
 from api.app import create_app
@@ -21,6 +23,7 @@ from api.vast.worker import AlreadyRunning, report_failure
 from api.vast.worker import run as run_worker
 from engine.async_engine import AsyncEngine
 from engine.errors import DownloadFailed, LoadError
+from engine.metrics import ColdStart
 
 logger = logging.getLogger("api")
 
@@ -37,6 +40,8 @@ class _PlainServer(Server):
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         print(_ready_line(host, port), flush=True)
+        if self.engine is not None:
+            logger.info("ready: %s", self.engine.cold_start)
         connected()
         if self._repeats and self.engine is not None:
             self._repeating = asyncio.create_task(pyworker.repeat_connected(self.engine))
@@ -112,9 +117,12 @@ def _introduce(settings: Settings) -> None:
 
 def _load(settings: Settings) -> AppState:
     settings.export_hub_settings()
-    from engine.engine import Engine  # brings torch: not before the settings are known to be good
+    cold_start = ColdStart()
+    cold_start.add("start", time.time() - psutil.Process().create_time())
+    with cold_start.phase("import"):
+        from engine.engine import Engine  # brings torch: not before the settings are good
 
-    engine = Engine.load(settings.load_config(), settings.engine_config())
+    engine = Engine.load(settings.load_config(), settings.engine_config(), cold_start)
     for line in engine.summary():
         print(line, flush=True)
     return build_state(

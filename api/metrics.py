@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from api.config import Limits
 from api.validation import MAX_COUNTED_NEW_TOKENS
 from engine.config import BLOCK_SIZE
-from engine.metrics import EngineFigures, StepFigures
+from engine.metrics import ColdStart, EngineFigures, StepFigures
 from engine.request import Request
 
 Failure = Literal["overloaded", "validation", "template", "generation", "incomplete", "dropped"]
@@ -52,12 +52,14 @@ DURATIONS = _duration_buckets()
 class Metrics:
     """All of them, in a registry of their own."""
 
-    def __init__(self, limits: Limits, figures: Callable[[], EngineFigures]) -> None:
+    def __init__(
+        self, limits: Limits, figures: Callable[[], EngineFigures], cold_start: ColdStart
+    ) -> None:
         """`figures` is asked at each scrape, from any thread."""
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry, limits)
         self.steps = StepMetrics(self.registry)
-        self.registry.register(_EngineCollector(figures))
+        self.registry.register(_EngineCollector(figures, cold_start))
 
 
 class RequestMetrics:
@@ -260,8 +262,9 @@ class _StepsOfMethod:
 class _EngineCollector(Collector):
     """What the engine publishes after each step, so it is right when idle too."""
 
-    def __init__(self, figures: Callable[[], EngineFigures]) -> None:
+    def __init__(self, figures: Callable[[], EngineFigures], cold_start: ColdStart) -> None:
         self._figures = figures
+        self._cold_start = cold_start
 
     def collect(self) -> Iterator[Metric]:
         now = self._figures()
@@ -293,6 +296,12 @@ class _EngineCollector(Collector):
             "Times that a running request gave its blocks back to be computed again",
             now.num_preemptions,
         )
+        cold_start = GaugeMetricFamily(
+            "skiff_cold_start_seconds", "Seconds that a phase of the start took", labels=["phase"]
+        )
+        for phase, seconds in self._cold_start.seconds.copy().items():
+            cold_start.add_metric([phase], seconds)
+        yield cold_start
         yield CounterMetricFamily("skiff_steps", "Steps that the engine launched", now.num_steps)
 
 

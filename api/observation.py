@@ -233,7 +233,7 @@ def observer_for(
 ) -> Observer:
     """Without an endpoint nothing is traced, and nothing of tracing is imported."""
     tracer = None if otlp_endpoint is None else tracer_to(otlp_endpoint, otlp_service_name)
-    return Observer(Metrics(limits, lambda: engine.status().figures), tracer)
+    return Observer(Metrics(limits, lambda: engine.status().figures, engine.cold_start), tracer)
 
 
 def _failure(problem: BaseException) -> Failure:

@@ -21,7 +21,7 @@ import uvloop
 
 from bench.bare_server import serving_bare
 from bench.http_engine import serving_engine
-from engine.metrics import EngineFigures, ModelInfo
+from engine.metrics import ColdStart, EngineFigures, ModelInfo
 from engine.request import Event, Finished, FinishReason, Request, Token, TokenOutput
 
 _PATHS = {
@@ -63,6 +63,7 @@ class FixedSource:
         self.last_step = None
         self.limits = SimpleNamespace(max_total_tokens=1 << 20)
         self.info = ModelInfo("source", None, None, "none", "cpu", 0, None)
+        self.cold_start = ColdStart()
         self.num_late_ticks = 0
         self.num_tokens = 0
 

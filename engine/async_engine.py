@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from engine.errors import EngineDead
-from engine.metrics import EngineFigures, EngineStatus, ModelInfo, StepFigures
+from engine.metrics import ColdStart, EngineFigures, EngineStatus, ModelInfo, StepFigures
 from engine.request import Event, Failed, Request, TokenOutput
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class AsyncEngine:
         self._busy_since: float | None = None
         self._figures: EngineFigures = engine.figures()
         self._death: str | None = None
+        self._prepared = False
         self.on_step: Callable[[StepFigures], None] | None = None
         """Called on the event loop, once for each step that was looked at."""
 
@@ -149,6 +150,17 @@ class AsyncEngine:
         return self._engine.info
 
     # -- event loop -------------------------------------------------------------------
+
+    @property
+    def cold_start(self) -> ColdStart:
+        return self._engine.cold_start
+
+    @property
+    def is_prepared(self) -> bool:
+        """It has done all that can be done before there is work. True from the first such time
+        on.
+        """
+        return self._prepared
 
     @property
     def free_permits(self) -> int:
@@ -247,6 +259,7 @@ class AsyncEngine:
     def _await_work(self) -> None:
         while not (self._engine.has_work or self._inbox or self._stopping):
             if not self._engine.prepare():
+                self._prepared = True
                 self._wake.wait()
                 self._wake.clear()
 

@@ -23,7 +23,7 @@ from engine.errors import EngineDead, GrammarError, LoadError
 from engine.grammar import GrammarCompiler, TokenMasks
 from engine.graphs import Capture, CudaCapture
 from engine.loader import LoadedModel, freeze_rotary, load
-from engine.metrics import EngineFigures, StepFigures
+from engine.metrics import ColdStart, EngineFigures, StepFigures
 from engine.model_runner import Forward, StepResult, build_runner
 from engine.output import SequenceOutput
 from engine.packed_arrays import PackedArrays
@@ -88,19 +88,24 @@ class Engine:
     """Owns the scheduler, the model and every sequence. One thread drives it."""
 
     @classmethod
-    def load(cls, load_config: LoadConfig, config: EngineConfig) -> "Engine":
+    def load(
+        cls, load_config: LoadConfig, config: EngineConfig, cold_start: ColdStart | None = None
+    ) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
-        loaded = in_passing_thread(lambda: load(load_config))
+        cold_start = cold_start or ColdStart()
+        loaded = in_passing_thread(lambda: load(load_config, cold_start))
         limits = in_passing_thread(lambda: decide_limits(loaded, config))
         while True:
             try:
-                engine = in_passing_thread(partial(cls, loaded, config, limits))
-                engine.warm_up()
+                with cold_start.phase("warm-up"):
+                    engine = in_passing_thread(partial(cls, loaded, config, limits))
+                    engine.warm_up()
             except torch.OutOfMemoryError:
                 limits = with_smaller_cache(loaded, config, limits)
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
             else:
                 engine.grammars.prepare()
+                engine.cold_start = cold_start
                 return engine
 
     def __init__(
@@ -132,6 +137,7 @@ class Engine:
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
+        self.cold_start = ColdStart()
         self.num_steps = 0
         self.last_step: StepFigures | None = None
 
@@ -223,7 +229,8 @@ class Engine:
         missing = next((size for size in sizes if not self.runner.has_graph(size)), None)
         if missing is None:
             return False
-        self.runner.launch(self._builder.empty(missing)).result()
+        with self.cold_start.phase("graphs"):
+            self.runner.launch(self._builder.empty(missing)).result()
         return True
 
     # -- one step ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from engine.config import LoadConfig, RopeScaling
 from engine.errors import LoadError
 from engine.fusion import fuse, observed
 from engine.kv_cache import AttentionCall
-from engine.metrics import ModelInfo
+from engine.metrics import ColdStart, ModelInfo
 from engine.probe import difference, discover, own_logits, verify
 from engine.quantization import compute_in_served_type, loading_options, quantization_of
 from engine.tokenizer import Tokenizer
@@ -48,9 +48,18 @@ class LoadedModel:
     max_positions: int
 
 
-def load(config: LoadConfig) -> LoadedModel:
+def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel:
     """Load, probe and verify. Raises LoadError with the reason and what to do."""
-    checkpoint = locate(config.model_id, config.revision)
+    cold_start = cold_start or ColdStart()
+    with cold_start.phase("download"):
+        checkpoint = locate(config.model_id, config.revision)
+    with cold_start.phase("load"):
+        model, tokenizer = _load(checkpoint, config)
+    with cold_start.phase("verify"):
+        return adopt(model, tokenizer, checkpoint)
+
+
+def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         hf_tokenizer = AutoTokenizer.from_pretrained(
@@ -68,8 +77,7 @@ def load(config: LoadConfig) -> LoadedModel:
         raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
     if config.tokenizer_config_path is not None:
         hf_tokenizer.chat_template = _chat_template(Path(config.tokenizer_config_path))
-    tokenizer = Tokenizer(hf_tokenizer)
-    return adopt(model, tokenizer, checkpoint)
+    return model, Tokenizer(hf_tokenizer)
 
 
 def _chat_template(path: Path) -> str | list[dict[str, str]]:

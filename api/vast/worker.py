@@ -34,6 +34,7 @@ from api.vast.variables import Identity, WorkerConfig
 from engine.errors import LoadError
 
 _HEALTH_S = 1.0
+_PREPARED_S = 0.05
 _CERTIFICATE_RETRY_S = 60.0
 _DRAIN_S = 8
 """The platform's supervisor kills after 10 s."""
@@ -186,7 +187,13 @@ class Worker:
                 return
 
     async def _measure(self, state: AppState) -> None:
+        while not state.engine.is_prepared:
+            await asyncio.sleep(_PREPARED_S)
         self._front.reason = "the benchmark is running"
+        with state.engine.cold_start.phase("benchmark"):
+            await self._benchmark(state)
+
+    async def _benchmark(self, state: AppState) -> None:
         key = benchmark.key_of(state)
         self._readiness.max_perf = await benchmark.max_perf(
             state.engine, key, self._config.benchmark_cache, self._config.benchmark_seconds
@@ -209,7 +216,9 @@ class Worker:
         self._sessions.on_close = self._call
         self._readiness.load_s = time.time() - psutil.Process().create_time()
         self._reporter.report_soon()
-        logger.info("ready after %.1f s", self._readiness.load_s)
+        cold_start, perf = state.engine.cold_start, self._readiness.max_perf
+        logger.info("ready after %.1f s (%s)", self._readiness.load_s, cold_start)
+        logger.info("worker of %.0f tokens/s at %s", perf, self._config.identity.url)
 
     # -- while it serves --------------------------------------------------------------
 

@@ -14,7 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from engine.async_engine import Overloaded
 from engine.errors import EngineDead, GrammarError
-from engine.metrics import EngineFigures, EngineState, EngineStatus, ModelInfo, StepFigures
+from engine.metrics import (
+    ColdStart,
+    EngineFigures,
+    EngineState,
+    EngineStatus,
+    ModelInfo,
+    StepFigures,
+)
 from engine.request import Event, Failed, Finished, FinishReason, Request, Token, TokenOutput
 
 HOLD: list[Event] = []
@@ -169,6 +176,8 @@ class ScriptedEngine:
         self.model = ModelInfo(
             "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 1 << 30, None
         )
+        self.cold_start = ColdStart()
+        self.is_prepared = True
         self.state: EngineState = "ready"
         self.reason: str | None = None
         self.max_permits = self.num_permits = permits
