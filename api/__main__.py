@@ -14,6 +14,7 @@ import uvicorn
 
 from api.app import create_app
 from api.config import ConfigError, Settings, platform_identity, read_settings
+from api.launcher_flags import flag_of
 from api.logs import configure_logging, connected
 from api.runtime_info import runtime_info
 from api.server import PortTaken, Server, check_port, server_config
@@ -100,7 +101,7 @@ def _run(argv: Sequence[str]) -> int:
         run_worker(settings.vast_worker(), lambda: _load(settings))
         return 0
     hostname, port = settings.address
-    check_port(hostname, port)
+    check_port(hostname, port, flag_of("port"))
     state = _load(settings)
     drain_s = settings.graceful_termination_timeout
     config = server_config(create_app(state), hostname, port, drain_s)

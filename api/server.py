@@ -58,12 +58,14 @@ class PortTaken(Exception):
     """Nothing can be served where it should be."""
 
 
-def check_port(hostname: str, port: int) -> None:
-    """Before the minutes that a model may take to load, not after. Raises PortTaken."""
+def check_port(hostname: str, port: int, setting: str) -> None:
+    """Before the minutes that a model may take to load, not after. Raises PortTaken, which names
+    the setting.
+    """
     family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((hostname, port))
         except OSError as error:
-            raise PortTaken(f"port {port}: {error.strerror}") from None
+            raise PortTaken(f"{setting}: {port}: {error.strerror}") from None

@@ -53,7 +53,7 @@ def run(config: WorkerConfig, load: Load) -> None:
     ConfigError.
     """
     with _only_worker(config.port):
-        check_port("0.0.0.0", config.port)
+        check_port("0.0.0.0", config.port, "WORKER_PORT")
         worker = Worker(config, load)
         uvloop.run(worker.run())
         if worker.is_loading:
