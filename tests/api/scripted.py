@@ -190,6 +190,10 @@ class ScriptedEngine:
         self.gave_up = asyncio.Event()
         ScriptedEngine.made.append(self)
 
+    @property
+    def free_permits(self) -> int:
+        return self.num_permits
+
     def start(self) -> None:
         self.num_starts += 1
 

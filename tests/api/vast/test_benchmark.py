@@ -1,0 +1,106 @@
+"""What a worker tells of its speed: measured in bounded time, kept for the next start."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.vast.benchmark import BenchmarkFailed, Key, max_perf, measure
+from engine.request import Event, Failed, Request
+from tests.api.scripted import HOLD, ScriptedEngine, finished, output
+
+pytestmark = pytest.mark.anyio
+KEY = Key("model", "device", "version", "settings")
+
+
+def as_many_as_asked(request: Request) -> Sequence[list[Event]]:
+    count = request.stopping.max_new_tokens
+    steps: list[list[Event]] = [[output("a")] for _ in range(count)]
+    steps[-1].append(finished("a" * count, count))
+    return steps
+
+
+def engine_for(script: Any = as_many_as_asked, permits: int = 128) -> Any:
+    return ScriptedEngine(script, permits)
+
+
+def runs_of(engine: ScriptedEngine) -> list[int]:
+    """How many requests each run had."""
+    counted = Counter(request.request_id.rsplit("-", 1)[0] for request in engine.requests)
+    return list(counted.values())
+
+
+async def test_it_has_the_platforms_shape() -> None:
+    engine = engine_for()
+    assert await measure(engine, seconds=60) > 0
+    assert runs_of(engine) == [1, 2, 4, 8, 16, 32, 50, 50]
+    for request in engine.requests:
+        assert len(request.prompt_ids) == 251  # random words, and the token in front
+        assert request.stopping.max_new_tokens == 128
+        assert request.stopping.ignore_eos
+        assert request.sampling.temperature == 0.7
+    assert len({tuple(request.prompt_ids) for request in engine.requests}) > 100
+
+
+async def test_it_asks_for_no_more_than_may_run_at_once() -> None:
+    engine = engine_for(permits=3)
+    await measure(engine, seconds=60)
+    assert max(runs_of(engine)) == 3
+
+
+async def test_it_ends_in_time_and_counts_what_was_generated() -> None:
+    engine = engine_for(lambda _: [*[[output("a")]] * 20, HOLD])
+    perf = await measure(engine, seconds=0.2)
+    assert runs_of(engine) == [1]
+    assert perf == pytest.approx(20 / 0.2, rel=0.5)
+    assert engine.num_aborts == 1
+
+
+async def test_no_token_in_time_is_a_failure() -> None:
+    with pytest.raises(BenchmarkFailed, match="no token came in time"):
+        await measure(engine_for(lambda _: [HOLD]), seconds=0.05)
+
+
+async def test_an_engine_that_fails_is_a_failure() -> None:
+    with pytest.raises(BenchmarkFailed, match="out of memory"):
+        await measure(engine_for(lambda _: [[Failed("out of memory")]]), seconds=1)
+
+
+async def test_a_wake_up_of_the_same_worker_skips_it(tmp_path: Path) -> None:
+    measured = await max_perf(engine_for(), KEY, tmp_path / "new", 60)
+    again = engine_for()
+    assert await max_perf(again, KEY, tmp_path / "new", 60) == measured
+    assert again.requests == []
+
+
+@pytest.mark.parametrize("field", ["model", "device", "version", "settings"])
+async def test_any_other_worker_measures_anew(field: str, tmp_path: Path) -> None:
+    await max_perf(engine_for(), KEY, tmp_path, 60)
+    other = engine_for()
+    await max_perf(other, replace(KEY, **{field: "other"}), tmp_path, 60)
+    assert other.requests
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tokens_per_second": 0}', '{"tokens_per_second"'])
+async def test_a_result_that_is_none_is_measured_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / KEY.file_name).write_text(content)
+    engine = engine_for()
+    assert await max_perf(engine, KEY, tmp_path, 60) > 0
+    assert engine.requests
+
+
+async def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert await max_perf(engine_for(), KEY, tmp_path / "file" / "folder", 60) > 0
+
+
+async def test_nothing_is_kept_of_one_that_was_stopped(tmp_path: Path) -> None:
+    running = asyncio.create_task(max_perf(engine_for(lambda _: [HOLD]), KEY, tmp_path, 60))
+    await asyncio.sleep(0.05)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert list(tmp_path.iterdir()) == []
