@@ -8,6 +8,8 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.arriving import INDEX, Shards
 from engine.config import DEFAULT_MODEL_ID
 from engine.errors import DownloadFailed
 
@@ -32,12 +35,16 @@ _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder that transformers can load, and where it came from."""
+    """A folder that transformers can load, and where it came from.
+
+    `shards` are those of its weights that may not be in it yet.
+    """
 
     path: Path
     model_id: str
     sha: str | None = None
     pipeline_tag: str | None = None
+    shards: Shards | None = None
 
 
 def locate(model_id: str, revision: str | None = None) -> Checkpoint:
@@ -118,12 +125,21 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
         return _from_cache(model_id, revision, error)
     names = {sibling.rfilename for sibling in info.siblings or []}
     weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
-    patterns = [*_SIDE_FILES, weights]
+    patterns = _SIDE_FILES if INDEX in names else [*_SIDE_FILES, weights]
+    commit = info.sha or revision or "main"
+    with download_errors(model_id):
+        path = Path(snapshot_download(model_id, revision=commit, allow_patterns=patterns))
+    shards = Shards(model_id, commit, path / INDEX) if INDEX in names else None
+    return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)
+
+
+@contextmanager
+def download_errors(model_id: str) -> Iterator[None]:
+    """Raises DownloadFailed for what goes wrong on the way."""
     try:
-        path = snapshot_download(model_id, revision=info.sha, allow_patterns=patterns)
+        yield
     except (HubError, OSError) as error:
         raise DownloadFailed(f"{model_id} could not be downloaded: {error}") from error
-    return Checkpoint(Path(path), model_id, info.sha, info.pipeline_tag)
 
 
 def _from_cache(model_id: str, revision: str | None, error: Exception) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Weights, tokenizer and what the engine has to know about the model they make."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from engine.checkpoint import Checkpoint, locate
+from engine.arriving import Shards
+from engine.checkpoint import Checkpoint, download_errors, locate
 from engine.config import LoadConfig, RopeScaling
 from engine.errors import LoadError
 from engine.fusion import fuse, observed
@@ -55,6 +59,8 @@ def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel
         checkpoint = locate(config.model_id, config.revision)
     with cold_start.phase("load"):
         model, tokenizer = _load(checkpoint, config)
+    if checkpoint.shards is not None:
+        cold_start.move(checkpoint.shards.seconds, "load", "download")
     with cold_start.phase("verify"):
         return adopt(model, tokenizer, checkpoint)
 
@@ -131,22 +137,40 @@ def adopt(
 def _load_weights(
     checkpoint: Checkpoint, config: LoadConfig, device: torch.device
 ) -> PreTrainedModel:
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": checkpoint.path,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    model_config = AutoConfig.from_pretrained(**source)
+    remote_code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(checkpoint.path, **remote_code)
     if config.rope is not None:
         _scale_rotary(model_config, *config.rope)
     transformers_logging.enable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        **source,
-        config=model_config,
-        dtype=config.dtype or ("auto" if device.type == "cuda" else "float32"),
-        device_map={"": device},
+    options: dict[str, Any] = {
+        "config": model_config,
+        "dtype": config.dtype or ("auto" if device.type == "cuda" else "float32"),
+        "device_map": {"": device},
         **loading_options(checkpoint.model_id, model_config, config.quantize),
-    )
+    }
+    model: PreTrainedModel
+    if checkpoint.shards is None:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **remote_code, **options)
+    else:
+        with download_errors(checkpoint.model_id), checkpoint.shards.arriving():
+            model = _load_arriving(checkpoint.path, checkpoint.shards, remote_code, options)
     compute_in_served_type(model)
+    return model
+
+
+def _load_arriving(
+    path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
+) -> PreTrainedModel:
+    """A model whose class is only found with its folder waits until that is whole."""
+    model_config = options["config"]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    is_own = getattr(model_class, "config_class", None) is type(model_config)
+    if remote_code["trust_remote_code"] or not is_own:
+        shards.wait()
+        return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
+    model: PreTrainedModel = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
+    with suppress(OSError):  # not every folder has one
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 

@@ -18,6 +18,11 @@ class ColdStart:
     def add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Of what ran side by side, each second counts once."""
+        self.add(source, -seconds)
+        self.add(target, seconds)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
