@@ -48,7 +48,8 @@ def shortened(value: Any) -> Any:
         return value
     value = {key: shortened(item) for key, item in value.items()}
     if "inputs" in value:
-        value.setdefault("parameters", {})
+        if value.get("parameters") is None:
+            value["parameters"] = {}
         if isinstance(value["parameters"], dict):
             _limit(value["parameters"], "max_new_tokens")
     if "messages" in value or "prompt" in value:
