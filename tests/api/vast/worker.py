@@ -58,10 +58,13 @@ class Signer:
         return auth | {"signature": self.sign(json.dumps(signed, indent=4))}
 
 
-@cache
 def signer(name: str = "autoscaler") -> Signer:
-    """Making a key takes a while."""
-    assert name
+    """The same one for the same name: making a key takes a while."""
+    return _signer(name)
+
+
+@cache
+def _signer(_: str) -> Signer:
     return Signer()
 
 
