@@ -17,6 +17,8 @@ from typing import Any
 
 DEFAULT_WORKLOAD = 100
 """Of a request that names no limit. TGI's own default, and the platform's."""
+MAX_WORKLOAD = 1 << 32
+"""Of one job. No model generates as many, and sums of them stay exact in a float."""
 
 
 class Outcome(StrEnum):
@@ -198,6 +200,6 @@ def workload_of(payload: Mapping[str, Any]) -> float:
     named = parameters if isinstance(parameters, dict) else payload
     for name in ("max_new_tokens", "max_completion_tokens", "max_tokens"):
         limit = named.get(name)
-        if isinstance(limit, int | float) and 0 < limit < float("inf"):
-            return float(limit)
+        if isinstance(limit, int | float) and limit > 0:
+            return float(min(limit, MAX_WORKLOAD))
     return float(DEFAULT_WORKLOAD)

@@ -8,8 +8,11 @@ from typing import Any
 import pydantic_core
 from starlette.responses import Response
 
+from api.vast.books import MAX_WORKLOAD
+
 _REQUIRED = ("cost", "endpoint", "reqnum", "request_idx", "signature", "url")
 _MISSING = "field missing"
+_LONGEST_IDX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +24,19 @@ class Envelope:
     session_id: object = None
 
     @property
-    def request_idx(self) -> object:
-        return self.auth.get("request_idx")
+    def request_idx(self) -> int | str | None:
+        """None if there is none by which a report could speak of it: newer generations do not
+        sign it, and what cannot be told would hold up all that is to be told with it.
+        """
+        idx = self.auth.get("request_idx")
+        if isinstance(idx, int) and not isinstance(idx, bool):
+            return idx if abs(idx) < 1 << 63 else None
+        return idx if isinstance(idx, str) and len(idx) <= _LONGEST_IDX else None
 
     @property
     def cost(self) -> float:
         cost = self.auth["cost"]
-        return float(cost) if isinstance(cost, int | float) and 0 <= cost < 1e18 else 0.0
+        return float(min(cost, MAX_WORKLOAD)) if isinstance(cost, int | float) and cost > 0 else 0.0
 
 
 class Plain(Exception):

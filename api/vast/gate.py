@@ -9,8 +9,9 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +22,7 @@ from api.vast.books import Books, Job, Outcome, workload_of
 from api.vast.envelope import Envelope, Malformed, Plain, refusal
 from api.vast.public_key import PublicKeys
 from api.vast.sessions import Session, Sessions
-from api.vast.signature import Verifier
+from api.vast.signature import OLDEST, Form, Verifier
 
 _ENVELOPE_BYTES = 1 << 16
 """What an envelope may take beside its payload."""
@@ -112,14 +113,17 @@ class Gate:
     async def _admit_envelope(
         self, scope: Scope, envelope: Envelope, receive: Receive, send: Send
     ) -> Response | None:
+        form = None if self._rules.unsecured else await self._form_of(envelope.auth)
+        missing = envelopes.missing_parameters(envelope.auth)
+        if missing and form is not OLDEST:
+            return refusal(422, {"auth_data": missing})
         session = None
         if envelope.session_id is not None:
             session = self._sessions.find(envelope.session_id)
             if session is None:
                 return refusal(410, {"error": "invalid session"})
-        refused = await self.refuse_unverified(envelope)
-        if refused is not None:
-            return refused
+        if not self._rules.unsecured and not self._is_verified(envelope, form):
+            return refusal(401)
         if _path(scope) == "/session/create":
             return self._sessions.create(envelope)
         job = self._books.enter(
@@ -134,35 +138,31 @@ class Gate:
         await self._serve(scope, job, _Exchange(receive, send, body, session))
         return None
 
-    async def refuse_unverified(self, envelope: Envelope) -> Response | None:
+    async def _form_of(self, auth: Mapping[str, Any]) -> Form | None:
+        """In which it is signed; a key that was replaced is looked for before it is in none."""
+        form = self._verifier.form_of(auth, self._keys.keys)
+        if form is None:
+            await self._keys.refresh()
+            form = self._verifier.form_of(auth, self._keys.keys)
+        if form is None:
+            self._complain(auth)
+        return form
+
+    def _is_verified(self, envelope: Envelope, form: Form | None) -> bool:
         """A forged request is no load, and the number it names is another's: it leaves no trace
         in the books. One that comes before there is a key to hold it against is rejected there.
         """
-        form = None
-        if not self._rules.unsecured:
-            form = self._verifier.form_of(envelope.auth, self._keys.keys)
-            if form is None:
-                await self._keys.refresh()
-                form = self._verifier.form_of(envelope.auth, self._keys.keys)
-            if form is None:
-                self._complain(envelope)
-                if not self._keys.keys and envelope.request_idx is not None:
-                    job = self._books.enter(envelope.request_idx, workload_of(envelope.payload))
-                    self._books.end(job, Outcome.REJECTED)
-                return refusal(401)
-        missing = envelopes.missing_parameters(envelope.auth)
-        if missing and (form is None or missing.keys() & set(form.fields)):
-            return refusal(422, {"auth_data": missing})
-        if form is not None and not self._verifier.admits(envelope.auth, form):
-            return refusal(401)
-        return None
+        if form is None and not self._keys.keys:
+            job = self._books.enter(envelope.request_idx, workload_of(envelope.payload))
+            self._books.end(job, Outcome.REJECTED)
+        return form is not None and self._verifier.admits(envelope.auth, form)
 
-    def _complain(self, envelope: Envelope) -> None:
+    def _complain(self, auth: Mapping[str, Any]) -> None:
         """At most once a second, and of names alone: the values are what must not be known."""
         now = time.monotonic()
         if now - self._complained > 1:
             self._complained = now
-            names = ", ".join(sorted(envelope.auth.keys() & _KNOWN_FIELDS))
+            names = ", ".join(sorted(auth.keys() & _KNOWN_FIELDS))
             logger.warning("a signature fits no key in any form; auth_data has %s", names)
 
     def _would_wait_too_long(self) -> bool:
@@ -231,7 +231,7 @@ class _Exchange:
             message = await self._receive()
         else:
             message = await first_of(self._receive(), self._session.over())
-        self._gone = message["type"] == "http.disconnect"
+        self._gone = message["type"] == "http.disconnect" and not self._finished
         return message
 
     async def send(self, message: Message) -> None:

@@ -43,7 +43,7 @@ class PublicKeys:
         self._addresses = addresses
         self._errors = errors
         self._sleep = sleep
-        self._text = ""
+        self._text: str | None = None
         self._key: RSAPublicKey | None = None
         self._previous: RSAPublicKey | None = None
         self._replaced = 0.0
@@ -84,7 +84,9 @@ class PublicKeys:
     async def _fetch(self) -> bool:
         for address in self._addresses:
             try:
-                answer = await self._http.get(f"{address}/pubkey/", timeout=_TIMEOUT_S)
+                answer = await self._http.get(
+                    f"{address}/pubkey/", timeout=_TIMEOUT_S, follow_redirects=True
+                )
                 answer.raise_for_status()
                 self._adopt(answer.text)
             except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, UnsupportedAlgorithm) as error:

@@ -24,7 +24,7 @@ VERSION = "1.1.0"
 """Of the protocol. The autoscaler takes a worker of another for a broken one."""
 
 _CONSOLE = "https://cloud.vast.ai/api/v0"
-"""Reported to by some templates, and no reader of how requests ended."""
+"""Reported to by some templates. It takes no report of how requests ended."""
 _TICK_S = 1.0
 _QUIET_S = 10.0
 """What has not changed is told again after this long."""
@@ -66,6 +66,7 @@ class Reporter:
         self._errors = errors
         self._readiness = readiness
         self._soon = asyncio.Event()
+        self._is_overdue = False
         self._told_at = float("-inf")
         self._told: tuple[object, ...] = ()
         self._told_disk = 0.0
@@ -102,7 +103,9 @@ class Reporter:
         soon = self._soon.is_set()
         self._soon.clear()
         quiet_s = time.monotonic() - self._told_at
-        if soon or quiet_s > _QUIET_S or (self._readiness.load_s and self._told != self._activity):
+        is_active = self._readiness.load_s and self._told != self._activity
+        if soon or self._is_overdue or is_active or quiet_s > _QUIET_S:
+            self._is_overdue = True
             await self._post_state(_ATTEMPTS)
 
     async def _tell_ended(self) -> None:
@@ -142,6 +145,7 @@ class Reporter:
         if await self._deliver("worker_status", report, attempts) is Delivery.ACCEPTED:
             self._books.delivered(load)
             self._told, self._told_at, self._told_disk = activity, time.monotonic(), disk
+            self._is_overdue = False
 
     async def _post_ended(self, attempts: int) -> None:
         ended = list(islice(self._books.ended, _MOST_ENDED))
@@ -187,10 +191,11 @@ class Reporter:
 
     async def _deliver(self, route: str, body: Mapping[str, object], attempts: int) -> "Delivery":
         """To the first address that takes it. Neither body nor answer is logged."""
-        outcome = Delivery.FAILED
-        for address in self._identity.report_addresses:
-            if route == "delete_requests" and address == _CONSOLE:
-                continue
+        addresses = self._identity.report_addresses
+        if route == "delete_requests":
+            addresses = tuple(address for address in addresses if address != _CONSOLE)
+        outcome = Delivery.FAILED if addresses else Delivery.ACCEPTED
+        for address in addresses:
             for attempt in range(attempts):
                 outcome = await self._post(f"{address}/{route}/", body)
                 if outcome is Delivery.ACCEPTED:

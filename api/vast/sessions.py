@@ -21,6 +21,8 @@ from api.vast.envelope import Envelope, refusal
 
 DEFAULT_LIFETIME_S = 60.0
 _SWEEP_S = 5.0
+_LONGEST_S = 1e9
+"""Thirty years, so that no sum of such is beyond what JSON can tell."""
 _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 13
 
@@ -166,6 +168,6 @@ def _session(envelope: Envelope, job: Job) -> Session:
 
 
 def _seconds(value: object) -> float:
-    if isinstance(value, int | float) and 0 < value < float("inf"):
-        return float(value)
+    if isinstance(value, int | float) and value > 0:
+        return float(min(value, _LONGEST_S))
     return DEFAULT_LIFETIME_S

@@ -43,10 +43,12 @@ class Form:
         return "reqnum" in self.fields
 
 
+OLDEST = Form("A", ("cost", "endpoint", "reqnum", "url"))
+"""Its `auth_data` has no request_idx."""
 FORMS = (
     Form("C", ("url",)),
     Form("B", ("cost", "endpoint", "reqnum", "request_idx", "url")),
-    Form("A", ("cost", "endpoint", "reqnum", "url")),
+    OLDEST,
 )
 """Newest first. Their fields in the order in which they are signed."""
 

@@ -1,0 +1,210 @@
+"""Where the autoscaler's key comes from, and what becomes of requests when it changes."""
+
+import asyncio
+
+import httpx2
+import pytest
+
+from api.vast.errors import Errors
+from api.vast.public_key import MISSING, PublicKeys
+from tests.api.client import until
+from tests.api.vast.worker import Autoscaler, Worker, signer, worker
+
+pytestmark = pytest.mark.anyio
+
+FIRST, SECOND = "https://a.example/api/v0", "https://b.example"
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("api.vast.public_key.time", clock)
+    return clock
+
+
+class Fetch:
+    """One attempt after another to obtain a key, with no time between them."""
+
+    def __init__(self, addresses: list[str] | None = None, *, most_sleeps: int = 20) -> None:
+        self.autoscaler, self.errors, self.sleeps = Autoscaler(signer().pem), Errors(), []
+        self.messages: list[str] = []
+        self.most_sleeps = most_sleeps
+        self.keys = PublicKeys(
+            self.autoscaler.client(), addresses or [FIRST], self.errors, self._sleep
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        self.sleeps: list[float]
+        self.sleeps.append(seconds)
+        self.messages.append(self.errors.message)
+        if len(self.sleeps) == self.most_sleeps:
+            raise TimeoutError
+
+
+async def test_the_key_is_fetched_below_the_addresss_own_path() -> None:
+    fetch = Fetch()
+    await fetch.keys.obtain()
+    assert fetch.autoscaler.urls() == [f"{FIRST}/pubkey/"]
+    assert len(fetch.keys.keys) == 1
+
+
+async def test_each_address_is_tried_in_order() -> None:
+    fetch = Fetch([FIRST, SECOND])
+    fetch.autoscaler.answers = {FIRST: [500]}
+    await fetch.keys.obtain()
+    assert fetch.autoscaler.urls() == [f"{FIRST}/pubkey/", f"{SECOND}/pubkey/"]
+    assert not fetch.sleeps
+
+
+async def test_an_older_kind_of_pem_is_read() -> None:
+    fetch = Fetch()
+    fetch.autoscaler.pem = signer().pkcs1_pem
+    await fetch.keys.obtain()
+    assert len(fetch.keys.keys) == 1
+
+
+@pytest.mark.parametrize("text", ["", "<html>", "-----BEGIN PUBLIC KEY-----\né", "\0"])
+async def test_a_page_that_is_no_key_is_not_taken(text: str) -> None:
+    fetch = Fetch(most_sleeps=1)
+    fetch.autoscaler.pem = text
+    with pytest.raises(TimeoutError):
+        await fetch.keys.obtain()
+    assert fetch.keys.keys == []
+
+
+async def test_a_redirection_is_followed() -> None:
+    """As the platform's own worker follows it."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.scheme == "http":
+            return httpx2.Response(308, headers={"location": "https://run.example/pubkey/"})
+        return httpx2.Response(200, text=signer().pem)
+
+    transport = httpx2.MockTransport(answer)
+    keys = PublicKeys(httpx2.AsyncClient(transport=transport), ["http://run.example"], Errors())
+    async with asyncio.timeout(0.5):
+        await keys.obtain()
+
+
+async def test_attempts_are_further_and_further_apart_and_go_on_for_ever() -> None:
+    fetch = Fetch(most_sleeps=100)
+    fetch.autoscaler.answers = {FIRST: [500]}
+    with pytest.raises(TimeoutError):
+        await fetch.keys.obtain()
+    assert fetch.sleeps[:4] == [1, 2, 4, 8]
+    assert set(fetch.sleeps[4:]) == {15}
+
+
+async def test_a_missing_key_is_reported_after_five_attempts_and_not_before() -> None:
+    fetch = Fetch(most_sleeps=7)
+    fetch.autoscaler.answers = {FIRST: [httpx2.ConnectError("no route")]}
+    with pytest.raises(TimeoutError):
+        await fetch.keys.obtain()
+    assert fetch.messages == ["", "", "", "", MISSING, MISSING, MISSING]
+
+
+async def test_a_key_that_comes_late_ends_the_error() -> None:
+    fetch = Fetch()
+    fetch.autoscaler.answers = {FIRST: [500] * 9 + [200]}
+    await fetch.keys.obtain()
+    assert fetch.messages[-1] == MISSING
+    assert fetch.errors.message == ""
+    assert len(fetch.keys.keys) == 1
+
+
+# -- a new key ----------------------------------------------------------------------------
+
+
+async def ask(served: Worker, by: str) -> int:
+    body = served.envelope()
+    body["auth_data"] = signer(by).auth()
+    return (await served.http.post("/generate", json=body)).status_code
+
+
+async def test_a_request_signed_with_a_new_key_waits_for_it_and_passes(clock: Clock) -> None:
+    async with worker() as served:
+        served.autoscaler.pem = signer("new").pem
+        clock.now += 3600
+        assert await ask(served, "new") == 200
+        assert len(served.autoscaler.urls("pubkey")) == 2
+
+
+async def test_many_that_wait_for_a_new_key_ask_for_it_once(clock: Clock) -> None:
+    async with worker() as served:
+        served.autoscaler.pem = signer("new").pem
+        clock.now += 3600
+        assert await asyncio.gather(*(ask(served, "new") for _ in range(20))) == [200] * 20
+        assert len(served.autoscaler.urls("pubkey")) == 2
+
+
+async def test_the_old_key_is_good_for_a_minute_and_no_longer(clock: Clock) -> None:
+    async with worker() as served:
+        served.autoscaler.pem = signer("new").pem
+        clock.now += 3600
+        assert await ask(served, "new") == 200
+        clock.now += 59
+        assert await ask(served, "autoscaler") == 200
+        clock.now += 2
+        assert await ask(served, "autoscaler") == 401
+        assert await ask(served, "new") == 200
+
+
+async def test_forged_requests_do_not_flood_the_autoscaler(clock: Clock) -> None:
+    async with worker() as served:
+        for _ in range(100):
+            clock.now += 0.1
+            assert await ask(served, "forger") == 401
+        assert len(served.autoscaler.urls("pubkey")) <= 4
+
+
+async def test_forged_requests_do_not_flood_an_autoscaler_that_fails(clock: Clock) -> None:
+    async with worker() as served:
+        served.autoscaler.answers = {"pubkey": [500]}
+        for _ in range(100):
+            clock.now += 0.1
+            assert await ask(served, "forger") == 401
+        assert len(served.autoscaler.urls("pubkey")) <= 4
+        assert await ask(served, "autoscaler") == 200
+
+
+async def test_while_a_new_key_is_fetched_good_requests_do_not_wait(clock: Clock) -> None:
+    held = asyncio.Event()
+
+    async def answer(_: httpx2.Request) -> httpx2.Response:
+        await held.wait()
+        return httpx2.Response(200, text=signer().pem)
+
+    async with worker() as served:
+        served.keys._http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
+        clock.now += 3600
+        forged = asyncio.ensure_future(ask(served, "forger"))
+        await until(lambda: served.keys._refreshing is not None)
+        assert await ask(served, "autoscaler") == 200
+        held.set()
+        assert await forged == 401
+
+
+async def test_one_who_stops_waiting_does_not_stop_the_fetch_for_others(clock: Clock) -> None:
+    held = asyncio.Event()
+
+    async def answer(_: httpx2.Request) -> httpx2.Response:
+        await held.wait()
+        return httpx2.Response(200, text=signer("new").pem)
+
+    async with worker() as served:
+        served.keys._http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
+        clock.now += 3600
+        gone = asyncio.ensure_future(ask(served, "new"))
+        stays = asyncio.ensure_future(ask(served, "new"))
+        await until(lambda: served.keys._refreshing is not None)
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        held.set()
+        assert await stays == 200

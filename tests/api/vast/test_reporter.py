@@ -1,0 +1,490 @@
+"""What the autoscaler is told, when, and that all of it arrives in the end."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import SecretStr
+
+from api.vast.books import Books, Outcome
+from api.vast.errors import Errors
+from api.vast.reporter import Readiness, Reporter
+from api.vast.variables import Identity
+from tests.api.vast.clock import EPOCH, TIME, VirtualLoop, in_place, now
+from tests.api.vast.worker import TOKEN, URL, Autoscaler
+
+pytestmark = pytest.mark.anyio
+
+FIRST, SECOND = "https://a.example/api/v0", "https://b.example"
+CONSOLE = "https://cloud.vast.ai/api/v0"
+GIB = 1 << 30
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"loop_factory": VirtualLoop}
+
+
+@pytest.fixture(autouse=True)
+def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.vast.reporter.time", TIME)
+    monkeypatch.setattr("api.vast.books.time", TIME)
+    monkeypatch.setattr("asyncio.to_thread", in_place)
+
+
+class Reported:
+    """A reporter and whom it tells; `times` are when."""
+
+    def __init__(self, addresses: tuple[str, ...]) -> None:
+        self.autoscaler = Autoscaler("")
+        self.autoscaler.during = self._hear
+        self.during: Callable[[str], None] = lambda _: None
+        self.times: list[float] = []
+        self.books, self.errors, self.readiness = Books(), Errors(), Readiness()
+        identity = Identity(4242, SecretStr(TOKEN), addresses, URL)
+        self.reporter = Reporter(
+            self.autoscaler.client(), identity, self.books, self.errors, self.readiness
+        )
+
+    def _hear(self, url: str) -> None:
+        if "worker_status" in url:
+            self.times.append(now())
+        self.during(url)
+
+    @property
+    def states(self) -> list[Any]:
+        return self.autoscaler.bodies("worker_status")
+
+    @property
+    def deletions(self) -> list[Any]:
+        return self.autoscaler.bodies("delete_requests")
+
+    def serve(self, idx: object, num_tokens: int, outcome: Outcome = Outcome.SUCCESS) -> None:
+        """From its arrival to its end at once."""
+        job = self.books.enter(idx, num_tokens)
+        self.books.start(job)
+        job.generate(num_tokens)
+        self.books.end(job, outcome)
+
+    def be_ready(self) -> None:
+        self.readiness.load_s, self.readiness.max_perf = 12.5, 640.0
+        self.reporter.report_soon()
+
+
+@asynccontextmanager
+async def reporting(*addresses: str) -> AsyncIterator[Reported]:
+    reported = Reported(addresses or (FIRST,))
+    running = asyncio.create_task(reported.reporter.run())
+    yield reported
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+# -- what a report says -------------------------------------------------------------------
+
+
+async def test_the_first_report_comes_after_a_second_and_says_that_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("api.vast.reporter._disk_used", lambda: 31.25)
+    async with reporting() as reported:
+        await asyncio.sleep(1.5)
+        assert reported.times == [1.0]
+        assert reported.autoscaler.urls() == [f"{FIRST}/worker_status/"]
+        assert reported.states == [
+            {
+                "id": 4242,
+                "mtoken": TOKEN,
+                "version": "1.1.0",
+                "loadtime": 0.0,
+                "cur_load": 0,
+                "rej_load": 0,
+                "new_load": 0,
+                "error_msg": "",
+                "max_perf": 0.0,
+                "cur_perf": 0,
+                "cur_capacity": 0,
+                "max_capacity": 0,
+                "num_requests_working": 0,
+                "num_requests_recieved": 0,
+                "additional_disk_usage": 0.0,
+                "disk_usage": 31.25,
+                "working_request_idxs": [],
+                "url": URL,
+            }
+        ]
+
+
+async def test_a_report_tells_what_is_done_and_what_is_owed() -> None:
+    async with reporting() as reported:
+        reported.be_ready()
+        await asyncio.sleep(0.5)
+        reported.serve(1, 30)
+        running = reported.books.enter(2, 100.0)
+        reported.books.start(running)
+        running.generate(40)
+        rejected = reported.books.enter(3, 7.0)
+        reported.books.end(rejected, Outcome.REJECTED)
+        await asyncio.sleep(1)
+        state = reported.states[-1]
+        assert state["loadtime"] == 12.5
+        assert state["max_perf"] == 640.0
+        assert state["new_load"] == 130
+        assert state["cur_perf"] == 70
+        assert state["cur_load"] == 60
+        assert state["rej_load"] == 7
+        assert state["num_requests_working"] == 1
+        assert state["num_requests_recieved"] == 3
+        assert state["working_request_idxs"] == [2]
+
+
+async def test_the_disk_is_told_in_full_and_by_what_it_grew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = [30.0]
+    monkeypatch.setattr("api.vast.reporter._disk_used", lambda: used[0])
+    async with reporting() as reported:
+        await asyncio.sleep(2)
+        used[0] = 32.5
+        await asyncio.sleep(12)
+        await asyncio.sleep(12)
+        assert [state["disk_usage"] for state in reported.states] == [30.0, 32.5, 32.5]
+        assert [state["additional_disk_usage"] for state in reported.states] == [0.0, 2.5, 0.0]
+
+
+async def test_how_requests_ended_is_told_one_by_one() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(0.25)
+        started = [reported.books.enter(idx, 10) for idx in (1, 2, 3)]
+        waiting, rejected = reported.books.enter(4, 10), reported.books.enter(5, 10)
+        await asyncio.sleep(0.125)
+        for job in started:
+            reported.books.start(job)
+        await asyncio.sleep(0.25)
+        outcomes = [Outcome.SUCCESS, Outcome.ERROR, Outcome.CANCELLED]
+        for job, outcome in zip(started, outcomes, strict=True):
+            reported.books.end(job, outcome)
+        reported.books.end(waiting, Outcome.CANCELLED)
+        reported.books.end(rejected, Outcome.REJECTED)
+        await asyncio.sleep(2)
+
+        def told(idx: int, success: bool, status: str, work: float, completed: float) -> Any:
+            return {
+                "request_idx": idx,
+                "success": success,
+                "status": status,
+                "entered_queue_at": EPOCH + 0.25,
+                "work_started_at": work,
+                "work_completed_at": completed,
+            }
+
+        work, done = EPOCH + 0.375, EPOCH + 0.625
+        assert reported.deletions == [
+            {
+                "worker_id": 4242,
+                "mtoken": TOKEN,
+                "requests": [
+                    told(1, True, "Success", work, done),
+                    told(2, False, "Error", work, done),
+                    told(3, True, "Cancelled", work, 0.0),
+                    told(4, True, "Cancelled", 0.0, 0.0),
+                    told(5, False, "Rejected", 0.0, 0.0),
+                ],
+            }
+        ]
+
+
+# -- when ---------------------------------------------------------------------------------
+
+
+async def test_while_nothing_happens_it_reports_about_every_ten_seconds() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(100)
+        gaps = [after - before for before, after in pairwise(reported.times)]
+        assert all(10 <= gap <= 12 for gap in gaps)
+        assert len(gaps) >= 8
+
+
+async def test_what_happens_to_a_request_is_told_within_a_second() -> None:
+    async with reporting() as reported:
+        reported.be_ready()
+        await asyncio.sleep(3.5)
+        served, gone = reported.books.enter(1, 5), reported.books.enter(2, 5)
+
+        async def is_told() -> None:
+            before = len(reported.states)
+            await asyncio.sleep(1.01)
+            assert len(reported.states) == before + 1
+
+        await is_told()
+        reported.books.start(served)
+        reported.books.start(gone)
+        await is_told()
+        reported.books.end(served, Outcome.SUCCESS)
+        await is_told()
+        reported.books.end(gone, Outcome.CANCELLED)
+        await is_told()
+        reported.serve(3, 5)
+        await is_told()
+        reported.books.end(reported.books.enter(4, 5), Outcome.REJECTED)
+        await is_told()
+
+
+async def test_that_it_is_ready_is_told_at_once() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(5.25)
+        reported.be_ready()
+        await asyncio.sleep(0.01)
+        assert reported.times[-1] == 5.25
+        assert reported.states[-1]["loadtime"] == 12.5
+
+
+async def test_the_load_time_is_repeated_in_every_report() -> None:
+    async with reporting() as reported:
+        reported.be_ready()
+        await asyncio.sleep(60)
+        assert len(reported.states) >= 5
+        assert {state["loadtime"] for state in reported.states} == {12.5}
+        assert {state["max_perf"] for state in reported.states} == {640.0}
+
+
+async def test_an_error_is_told_at_once_and_so_is_its_end() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(5.25)
+        reported.errors.raised("engine", "dead: CUDA error")
+        await asyncio.sleep(0.5)
+        reported.errors.cleared("engine")
+        await asyncio.sleep(0.5)
+        assert reported.times[-2:] == [5.25, 5.75]
+        assert [state["error_msg"] for state in reported.states[-2:]] == ["dead: CUDA error", ""]
+
+
+async def test_an_error_that_stays_is_told_again_and_again() -> None:
+    async with reporting() as reported:
+        reported.errors.raised("load", "out of memory")
+        await asyncio.sleep(60)
+        assert len(reported.states) >= 5
+        assert {state["error_msg"] for state in reported.states} == {"out of memory"}
+
+
+async def test_the_end_of_one_error_does_not_hide_another() -> None:
+    async with reporting() as reported:
+        reported.errors.raised("certificate", "not signed")
+        reported.errors.raised("public key", "none")
+        reported.errors.cleared("certificate")
+        await asyncio.sleep(1)
+        assert reported.states[-1]["error_msg"] == "none"
+
+
+async def test_an_error_raised_again_and_again_is_one_report() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(2)
+        for _ in range(50):
+            reported.errors.raised("engine", "dead")
+            await asyncio.sleep(0.1)
+        assert len(reported.states) == 2
+
+
+# -- to whom ------------------------------------------------------------------------------
+
+
+async def test_the_first_address_that_accepts_is_the_only_one_told() -> None:
+    async with reporting(FIRST, SECOND) as reported:
+        await asyncio.sleep(1.5)
+        assert reported.autoscaler.urls() == [f"{FIRST}/worker_status/"]
+
+
+@pytest.mark.parametrize("answer", [500, 503, 401, 302, httpx2.ConnectError("no route")])
+async def test_each_address_has_three_attempts_two_seconds_apart(answer: int | Exception) -> None:
+    async with reporting(FIRST, SECOND) as reported:
+        reported.autoscaler.answers = {FIRST: [answer]}
+        await asyncio.sleep(9)
+        assert reported.autoscaler.urls()[:4] == [
+            *[f"{FIRST}/worker_status/"] * 3,
+            f"{SECOND}/worker_status/",
+        ]
+        assert reported.times[:3] == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("status", [200, 201, 204])
+async def test_any_success_is_one(status: int) -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {FIRST: [status]}
+        await asyncio.sleep(9)
+        assert len(reported.states) == 1
+
+
+@pytest.mark.parametrize("answer", [500, 404])
+@pytest.mark.parametrize("what", ["ready", "error"])
+async def test_news_that_nobody_took_is_told_again_soon(answer: int, what: str) -> None:
+    """A worker that is not known to be ready gets no requests; one with an error gets them."""
+    async with reporting() as reported:
+        await asyncio.sleep(2)
+        reported.autoscaler.answers = {FIRST: [answer] * 3 + [200]}
+        if what == "ready":
+            reported.be_ready()
+        else:
+            reported.errors.raised("engine", "dead")
+        await asyncio.sleep(7.9)
+        assert len(reported.states) == 5
+        assert reported.states[-1] == reported.states[-2]
+
+
+async def test_a_report_that_is_refused_is_not_repeated_without_a_pause() -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {FIRST: [404]}
+        reported.be_ready()
+        await asyncio.sleep(30)
+        assert len(reported.states) <= 30
+
+
+# -- nothing is lost ----------------------------------------------------------------------
+
+
+async def test_what_was_not_delivered_is_in_the_next_report() -> None:
+    async with reporting() as reported:
+        reported.be_ready()
+        reported.autoscaler.answers = {"worker_status": [500] * 9 + [200]}
+        for n in range(30):
+            reported.serve(n, 10)
+            await asyncio.sleep(1)
+        await asyncio.sleep(3)
+        delivered = reported.states[9:]
+        for name in ("new_load", "cur_perf"):
+            assert sum(state[name] for state in delivered) == 300
+
+
+async def test_what_happens_during_a_report_is_in_the_next() -> None:
+    async with reporting() as reported:
+        reported.be_ready()
+        left = list(range(20))
+
+        def during(_: str) -> None:
+            if left:
+                reported.serve(left.pop(), 10)
+
+        reported.during = during
+        await asyncio.sleep(30)
+        assert not left
+        assert sum(state["new_load"] for state in reported.states) == 200
+        assert sum(state["cur_perf"] for state in reported.states) == 200
+        told = [each["request_idx"] for body in reported.deletions for each in body["requests"]]
+        assert sorted(told) == list(range(20))
+
+
+async def test_how_requests_ended_is_told_until_it_is_heard() -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {"delete_requests": [500] * 4 + [200]}
+        reported.serve(1, 5)
+        await asyncio.sleep(30)
+        assert len(reported.deletions) == 5
+        assert not reported.books.ended
+
+
+async def test_a_retry_of_the_same_request_is_told_even_if_it_ends_meanwhile() -> None:
+    """Its number is the same: what is taken off the list is the attempt that was told."""
+    async with reporting() as reported:
+        reported.books.end(reported.books.enter(9, 5), Outcome.REJECTED)
+
+        def during(url: str) -> None:
+            if "delete_requests" in url and len(reported.deletions) == 1:
+                reported.serve(9, 5)
+
+        reported.during = during
+        await asyncio.sleep(5)
+        told = [each["status"] for body in reported.deletions for each in body["requests"]]
+        assert told == ["Rejected", "Success"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+async def test_an_older_autoscaler_is_told_in_its_own_form(status: int) -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {"delete_requests": [status, 200]}
+        for idx, outcome in enumerate(Outcome):
+            reported.serve(idx, 5, outcome)
+        await asyncio.sleep(5)
+        worker = {"worker_id": 4242, "mtoken": TOKEN}
+        assert reported.deletions[1:] == [
+            worker | {"request_idxs": [0, 2], "success": True},
+            worker | {"request_idxs": [1, 3], "success": False},
+        ]
+        assert not reported.books.ended
+
+
+async def test_nothing_is_told_of_an_outcome_that_was_not_there() -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {"delete_requests": [404, 200]}
+        reported.serve(1, 5)
+        await asyncio.sleep(5)
+        assert [body["success"] for body in reported.deletions[1:]] == [True]
+
+
+async def test_half_of_an_old_report_is_not_the_whole() -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {"delete_requests": [404, 200, 500, 500, 500, 200]}
+        reported.serve(1, 5)
+        reported.serve(2, 5, Outcome.ERROR)
+        await asyncio.sleep(20)
+        failures = {
+            idx
+            for body in reported.deletions[5:]
+            for idx in [
+                *body.get("request_idxs", ()),
+                *(r["request_idx"] for r in body.get("requests", ())),
+            ]
+        }
+        assert 2 in failures
+        assert not reported.books.ended
+
+
+async def test_the_console_is_not_told_how_requests_ended() -> None:
+    async with reporting(CONSOLE, SECOND) as reported:
+        reported.serve(1, 5)
+        await asyncio.sleep(5)
+        assert reported.autoscaler.urls("delete") == [f"{SECOND}/delete_requests/"]
+
+
+async def test_with_nobody_to_tell_how_requests_ended_none_are_kept() -> None:
+    async with reporting(CONSOLE) as reported:
+        reported.serve(1, 5)
+        await asyncio.sleep(5)
+        assert not reported.autoscaler.urls("delete")
+        assert not reported.books.ended
+
+
+async def test_what_cannot_be_told_does_not_hold_up_the_rest() -> None:
+    async with reporting() as reported:
+        reported.autoscaler.answers = {"delete_requests": [500] * 6 + [200]}
+        reported.errors.raised("engine", "dead")
+        for n in range(3000):
+            reported.serve(n, 1)
+        await asyncio.sleep(40)
+        assert not reported.books.ended
+        told = [each["request_idx"] for body in reported.deletions[6:] for each in body["requests"]]
+        assert sorted(told) == list(range(3000))
+
+
+async def test_last_words_tell_what_is_left() -> None:
+    async with reporting() as reported:
+        await asyncio.sleep(1.5)
+    reported.serve(1, 5)
+    await reported.reporter.close()
+    assert reported.deletions[-1]["requests"][0]["request_idx"] == 1
+    assert reported.states[-1]["cur_perf"] == 5
+
+
+async def test_last_words_that_nobody_hears_end_soon() -> None:
+    async def never(_: httpx2.Request) -> httpx2.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    reported = Reported((FIRST,))
+    reported.reporter._http = httpx2.AsyncClient(transport=httpx2.MockTransport(never))
+    reported.serve(1, 5)
+    before = now()
+    await reported.reporter.close()
+    assert now() - before <= 5

@@ -1,0 +1,182 @@
+"""A worker in the test's own process: the application behind gate and front, as it is wired in
+`api.vast.worker`, an autoscaler that it talks to, and a signer that speaks for that one.
+"""
+
+import base64
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import httpx2
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import SecretStr
+
+from api.vast.books import Books
+from api.vast.errors import Errors
+from api.vast.front import Front
+from api.vast.gate import Gate, Rules
+from api.vast.public_key import PublicKeys
+from api.vast.sessions import Sessions
+from tests.api.client import make_app
+from tests.api.scripted import ScriptedEngine
+
+URL = "https://203.0.113.7:41234"
+ADDRESS = "https://run.example"
+TOKEN = "master-token"
+AUTH = {"cost": 256, "endpoint": "ep", "reqnum": 7, "request_idx": 42, "url": URL}
+PAYLOAD = {"inputs": "x", "parameters": {"max_new_tokens": 8}}
+_SIGNED = {
+    "A": ("cost", "endpoint", "reqnum", "url"),
+    "B": ("cost", "endpoint", "reqnum", "request_idx", "url"),
+    "C": ("url",),
+}
+
+
+class Signer:
+    def __init__(self) -> None:
+        self._key = rsa.generate_private_key(65537, 2048)
+        public = self._key.public_key()
+        self.pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        self.pkcs1_pem = public.public_bytes(Encoding.PEM, PublicFormat.PKCS1).decode()
+
+    def sign(self, message: str) -> str:
+        signature = self._key.sign(message.encode(), PKCS1v15(), SHA256())
+        return base64.b64encode(signature).decode()
+
+    def auth(self, form: str = "C", **fields: Any) -> dict[str, Any]:
+        """`auth_data` as the generation of that form has it."""
+        auth = AUTH | fields
+        if form == "A":
+            del auth["request_idx"]
+        signed = {name: auth[name] for name in _SIGNED[form]}
+        return auth | {"signature": self.sign(json.dumps(signed, indent=4))}
+
+
+def signer(name: str = "autoscaler") -> Signer:
+    """The same one for the same name: making a key takes a while."""
+    return _signer(name)
+
+
+@cache
+def _signer(_: str) -> Signer:
+    return Signer()
+
+
+class Autoscaler:
+    """What the worker asks and tells it. `answers` are statuses, or errors, by address or by
+    route; the last entry of a list stays.
+    """
+
+    def __init__(self, pem: str) -> None:
+        self.pem = pem
+        self.answers: dict[str, list[int | Exception]] = {}
+        self.heard: list[tuple[str, Any]] = []
+        self.during: Callable[[str], None] = lambda _: None
+
+    def client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(transport=httpx2.MockTransport(self._answer))
+
+    def urls(self, route: str = "") -> list[str]:
+        return [url for url, _ in self.heard if route in url]
+
+    def bodies(self, route: str) -> list[Any]:
+        return [body for url, body in self.heard if route in url]
+
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
+        url = str(request.url)
+        self.heard.append((url, json.loads(request.content) if request.content else None))
+        self.during(url)
+        for part, answers in self.answers.items():
+            if part in url:
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer != 200:
+                    return httpx2.Response(answer)
+        return httpx2.Response(200, text=self.pem if url.endswith("/pubkey/") else "")
+
+
+@dataclass
+class Worker:
+    engine: ScriptedEngine
+    http: httpx2.AsyncClient
+    autoscaler: Autoscaler
+    books: Books
+    errors: Errors
+    keys: PublicKeys
+    sessions: Sessions
+    front: Front
+    signer: Signer
+
+    async def ask(
+        self,
+        payload: object = PAYLOAD,
+        path: str = "/generate",
+        form: str = "C",
+        session_id: str | None = None,
+        **fields: Any,
+    ) -> httpx2.Response:
+        """With a good signature of its own."""
+        body = self.envelope(payload, form, session_id=session_id, **fields)
+        return await self.http.post(path, content=json.dumps(body).encode())
+
+    def envelope(
+        self,
+        payload: object = PAYLOAD,
+        form: str = "C",
+        session_id: str | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        auth = self.signer.auth(form, **fields)
+        return {"auth_data": auth, "payload": payload, "session_id": session_id}
+
+    def endings(self) -> list[tuple[object, str]]:
+        return [(ended.request_idx, str(ended.outcome)) for ended in self.books.ended]
+
+
+@asynccontextmanager
+async def worker(
+    engine: ScriptedEngine | None = None,
+    *,
+    unsecured: bool = False,
+    with_key: bool = True,
+    wait_s: Callable[[], float] = lambda: 0.0,
+    max_queue_time_s: float | None = 60.0,
+    max_sessions: int = 10,
+    **settings: Any,
+) -> AsyncIterator[Worker]:
+    """Ready, and with the autoscaler's key unless told otherwise."""
+    engine = engine or ScriptedEngine()
+    autoscaler, errors, books = Autoscaler(signer().pem), Errors(), Books()
+    app = make_app(engine, **settings)
+    serving = app.state.serving.settings
+    key = serving.api_key
+    async with autoscaler.client() as reports:
+        keys = PublicKeys(reports, [ADDRESS], errors)
+        sessions = Sessions(books, max_sessions)
+        front = Front(sessions, SecretStr(TOKEN))
+        front.application = app
+        front.gate = Gate(
+            app,
+            Rules(
+                unsecured=unsecured,
+                api_key=None if key is None else key.get_secret_value(),
+                payload_limit=serving.payload_limit,
+                max_queue_time_s=max_queue_time_s,
+                wait_s=wait_s,
+            ),
+            keys,
+            books,
+            sessions,
+        )
+        if with_key:
+            await keys.obtain()
+        transport = httpx2.ASGITransport(front)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
+            yield Worker(engine, http, autoscaler, books, errors, keys, sessions, front, signer())
