@@ -318,6 +318,11 @@ async def test_any_success_is_one(status: int) -> None:
         assert len(reported.states) == 1
 
 
+def without_disk(report: dict[str, Any]) -> dict[str, Any]:
+    """That of this machine changes meanwhile."""
+    return {name: value for name, value in report.items() if "disk" not in name}
+
+
 @pytest.mark.parametrize("answer", [500, 404])
 @pytest.mark.parametrize("what", ["ready", "error"])
 async def test_news_that_nobody_took_is_told_again_soon(answer: int, what: str) -> None:
@@ -331,7 +336,8 @@ async def test_news_that_nobody_took_is_told_again_soon(answer: int, what: str) 
             reported.errors.raised("engine", "dead")
         await asyncio.sleep(7.9)
         assert len(reported.states) == 5
-        assert reported.states[-1] == reported.states[-2]
+        last, before = reported.states[-1], reported.states[-2]
+        assert without_disk(last) == without_disk(before)
 
 
 async def test_a_report_that_is_refused_is_not_repeated_without_a_pause() -> None:
