@@ -52,6 +52,17 @@ ENDPOINT: Json = {
 NO_PEM = "<html><body>502 Bad Gateway</body></html>"
 """What a proxy in trouble answers, with whatever status."""
 KEYS = ("right", "wrong", "page", "none")
+ROUTES = (
+    "pubkey",
+    "worker_status",
+    "delete_requests",
+    "route",
+    "get_endpoint_workers",
+    "endptjobs",
+    "sign_cert",
+    "static",
+)
+"""By the names that faults know them by."""
 CERTIFICATES = ("right", "other_key", "page")
 
 
@@ -141,6 +152,7 @@ class Autoscaler:
         form: str = "C2",
         certificate_address: str = "127.0.0.1",
         say: Callable[[str], None] = lambda _: None,
+        signer: Signer | None = None,
     ) -> None:
         self.form = form
         self.books = Books()
@@ -150,7 +162,7 @@ class Autoscaler:
         self.authority = Authority()
         self._certificate_address = certificate_address
         self._say = say
-        self._signer = Signer()
+        self._signer = signer or Signer()
         self._key, self._certificate = "right", "right"
         self._faults: dict[str, Fault] = {}
         self._request_idxs = itertools.count(1)
@@ -181,12 +193,12 @@ class Autoscaler:
         self._certificate_address = address
 
     def fail(self, route: str, status: int = 500, times: int | None = None) -> None:
-        """Refuse `route` (by its last name: worker_status, pubkey...), for ever or some times."""
-        self._faults[route] = Fault(status=status, times=times)
+        """Refuse a route (see ROUTES), for ever or some times."""
+        self._faults[_one_of(route, ROUTES)] = Fault(status=status, times=times)
 
     def slow(self, route: str, seconds: float, times: int | None = None) -> None:
-        """Think before answering `route`; what it was told is booked afterwards."""
-        self._faults[route] = Fault(delay_s=seconds, times=times)
+        """Think so long before a route answers; what it is told is booked afterwards."""
+        self._faults[_one_of(route, ROUTES)] = Fault(delay_s=seconds, times=times)
 
     def heal(self) -> None:
         """No more faults, the right key, the right certificate."""
@@ -470,7 +482,8 @@ class Routes:
 
 
 def _address(request: Request) -> str:
-    return str(request.base_url).rstrip("/")
+    """At which it was asked for, with the path that may be part of it."""
+    return f"{request.url.scheme}://{request.url.netloc}{request.scope['root_path']}"
 
 
 class Listener:
@@ -548,6 +561,7 @@ Make its life harder (the arguments are JSON, see the methods of the same names)
   curl -X POST $A/_control/rotate_key
   curl -X POST $A/_control/serve_key -d '{"which": "none"}'    # right, wrong, page, none
   curl -X POST $A/_control/issue -d '{"which": "page"}'        # right, other_key, page
+  curl -X POST $A/_control/certify -d '{"address": "0.0.0.0"}'
   curl -X POST $A/_control/sign_as -d '{"form": "A"}'          # A, B, C1, C2
   curl -X POST $A/_control/heal
 """
