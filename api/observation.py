@@ -53,6 +53,9 @@ class Meter(Protocol):
     def fail(self) -> None:
         """One came to nothing, and not by fault of its request or its client."""
 
+    def refuse(self) -> None:
+        """There was no room for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -169,6 +172,8 @@ class Observation:
             self._metrics.cancelled[self._phase].inc()
         elif self._meter is not None and err in _FAULTS:
             self._meter.fail()
+        elif self._meter is not None and err == "overloaded":
+            self._meter.refuse()
         self._tell_failure(err, problem)
 
     def _tell_failure(self, err: Failure, problem: BaseException) -> None:

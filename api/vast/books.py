@@ -43,6 +43,7 @@ class Job:
         "entered_at",
         "failed",
         "generated",
+        "refused",
         "request_idx",
         "started_at",
     )
@@ -57,6 +58,7 @@ class Job:
         self.started_at = 0.0
         self.generated = 0
         self.failed = False
+        self.refused = False
 
     @property
     def workload(self) -> float:
@@ -81,6 +83,10 @@ class Job:
     def fail(self) -> None:
         """One of its generations came to nothing by a fault of ours."""
         self.failed = True
+
+    def refuse(self) -> None:
+        """There was no room for one; a stream says so in an answer that began well."""
+        self.refused = True
 
 
 @dataclass(frozen=True, slots=True)

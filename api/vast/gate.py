@@ -188,7 +188,7 @@ class Gate:
         try:
             await self._app(self._inner(scope, exchange, job), exchange.receive, exchange.send)
             await exchange.finish()
-            outcome = exchange.outcome(failed=job.failed)
+            outcome = exchange.outcome(job)
         finally:
             self._books.end(job, outcome)
 
@@ -246,11 +246,11 @@ class _Exchange:
         if self._status is not None and not self._finished:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def outcome(self, *, failed: bool) -> Outcome:
+    def outcome(self, job: Job) -> Outcome:
         if self._gone or self._status == 499:
             return Outcome.CANCELLED
-        if self._status == 429:
+        if self._status == 429 or job.refused:
             return Outcome.REJECTED
-        if failed or not self._finished or (self._status or 500) >= 500:
+        if job.failed or not self._finished or (self._status or 500) >= 500:
             return Outcome.ERROR
         return Outcome.SUCCESS

@@ -17,6 +17,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now
 
+    def run_in_executor(
+        self, _: object, work: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        """In place: a thread's time is real."""
+        done = self.create_future()
+        try:
+            done.set_result(work(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
 
 class _Selector(selectors.SelectSelector):
     def __init__(self, loop: VirtualLoop) -> None:
@@ -39,8 +50,3 @@ def now() -> float:
 
 TIME = SimpleNamespace(monotonic=now, time=lambda: EPOCH + now(), perf_counter=now)
 """In place of the module of that name."""
-
-
-async def in_place(work: Callable[..., Any], *args: Any) -> Any:
-    """In place of `asyncio.to_thread`: a thread's time is real."""
-    return work(*args)

@@ -14,7 +14,7 @@ from api.vast.books import Books, Outcome
 from api.vast.errors import Errors
 from api.vast.reporter import Readiness, Reporter
 from api.vast.variables import Identity
-from tests.api.vast.clock import EPOCH, TIME, VirtualLoop, in_place, now
+from tests.api.vast.clock import EPOCH, TIME, VirtualLoop, now
 from tests.api.vast.worker import TOKEN, URL, Autoscaler
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +33,6 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.vast.reporter.time", TIME)
     monkeypatch.setattr("api.vast.books.time", TIME)
-    monkeypatch.setattr("asyncio.to_thread", in_place)
 
 
 class Reported:

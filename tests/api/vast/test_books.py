@@ -1,0 +1,243 @@
+"""The books add up, whatever happens and whichever reports are heard."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from api.vast.books import DEFAULT_WORKLOAD, MAX_WORKLOAD, Books, Job, Load, Outcome, workload_of
+
+TOKENS = st.integers(0, 500)
+
+
+@dataclass
+class Truth:
+    """What happened, kept apart from the books."""
+
+    received: int = 0
+    served: int = 0
+    given_back: int = 0
+    rejected: int = 0
+    ended: list[object] = field(default_factory=list)
+    told_received: float = 0
+    told_served: float = 0
+    told_rejected: float = 0
+    told_ended: list[object] = field(default_factory=list)
+
+
+@dataclass
+class Account:
+    """Of one running job."""
+
+    limit: int
+    accepted: int = 0
+    generated: int = 0
+
+    @property
+    def workload(self) -> int:
+        return max(self.accepted or self.limit, self.generated)
+
+
+class AnyBusiness(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.books, self.truth = Books(), Truth()
+        self.running: dict[Job, Account] = {}
+        self.on_its_way: tuple[Load, int] | None = None
+        self.num_jobs = 0
+
+    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3), counted=st.booleans())
+    def starts(self, limit: int, idx: int | None, counted: bool) -> None:
+        job = self.books.enter(idx, limit, counted=counted)
+        self.books.start(job)
+        self.num_jobs += counted
+        self.running[job] = Account(limit)
+        if counted:
+            self.truth.received += limit
+
+    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3))
+    def is_rejected_at_the_door(self, limit: int, idx: int | None) -> None:
+        self.books.end(self.books.enter(idx, limit), Outcome.REJECTED)
+        self.num_jobs += 1
+        self.truth.rejected += limit
+        if idx is not None:
+            self.truth.ended.append((idx, Outcome.REJECTED))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), limit=st.integers(1, 500))
+    def passes_its_checks(self, data: st.DataObject, limit: int) -> None:
+        self._change(data, limit, 0)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), count=st.integers(1, 50))
+    def generates(self, data: st.DataObject, count: int) -> None:
+        self._change(data, 0, count)
+
+    def _change(self, data: st.DataObject, limit: int, count: int) -> None:
+        job = data.draw(st.sampled_from(list(self.running)))
+        account = self.running[job]
+        before = account.workload
+        account.accepted += limit
+        account.generated += count
+        if limit:
+            job.accept(limit)
+        if count:
+            job.generate(count)
+        if job.counted:
+            self.truth.received += account.workload - before
+            self.truth.served += count
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), outcome=st.sampled_from(Outcome))
+    def ends(self, data: st.DataObject, outcome: Outcome) -> None:
+        job = data.draw(st.sampled_from(list(self.running)))
+        account = self.running.pop(job)
+        self.books.end(job, outcome)
+        job.generate(7)  # a last step that was under way
+        if job.counted:
+            self.truth.given_back += account.workload - account.generated
+            if outcome is Outcome.REJECTED:
+                self.truth.rejected += account.workload
+            if job.request_idx is not None:
+                self.truth.ended.append((job.request_idx, outcome))
+
+    @precondition(lambda self: self.on_its_way is None)
+    @rule()
+    def a_report_leaves(self) -> None:
+        self.on_its_way = self.books.load(), len(self.books.ended)
+
+    @precondition(lambda self: self.on_its_way is not None)
+    @rule(is_heard=st.booleans())
+    def a_report_arrives(self, is_heard: bool) -> None:
+        assert self.on_its_way is not None
+        load, num_ended = self.on_its_way
+        self.on_its_way = None
+        if is_heard:
+            self._hear(load, num_ended)
+
+    def _hear(self, load: Load, num_ended: int) -> None:
+        truth = self.truth
+        truth.told_received += load.received
+        truth.told_served += load.served
+        truth.told_rejected += load.rejected
+        told = [self.books.ended[n] for n in range(num_ended)]
+        truth.told_ended += [(each.request_idx, each.outcome) for each in told]
+        self.books.delivered(load)
+        self.books.forget(num_ended)
+
+    @invariant()
+    def received_is_served_and_owed_and_given_back(self) -> None:
+        truth = self.truth
+        assert truth.received == truth.served + self.books.owed + truth.given_back
+
+    @invariant()
+    def what_is_owed_is_what_runs(self) -> None:
+        counted = [account for job, account in self.running.items() if job.counted]
+        load = self.books.load()
+        assert load.owed == sum(account.workload - account.generated for account in counted)
+        assert len(load.working) == len(counted)
+        assert load.num_received == self.num_jobs
+
+    @invariant()
+    def no_report_tells_of_less_than_nothing(self) -> None:
+        load = self.books.load()
+        assert min(load.received, load.served, load.rejected, load.owed) >= 0
+
+    @invariant()
+    def reports_come_to_the_truth(self) -> None:
+        """What was given back after it was told is set off against what comes next."""
+        load, truth = self.books.load(), self.truth
+        assert truth.told_served + load.served == truth.served
+        assert truth.told_rejected + load.rejected == truth.rejected
+        net = truth.received - truth.given_back
+        told = truth.told_received + load.received
+        assert told >= net
+        assert told == max(truth.told_received, net)
+
+    @invariant()
+    def every_end_is_told_once(self) -> None:
+        left = [(each.request_idx, each.outcome) for each in self.books.ended]
+        assert self.truth.told_ended + left == self.truth.ended
+
+    def teardown(self) -> None:
+        """All ends well, more comes than was ever given back, and a last report is heard."""
+        self.on_its_way = None
+        for job in list(self.running):
+            job.fail()
+            self.books.end(job, Outcome.CANCELLED)
+            account = self.running.pop(job)
+            self.truth.given_back += account.workload - account.generated if job.counted else 0
+        truth = self.truth
+        extra = int(truth.told_received) + truth.given_back - truth.received + 1000
+        job = self.books.enter(None, extra)
+        self.books.start(job)
+        job.generate(extra)
+        self.books.end(job, Outcome.SUCCESS)
+        self._hear(self.books.load(), 0)
+        assert self.books.owed == 0
+        assert truth.told_served == truth.told_received == truth.served + extra
+
+
+TestAnyBusiness = AnyBusiness.TestCase
+TestAnyBusiness.settings = settings(
+    derandomize=True, deadline=None, max_examples=60, stateful_step_count=40
+)
+
+
+def test_what_is_cancelled_is_given_back() -> None:
+    books = Books()
+    job = books.enter(1, 100)
+    books.start(job)
+    job.generate(30)
+    books.end(job, Outcome.CANCELLED)
+    load = books.load()
+    assert (load.received, load.served, load.owed) == (30, 30, 0)
+
+
+def test_what_is_cancelled_after_it_was_told_is_set_off_against_what_comes() -> None:
+    books = Books()
+    job = books.enter(1, 100)
+    books.start(job)
+    books.delivered(books.load())
+    books.end(job, Outcome.CANCELLED)
+    assert books.load().received == 0
+    books.delivered(books.load())
+    books.start(books.enter(2, 120))
+    assert books.load().received == 20
+
+
+def test_to_end_twice_is_to_end_once() -> None:
+    books = Books()
+    job = books.enter(1, 100)
+    books.start(job)
+    books.end(job, Outcome.SUCCESS)
+    job.accept(50)
+    job.generate(50)
+    load = books.load()
+    assert (load.received, load.served, load.owed) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("payload", "workload"),
+    [
+        ({"parameters": {"max_new_tokens": 256}}, 256),
+        ({"parameters": {"max_new_tokens": 1}, "max_tokens": 9}, 1),
+        ({"max_tokens": 9}, 9),
+        ({"max_completion_tokens": 7, "max_tokens": 9}, 7),
+        ({"parameters": {}}, DEFAULT_WORKLOAD),
+        ({"parameters": None, "max_tokens": 9}, 9),
+        ({}, DEFAULT_WORKLOAD),
+        *[
+            ({"parameters": {"max_new_tokens": limit}}, DEFAULT_WORKLOAD)
+            for limit in (0, -1, float("nan"), float("-inf"), None, "256", [])
+        ],
+        *[
+            ({"parameters": {"max_new_tokens": limit}}, MAX_WORKLOAD)
+            for limit in (10**400, 1e308, float("inf"))
+        ],
+    ],
+)
+def test_a_request_costs_what_it_may_generate(payload: dict[str, object], workload: float) -> None:
+    assert workload_of(payload) == workload

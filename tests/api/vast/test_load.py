@@ -1,0 +1,296 @@
+"""What requests come to: tokens owed and served as they are generated, and how each ended."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+
+from api.vast.books import Books
+from engine.request import Failed
+from tests.api.client import Connection, until
+from tests.api.scripted import HOLD, ScriptedEngine, finished, output
+from tests.api.vast.worker import PAYLOAD, Worker, worker
+
+pytestmark = pytest.mark.anyio
+
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8}
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("/generate", PAYLOAD),
+    "streamed": ("/generate_stream", PAYLOAD),
+    "chat": ("/v1/chat/completions", CHAT),
+    "chat streamed": ("/v1/chat/completions", CHAT | {"stream": True}),
+}
+EACH_ROUTE = pytest.mark.parametrize(("path", "payload"), ROUTES.values(), ids=ROUTES)
+STREAMS = pytest.mark.parametrize(
+    ("path", "payload"), [ROUTES["streamed"], ROUTES["chat streamed"]], ids=["tgi", "openai"]
+)
+
+
+def connect(served: Worker, path: str, payload: object, **fields: Any) -> Connection:
+    front: Any = served.front
+    return Connection(front, path, served.envelope(payload), **fields)
+
+
+def figures(books: Books) -> tuple[float, float, float, float]:
+    load = books.load()
+    return load.received, load.served, load.owed, load.rejected
+
+
+@EACH_ROUTE
+async def test_a_request_owes_its_limit_and_each_token_is_served(path: str, payload: Any) -> None:
+    engine = ScriptedEngine(lambda _: [[output("a")], [output("b"), output("c")], HOLD])
+    async with worker(engine) as served:
+        connection = connect(served, path, payload)
+        await until(engine.holding.is_set)
+        assert figures(served.books) == (8, 3, 5, 0)
+        assert served.books.load().working == (42,)
+        await connection.go_away()
+
+
+@EACH_ROUTE
+async def test_a_request_that_ends_early_gives_the_rest_back(path: str, payload: Any) -> None:
+    async with worker() as served:
+        assert (await served.ask(payload, path)).status_code == 200
+        assert figures(served.books) == (2, 2, 0, 0)
+        assert served.books.load().working == ()
+        assert served.endings() == [(42, "Success")]
+
+
+async def test_several_generations_for_one_request_are_all_owed() -> None:
+    engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
+    async with worker(engine) as served:
+        parameters = {"max_new_tokens": 8, "best_of": 2, "do_sample": True}
+        connection = connect(served, "/generate", {"inputs": "x", "parameters": parameters})
+        await until(engine.holding.is_set)
+        assert figures(served.books) == (16, 1, 15, 0)
+        await connection.go_away()
+        assert served.endings() == [(42, "Cancelled")]
+
+
+async def test_without_a_limit_of_its_own_a_request_owes_what_it_may_have() -> None:
+    engine = ScriptedEngine(lambda _: [HOLD])
+    async with worker(engine) as served:
+        connection = connect(served, "/generate", {"inputs": "x"})
+        await until(engine.holding.is_set)
+        limit = engine.requests[0].stopping.max_new_tokens
+        assert figures(served.books) == (limit, 0, limit, 0)
+        await connection.go_away()
+
+
+async def test_a_request_in_line_owes_what_it_says_from_its_arrival() -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer.gate.clear()
+    async with worker(engine) as served:
+        connection = connect(served, "/generate", PAYLOAD)
+        await until(lambda: bool(served.books.working))
+        assert figures(served.books) == (8, 0, 8, 0)
+        engine.tokenizer.gate.set()
+        await connection.finished()
+
+
+# -- 429 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wait_s", "status"), [(0.0, 200), (60.0, 200), (60.1, 429)])
+async def test_more_than_the_longest_wait_is_429(wait_s: float, status: int) -> None:
+    async with worker(wait_s=lambda: wait_s) as served:
+        assert (await served.ask()).status_code == status
+
+
+async def test_without_a_longest_wait_nobody_is_refused() -> None:
+    async with worker(wait_s=lambda: 1e9, max_queue_time_s=None) as served:
+        assert (await served.ask()).status_code == 200
+
+
+async def test_a_longest_wait_of_nothing_serves_who_need_not_wait() -> None:
+    waits = [0.0, 0.1]
+    async with worker(wait_s=lambda: waits.pop(0), max_queue_time_s=0.0) as served:
+        assert (await served.ask()).status_code == 200
+        assert (await served.ask()).status_code == 429
+
+
+async def test_a_request_does_not_wait_for_itself() -> None:
+    """The wait is that for those before it."""
+    seen = []
+    async with worker(wait_s=lambda: seen.append(served.books.owed) or 0.0) as served:
+        await served.ask()
+        await served.ask()
+        assert seen == [0, 0]
+
+
+async def test_what_would_wait_too_long_is_rejected_load() -> None:
+    async with worker(wait_s=lambda: 61.0) as served:
+        await served.ask()
+        assert figures(served.books) == (0, 0, 0, 8)
+        (ended,) = served.books.ended
+        assert (ended.started_at, ended.completed_at) == (0.0, 0.0)
+        assert not ended.success
+
+
+@EACH_ROUTE
+async def test_more_at_once_than_are_admitted_is_rejected_load(path: str, payload: Any) -> None:
+    async with worker(ScriptedEngine(permits=0)) as served:
+        response = await served.ask(payload, path)
+        if "stream" not in path and not payload.get("stream"):
+            assert response.status_code == 429
+        assert figures(served.books) == (0, 0, 0, 8)
+        assert served.endings() == [(42, "Rejected")]
+
+
+async def test_one_who_tries_again_is_told_of_twice() -> None:
+    engine = ScriptedEngine(permits=0)
+    async with worker(engine) as served:
+        await served.ask()
+        engine.max_permits = engine.num_permits = 1
+        await served.ask()
+        assert served.endings() == [(42, "Rejected"), (42, "Success")]
+
+
+# -- faults -------------------------------------------------------------------------------
+
+
+async def test_a_failed_generation_is_424_and_an_error() -> None:
+    async with worker(ScriptedEngine(lambda _: [[output("a")], [Failed("CUDA")]])) as served:
+        response = await served.ask()
+        assert response.status_code == 424
+        assert figures(served.books) == (1, 1, 0, 0)
+        (ended,) = served.books.ended
+        assert str(ended.outcome) == "Error"
+        assert not ended.success
+
+
+@STREAMS
+async def test_a_generation_that_fails_in_its_stream_is_an_error(path: str, payload: Any) -> None:
+    async with worker(ScriptedEngine(lambda _: [[output("a")], [Failed("CUDA")]])) as served:
+        response = await served.ask(payload, path)
+        assert response.status_code == 200
+        assert "error" in response.text
+        assert served.endings() == [(42, "Error")]
+
+
+@EACH_ROUTE
+async def test_a_generation_without_an_end_is_an_error(path: str, payload: Any) -> None:
+    async with worker(ScriptedEngine(lambda _: [[output("a")]])) as served:
+        await served.ask(payload, path)
+        assert served.endings() == [(42, "Error")]
+
+
+@EACH_ROUTE
+async def test_a_dead_engine_is_an_error(path: str, payload: Any) -> None:
+    engine = ScriptedEngine()
+    engine.state, engine.reason = "dead", "CUDA"
+    async with worker(engine) as served:
+        await served.ask(payload, path)
+        assert served.endings() == [(42, "Error")]
+        assert figures(served.books) == (0, 0, 0, 0)
+
+
+async def test_a_fault_of_ours_is_500_and_an_error() -> None:
+    engine = ScriptedEngine()
+    engine.submit_all = lambda _: 1 / 0  # type: ignore[assignment, return-value]
+    async with worker(engine) as served:
+        front: Any = served.front
+        transport = httpx2.ASGITransport(front, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
+            response = await http.post("/generate", json=served.envelope())
+        assert response.status_code == 500
+        assert served.endings() == [(42, "Error")]
+        assert served.books.owed == 0
+
+
+@EACH_ROUTE
+async def test_what_a_client_asks_wrongly_is_no_error_of_the_workers(
+    path: str, payload: Any
+) -> None:
+    async with worker() as served:
+        await served.ask(payload | {"inputs": "", "messages": 7}, path)
+        assert served.endings() == [(42, "Success")]
+        assert figures(served.books) == (0, 0, 0, 0)
+
+
+# -- clients that go away -----------------------------------------------------------------
+
+
+@EACH_ROUTE
+async def test_a_client_that_goes_away_is_cancelled(path: str, payload: Any) -> None:
+    engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
+    async with worker(engine) as served:
+        connection = connect(served, path, payload)
+        await until(engine.holding.is_set)
+        await connection.go_away()
+        assert engine.num_aborts == 1
+        assert figures(served.books) == (1, 1, 0, 0)
+        (ended,) = served.books.ended
+        assert str(ended.outcome) == "Cancelled"
+        assert ended.success
+        assert ended.started_at > 0
+        assert ended.completed_at == 0.0
+
+
+@EACH_ROUTE
+async def test_a_client_that_goes_away_while_it_is_validated_is_cancelled(
+    path: str, payload: Any
+) -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer.gate.clear()
+    async with worker(engine) as served:
+        connection = connect(served, path, payload)
+        await until(lambda: engine.num_permits < engine.max_permits)
+        await connection.go_away()
+        engine.tokenizer.gate.set()
+        assert served.endings() == [(42, "Cancelled")]
+        assert figures(served.books) == (0, 0, 0, 0)
+
+
+async def test_a_client_that_goes_away_before_its_body_came_leaves_no_trace() -> None:
+    async with worker() as served:
+        connection = connect(served, "/generate", PAYLOAD, partial=True)
+        await asyncio.sleep(0.01)
+        await connection.go_away()
+        assert not served.books.ended
+        assert served.books.num_received == 0
+
+
+@EACH_ROUTE
+async def test_a_client_that_has_its_answer_is_not_cancelled_by_hanging_up(
+    path: str, payload: Any
+) -> None:
+    """A server says that it is gone as soon as the last byte is out."""
+    script = [[output("a")], [output("b"), finished("ab", 2)]]
+    async with worker(ScriptedEngine(lambda _: script)) as served:
+        over = asyncio.Event()
+        messages = [
+            {
+                "type": "http.request",
+                "body": httpx2.Request(
+                    "POST", "http://worker", json=served.envelope(payload)
+                ).content,
+                "more_body": False,
+            }
+        ]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                over.set()
+                await asyncio.sleep(0.01)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [],
+        }
+        await served.front(scope, receive, send)
+        assert served.endings() == [(42, "Success")]
