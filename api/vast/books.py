@@ -32,7 +32,7 @@ class Job:
     """A request, or an open session, from its arrival to its end.
 
     The application is told nothing of it but that it meters what it does: see `api.observation`.
-    A job that is not `counted` runs on the account of its session.
+    A job that is not `counted` runs on the account of its session; that one `is_work` for nobody.
     """
 
     __slots__ = (
@@ -43,17 +43,21 @@ class Job:
         "entered_at",
         "failed",
         "generated",
+        "is_work",
         "refused",
         "request_idx",
         "started_at",
     )
 
-    def __init__(self, books: "Books", request_idx: object, workload: float, counted: bool) -> None:
+    def __init__(
+        self, books: "Books", request_idx: object, workload: float, counted: bool, is_work: bool
+    ) -> None:
         self._books = books
         self._declared = workload
         self._accepted = 0
         self.request_idx = request_idx
         self.counted = counted
+        self.is_work = is_work
         self.entered_at = time.time()
         self.started_at = 0.0
         self.generated = 0
@@ -134,10 +138,12 @@ class Books:
         self._received = self._served = self._rejected = 0.0
         self._told = Totals()
 
-    def enter(self, request_idx: object, workload: float, *, counted: bool = True) -> Job:
+    def enter(
+        self, request_idx: object, workload: float, *, counted: bool = True, is_work: bool = True
+    ) -> Job:
         """It has come; what becomes of it is open."""
         self.num_received += counted
-        return Job(self, request_idx, workload, counted)
+        return Job(self, request_idx, workload, counted, is_work)
 
     def start(self, job: Job) -> None:
         job.started_at = time.time()
@@ -167,6 +173,12 @@ class Books:
     @property
     def owed(self) -> float:
         return sum(job.owed for job in self.working if job.counted)
+
+    def wait_s(self, perf: float) -> float:
+        """Until all that is to be generated has been, at so many tokens per second. What a
+        session costs is a number of its client's, and nobody waits for it.
+        """
+        return sum(job.owed for job in self.working if job.is_work) / max(perf, 1e-5)
 
     def load(self) -> Load:
         """Since the last report that was delivered, and now."""

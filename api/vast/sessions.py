@@ -81,7 +81,7 @@ class Sessions:
 
     def create(self, envelope: Envelope) -> Response:
         """Whoever asks has been verified."""
-        job = self._books.enter(envelope.request_idx, envelope.cost)
+        job = self._books.enter(envelope.request_idx, envelope.cost, is_work=False)
         if self._limit and len(self._open) >= self._limit:
             self._books.end(job, Outcome.REJECTED)
             return refusal(429)

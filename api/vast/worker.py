@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -219,7 +220,7 @@ class Worker:
         self._front.gate = Gate(
             self._front.application, rules, self._keys, self._books, self._sessions
         )
-        self._sessions.on_close = self._call
+        self._sessions.on_close = partial(self._call, rules.api_key)
         self._readiness.load_s = time.time() - psutil.Process().create_time()
         self._reporter.report_soon()
         cold_start, perf = state.engine.cold_start, self._readiness.max_perf
@@ -232,7 +233,7 @@ class Worker:
         """What is owed to those before, if anyone waits at all: else a request starts at once."""
         if not state.engine.status().figures.num_waiting:
             return 0.0
-        return self._books.owed / max(self._readiness.max_perf, 1e-5)
+        return self._books.wait_s(self._readiness.max_perf)
 
     async def _watch(self, state: AppState) -> None:
         """Health is read, never asked of the device."""
@@ -244,11 +245,12 @@ class Worker:
                 self._errors.raised("engine", f"{status.state}: {status.reason}")
             await asyncio.sleep(_HEALTH_S)
 
-    async def _call(self, route: str, payload: Mapping[str, Any]) -> None:
+    async def _call(self, api_key: str | None, route: str, payload: Mapping[str, Any]) -> None:
         assert self._front.application is not None
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         transport = httpx2.ASGITransport(self._front.application)
         async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
-            await http.post(route, json=payload)
+            await http.post(route, json=payload, headers=headers)
 
 
 class _Server(Server):

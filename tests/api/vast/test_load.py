@@ -119,6 +119,31 @@ async def test_a_request_does_not_wait_for_itself() -> None:
         assert seen == [0, 0]
 
 
+async def test_the_wait_is_for_the_tokens_still_owed() -> None:
+    engine = ScriptedEngine(lambda _: [[output("a")], [output("b")], HOLD])
+    async with worker(engine) as served:
+        connection = connect(served, "/generate", PAYLOAD)
+        await until(engine.holding.is_set)
+        assert served.books.wait_s(2.0) == 3.0
+        assert served.books.wait_s(0.0) > 1000
+        await connection.go_away()
+        assert served.books.wait_s(2.0) == 0
+
+
+async def test_nobody_waits_for_a_session_but_for_the_requests_in_it() -> None:
+    """What it costs is a number that its client made up."""
+    engine = ScriptedEngine(lambda _: [HOLD])
+    async with worker(engine) as served:
+        opened = await served.ask({}, "/session/create", cost=10**9)
+        assert served.books.wait_s(2.0) == 0
+        body = served.envelope(session_id=opened.json()["session_id"])
+        front: Any = served.front
+        connection = Connection(front, "/generate", body)
+        await until(engine.holding.is_set)
+        assert served.books.wait_s(2.0) == 4.0
+        await connection.go_away()
+
+
 async def test_what_would_wait_too_long_is_rejected_load() -> None:
     async with worker(wait_s=lambda: 61.0) as served:
         await served.ask()

@@ -33,6 +33,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.vast.reporter.time", TIME)
     monkeypatch.setattr("api.vast.books.time", TIME)
+    monkeypatch.setattr("api.vast.reporter._disk_used", lambda: 31.25)
 
 
 class Reported:
