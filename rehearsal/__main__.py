@@ -1,0 +1,45 @@
+"""`python -m rehearsal [MODEL_ID]`: fill TRITON_CACHE_DIR for GPUs that are not there."""
+
+import multiprocessing
+import os
+import sys
+import time
+from argparse import ArgumentParser
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+
+from engine.config import DEFAULT_MODEL_ID
+from rehearsal.play import play
+from rehearsal.stage import TARGETS, build_launcher
+
+
+def main() -> None:
+    parser = ArgumentParser("rehearsal", description=__doc__)
+    parser.add_argument("model_id", nargs="?", default=DEFAULT_MODEL_ID)
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--max-total-tokens", type=int)
+    asked = parser.parse_args()
+    build_launcher()
+    # Apart, since a model that was played with has no weights any more; and not forked, since
+    # torch's threads would not come along.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, max_tasks_per_child=1) as pool:
+        pairs = list(product(asked.targets, asked.dtypes))
+        futures = [
+            pool.submit(_timed, asked.model_id, dtype, target, asked.max_total_tokens)
+            for target, dtype in pairs
+        ]
+        for (target, dtype), future in zip(pairs, futures, strict=True):
+            seconds = future.result()
+            print(f"sm_{target} {dtype}: {seconds:.0f} s", flush=True)
+
+
+def _timed(model_id: str, dtype: str, target: int, max_total_tokens: int | None) -> float:
+    start = time.perf_counter()
+    play(model_id, dtype, TARGETS[target], max_total_tokens)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
