@@ -27,7 +27,9 @@ from urllib.parse import urlparse
 
 from tests.image.dockerfile import ROOT, Instruction, Stage, read_stages
 
-_IN_NAMESPACE = "SKIFF_IN_A_NAMESPACE"
+_FOLDER = "SKIFF_IMAGE_FOLDER"
+"""Set for the process in the namespace: where it may write."""
+_TOOLS = ("debootstrap", "ip", "mount", "nsenter", "unshare")
 _START_S, _STOP_S = 300, 60
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ASK = """
@@ -65,7 +67,7 @@ class Builder:
 
     def _debootstrap(self, image: str) -> Image:
         suite = image.partition(":")[2].partition("-")[0]
-        layer = self._new_folder()
+        layer = self.new_folder()
         with _timed(layer, f"FROM {image}"):
             command = ["debootstrap", "--variant=minbase", suite, str(layer)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -88,15 +90,15 @@ class Builder:
                 return self._layered(image, step, lambda root: self._copy(step, root, image))
             case "RUN":
                 env = {name: value for name, value in arguments.items() if value}
+                running = replace(image, env=image.env | env)
                 command = ["/bin/sh", "-c", step.words[0]]
-                return self._layered(
-                    image, step, lambda root: in_root(root, replace(image, env=image.env | env), command)
-                )
+                return self._layered(image, step, lambda root: in_root(root, running, command))
         return image
 
     def _layered(self, image: Image, step: Instruction, work: Callable[[Path], object]) -> Image:
-        layer = self._new_folder()
-        with _timed(layer, f"{step.name} {' '.join(step.words)}"), self.mounted(image, layer) as root:
+        layer = self.new_folder()
+        what = f"{step.name} {' '.join(step.words)}"
+        with _timed(layer, what), self.mounted(image, layer) as root:
             work(root)
         return replace(image, layers=(*image.layers, layer))
 
@@ -107,13 +109,13 @@ class Builder:
         if stage is None:
             _copy_to(into, [ROOT / source for source in sources], target)
             return
-        with self.mounted(self._built[stage], self._new_folder()) as other:
+        with self.mounted(self._built[stage], self.new_folder()) as other:
             _copy_to(into, [other / source.lstrip("/") for source in sources], target)
 
     @contextmanager
     def mounted(self, image: Image, upper: Path) -> Iterator[Path]:
         """The image's root; what is written goes to `upper`."""
-        root, work = self._new_folder(), self._new_folder()
+        root, work = self.new_folder(), self.new_folder()
         lower = ":".join(str(layer) for layer in reversed(image.layers))
         options = f"lowerdir={lower},upperdir={upper},workdir={work}"
         _mount("-t", "overlay", "-o", options, "overlay", root)
@@ -122,7 +124,7 @@ class Builder:
         finally:
             subprocess.run(["umount", "--recursive", root], check=True)
 
-    def _new_folder(self) -> Path:
+    def new_folder(self) -> Path:
         """Of a short name: there is a page for all that an overlay lies on."""
         folder = self._folder / str(len(list(self._folder.iterdir())))
         folder.mkdir()
@@ -154,7 +156,7 @@ def serve(root: Path, stage: Stage, image: Image) -> None:
     apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", f"--mount-proc={root}/proc"]
     with subprocess.Popen(
         [*apart, "sh", "-c", script, "sh", *_chroot(root, image.workdir, entrypoint)],
-        env=os.environ | image.env | {"PATH": f"{image.env['PATH']}"},
+        env=os.environ | image.env,
     ) as server:
         try:
             started = time.perf_counter()
@@ -245,36 +247,36 @@ def _pip_settings() -> tuple[dict[str, str], list[str]]:
 
 
 def main() -> None:
-    parser = ArgumentParser("in_a_root", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("in_a_root", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--keep", action="store_true", help="the folder, and say where it is")
+    parser.add_argument("--keep", action="store_true", help="the layers, and say where they are")
     asked = parser.parse_args()
-    build_args = dict(argument.split("=", 1) for argument in asked.build_arg)
-    folder = Path(tempfile.mkdtemp(prefix="skiff-image-"))
+    if inside := os.environ.get(_FOLDER):
+        check(Path(inside), dict(argument.split("=", 1) for argument in asked.build_arg))
+        return
+    missing = [tool for tool in _TOOLS if not shutil.which(tool)]
+    if missing or os.geteuid() != 0:
+        sys.exit(f"needs root{''.join(f', {tool}' for tool in missing)}")
+    folder = tempfile.mkdtemp(prefix="skiff-image-")
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    again = [sys.executable, "-m", "tests.image.in_a_root", *sys.argv[1:]]
     try:
-        stages = read_stages()
-        builder = Builder(folder, build_args)
-        image = builder.build(stages)
-        writable = folder / "container"
-        writable.mkdir()
-        with builder.mounted(image, writable) as root:
-            serve(root, stages[-1], image)
-    finally:
+        ended = subprocess.run([*apart, *again], env=os.environ | {_FOLDER: folder})
+    finally:  # when its namespace is gone, and with it all that was mounted there
         if asked.keep:
             print(f"kept: {folder}")
         else:
             shutil.rmtree(folder)
+    sys.exit(ended.returncode)
 
 
-def _in_a_namespace() -> None:
-    """Again, where mounts and processes end with this process. Says so where that cannot be."""
-    missing = [tool for tool in ("debootstrap", "unshare", "nsenter", "ip") if not shutil.which(tool)]
-    if missing or os.geteuid() != 0:
-        sys.exit(f"needs root and {', '.join(missing) or 'nothing else'}")
-    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    again = [sys.executable, "-m", "tests.image.in_a_root", *sys.argv[1:]]
-    os.execvpe(apart[0], [*apart, *again], os.environ | {_IN_NAMESPACE: "1"})
+def check(folder: Path, build_args: dict[str, str]) -> None:
+    stages = read_stages()
+    builder = Builder(folder, build_args)
+    image = builder.build(stages)
+    with builder.mounted(image, builder.new_folder()) as root:
+        serve(root, stages[-1], image)
 
 
 if __name__ == "__main__":
-    main() if _IN_NAMESPACE in os.environ else _in_a_namespace()
+    main()
