@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sys
 import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
@@ -42,4 +41,4 @@ def _timed(model_id: str, dtype: str, target: int, max_total_tokens: int | None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

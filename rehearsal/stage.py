@@ -121,8 +121,8 @@ def build_launcher() -> None:
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / "libcuda.so.1"
         compiler = shutil.which("gcc") or "cc"
-        options = ["-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null", "-o", stub]
-        subprocess.run([compiler, *options], check=True)
+        options = ["-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null"]
+        subprocess.run([compiler, *options, "-o", str(stub)], check=True)
         for linkage in ("", "ELF"):
             platform_key.cache_clear()
             with (

@@ -71,6 +71,9 @@ class Builder:
         with _timed(layer, f"FROM {image}"):
             command = ["debootstrap", "--variant=minbase", suite, str(layer)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            # As Debian's image has it: packages do not stay where apt has put them.
+            clean = 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb"; };\n'
+            (layer / "etc/apt/apt.conf.d/docker-clean").write_text(clean)
         return Image((layer,))
 
     def _after(self, step: Instruction, image: Image, arguments: dict[str, str]) -> Image:
@@ -133,18 +136,20 @@ class Builder:
 
 def in_root(root: Path, image: Image, command: list[str]) -> None:
     """With what a build has of its host: devices, names, pip's settings."""
-    settings, folders = _pip_settings()
+    settings, places = _pip_settings()
     _mount("-t", "proc", "proc", root / "proc")
     _mount("--rbind", "/dev", root / "dev")
-    (root / "etc/resolv.conf").touch()
-    _mount("--bind", "/etc/resolv.conf", root / "etc/resolv.conf")
-    for folder in folders:
-        inside = root / folder.lstrip("/")
-        if Path(folder).is_dir():
-            inside.mkdir(parents=True, exist_ok=True)
-            _mount("--bind", "-o", "ro", folder, inside)
-    env = settings | image.env
-    subprocess.run(_chroot(root, image.workdir, command), env=env, check=True)
+    for place, inside in [*places.items(), (Path("/etc/resolv.conf"), "/etc/resolv.conf")]:
+        _put_in(root, place, inside)
+    ended = subprocess.run(
+        _chroot(root, image.workdir, command),
+        env=settings | image.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if ended.returncode != 0:
+        sys.exit(f"{ended.stdout[-4000:]}\nexit code {ended.returncode}: {' '.join(command)}")
 
 
 def serve(root: Path, stage: Stage, image: Image) -> None:
@@ -230,20 +235,39 @@ def _timed(layer: Path, what: str) -> Iterator[None]:
     print(f"{size / 1e6:9.3f} MB {seconds:6.1f} s  {what[:90]}", flush=True)
 
 
-def _pip_settings() -> tuple[dict[str, str], list[str]]:
-    """pip's settings as environment variables, and the folders and files that they name."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True, check=True
-    ).stdout
-    env = {}
+def _put_in(root: Path, place: Path, inside: str) -> None:
+    """A file or folder of the host, to be read."""
+    target = root / inside.lstrip("/")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        target.mkdir(exist_ok=True)
+    else:
+        target.touch()
+    _mount("--bind", "-o", "ro", place, target)
+
+
+def _pip_settings() -> tuple[dict[str, str], dict[Path, str]]:
+    """pip's settings as environment variables; what they name, and where it is to be found.
+
+    Folders stay where they are, and so do links to what is in them. Files move: a certificate
+    of the host's must not lie where the image installs its own.
+    """
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+    env = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     for line in listed.splitlines():
         name, _, value = line.partition("=")
         section, _, option = name.partition(".")
         if section == "global":
-            env["PIP_" + option.upper().replace("-", "_")] = value.strip("'")
-    env |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-    places = [urlparse(word).path for value in env.values() for word in value.split()]
-    return env, [place for place in places if place.startswith("/")]
+            env.setdefault("PIP_" + option.upper().replace("-", "_"), value.strip("'"))
+    places: dict[Path, str] = {}
+    for name, value in env.items():
+        for word in value.split():
+            place = Path(urlparse(word).path)
+            if place.is_absolute() and place.exists():
+                places[place] = str(place) if place.is_dir() else f"/mnt/{place.name}"
+                env[name] = env[name].replace(str(place), places[place])
+    return env, places
 
 
 def main() -> None:

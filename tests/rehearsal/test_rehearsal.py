@@ -3,8 +3,8 @@
 import importlib
 import json
 import os
-import platform
 import pkgutil
+import platform
 import shutil
 import subprocess
 import sys
@@ -64,7 +64,9 @@ def test_triton_s_own_library_is_found_on_either_platform(
 
     def remember(key: str) -> object:
         cache = get_cache_manager(key)
-        looked_for.append(cache.get_file(f"cuda_utils{build.sysconfig.get_config_var('EXT_SUFFIX')}"))
+        looked_for.append(
+            cache.get_file(f"cuda_utils{build.sysconfig.get_config_var('EXT_SUFFIX')}")
+        )
         return cache
 
     monkeypatch.setattr(platform, "architecture", lambda: ("64bit", linkage))
@@ -81,6 +83,8 @@ def test_triton_s_own_library_is_found_on_either_platform(
 def test_every_kernel_is_played(tmp_path: Path) -> None:
     python("rehearsal", "--targets", "90", "--dtypes", "bfloat16", cache=tmp_path)
     compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
-    modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    modules = [
+        importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
+    ]
     launchable = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert compiled == launchable
