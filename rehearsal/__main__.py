@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -26,18 +25,11 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), spawn, max_tasks_per_child=1) as pool:
         pairs = list(product(asked.targets, asked.dtypes))
         futures = [
-            pool.submit(_timed, asked.model_id, dtype, target, asked.max_total_tokens)
+            pool.submit(play, asked.model_id, dtype, TARGETS[target], asked.max_total_tokens)
             for target, dtype in pairs
         ]
         for (target, dtype), future in zip(pairs, futures, strict=True):
-            seconds = future.result()
-            print(f"sm_{target} {dtype}: {seconds:.0f} s", flush=True)
-
-
-def _timed(model_id: str, dtype: str, target: int, max_total_tokens: int | None) -> float:
-    start = time.perf_counter()
-    play(model_id, dtype, TARGETS[target], max_total_tokens)
-    return time.perf_counter() - start
+            print(f"sm_{target} {dtype}: {future.result():.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,12 +28,15 @@ _MAX_BATCH_TOKENS, _MAX_SEQUENCES = 4096, 256
 """What a GPU has, where nothing else is set: block tables are as wide as the longest step."""
 
 
-def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None = None) -> None:
+def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None = None) -> float:
     """Have Triton compile, for this GPU, what serving this model in this type launches there.
+
+    Takes as many seconds as it returns.
 
     `max_total_tokens` is what the server will be started with; None is the model's maximum,
     which it will have where its KV cache has room for one such sequence.
     """
+    start = time.perf_counter()
     logging.getLogger("engine").setLevel(logging.ERROR)
     with stage(target), _as_on_a_gpu():
         loaded = load(LoadConfig(model_id, dtype=dtype, device="cpu"))
@@ -49,6 +53,7 @@ def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None
             for request in _requests(engine):
                 _serve(engine, request)
         engine.close()
+    return time.perf_counter() - start
 
 
 def _no_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

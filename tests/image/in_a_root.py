@@ -264,6 +264,8 @@ def _pip_settings() -> tuple[dict[str, str], dict[Path, str]]:
     for name, value in env.items():
         for word in value.split():
             place = Path(urlparse(word).path)
+            if word.startswith("file:"):  # an index, with its packages beside it
+                place = place.parent
             if place.is_absolute() and place.exists():
                 places[place] = str(place) if place.is_dir() else f"/mnt/{place.name}"
                 env[name] = env[name].replace(str(place), places[place])
