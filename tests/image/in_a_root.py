@@ -88,7 +88,9 @@ class Builder:
             case "WORKDIR":
                 image = replace(image, workdir=step.words[0])
                 folder = Path(step.words[0].lstrip("/"))
-                return self._layered(image, step, lambda root: (root / folder).mkdir(parents=True))
+                return self._layered(
+                    image, step, lambda root: (root / folder).mkdir(parents=True, exist_ok=True)
+                )
             case "COPY":
                 return self._layered(image, step, lambda root: self._copy(step, root, image))
             case "RUN":
