@@ -40,6 +40,7 @@ from api.vast.variables import (
     VastVariables,
     WorkerConfig,
     identity_in,
+    is_behind_pyworker,
 )
 from engine.config import EngineConfig, LoadConfig, Quantization, RopeScaling
 
@@ -88,9 +89,14 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Not ENV, which is many a container's own; TGI reads it as a flag only."""
+        """Not ENV, which is many a container's own; TGI reads it as a flag only. Nor PORT behind
+        a PyWorker, who does not look where an image would have it.
+        """
         assert isinstance(env_settings, EnvSettingsSource)
-        env_settings.env_vars = {k: v for k, v in env_settings.env_vars.items() if k != "env"}
+        ignored = {"env", "port"} if is_behind_pyworker(os.environ) else {"env"}
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if name not in ignored
+        }
         return init_settings, env_settings
 
     @field_validator("cors_allow_origin", "cuda_graphs", mode="before")

@@ -203,12 +203,20 @@ class VastVariables(BaseSettings):
         return int(container)
 
 
+def is_behind_pyworker(environment: Mapping[str, str]) -> bool:
+    return bool(_container_in(environment) and environment.get("BACKEND"))
+
+
+def _container_in(environment: Mapping[str, str]) -> str:
+    container = environment.get("CONTAINER_ID") or environment.get("VAST_CONTAINERLABEL", "")
+    return container.removeprefix("C.")
+
+
 def identity_in(environment: Mapping[str, str]) -> Identity | None:
     """Whatever else is wrong with it: who can report that. None: it is no worker's."""
-    container = environment.get("CONTAINER_ID") or environment.get("VAST_CONTAINERLABEL", "")
-    container = container.removeprefix("C.")
+    container = _container_in(environment)
     known = environment.get("MASTER_TOKEN") or environment.get("REPORT_ADDR")
-    if not container.isdecimal() or not known or environment.get("BACKEND"):
+    if not container.isdecimal() or not known or is_behind_pyworker(environment):
         return None
     try:
         addresses = _split(environment.get("REPORT_ADDR"))

@@ -163,6 +163,7 @@ def test_who_reports_is_known_even_where_the_settings_are_wrong(
 def test_behind_a_pyworker_it_listens_to_that_one_alone(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("BACKEND", "tgi")
     environment.setenv("HOSTNAME", "0.0.0.0")
+    environment.setenv("PORT", "80")  # as an image has it
     settings = read_settings([])
     assert settings.vast_mode == "behind pyworker"
     assert settings.address == ("127.0.0.1", 5001)

@@ -31,7 +31,7 @@ def opened(engine: ScriptedEngine, state: AppState, api_key: str | None) -> Work
         benchmark_cache=Path("/nowhere"),
         benchmark_seconds=1.0,
     )
-    worker = Worker(config, lambda: state)
+    worker = Worker(config, lambda: state, httpx2.AsyncClient())
     worker._front.application = make_app(engine, api_key=api_key)
     worker._open(state)
     return worker
