@@ -159,7 +159,7 @@ async def test_a_session_that_is_not_ended_ends_by_itself(endpoint: Any, vast: S
     assert late["status"] == 410
 
 
-async def test_workers_are_listed(endpoint: Any, vast: StandIn) -> None:
+async def test_workers_are_listed(endpoint: Any) -> None:
     (listed,) = await endpoint.get_workers()
     assert (listed.id, listed.status) == (4242, "ready")
     assert listed.perf > 0
@@ -179,6 +179,7 @@ async def test_a_request_that_vast_did_not_sign_is_rejected(worker: Worker, vast
     assert entry["status"] == "Rejected"
 
 
+@pytest.mark.usefixtures("vast")
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -189,7 +190,7 @@ async def test_a_request_that_vast_did_not_sign_is_rejected(worker: Worker, vast
     ids=["nothing", "no-auth_data", "bare"],
 )
 async def test_what_is_no_envelope_is_refused_and_not_counted(
-    worker: Worker, vast: StandIn, body: Any, told: Any
+    worker: Worker, body: Any, told: Any
 ) -> None:
     answer = post(worker, "/generate", body)
     assert (answer.status_code, answer.json()) == (422, told)

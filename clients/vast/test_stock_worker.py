@@ -10,8 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from clients.vast.stock_worker import LOG_ACTIONS
 from clients.vast.standin import StandIn, stand_in
+from clients.vast.stock_worker import LOG_ACTIONS
 from clients.vast.workers import Worker, model_behind_stock, model_by_its_output, stock_worker
 from clients.wire import PROMPT
 
