@@ -88,18 +88,20 @@ async def test_many_at_once_are_all_answered(endpoint: Any) -> None:
     assert len({answer["request_idx"] for answer in answers}) == 8
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 async def test_what_cannot_be_done_is_refused_once_and_for_all(
-    endpoint: Any, vast: StandIn, streamed: bool
+    endpoint: Any, vast: StandIn
 ) -> None:
     """A status that the client retries would be asked again for ever."""
-    route = "/generate_stream" if streamed else "/generate"
-    body = payload(4, temperature=-1.0)
-    answer = await endpoint.request(route, body, cost=4, stream=streamed)
+    answer = await endpoint.request("/generate", payload(4, temperature=-1.0), cost=4)
     assert (answer["ok"], answer["status"]) == (False, 422)
     assert answer["response"]["error_type"] == "validation"
     attempts = vast.books()["attempts"]
     assert [x["request_idx"] for x in attempts].count(answer["request_idx"]) == 1
+
+
+async def test_what_cannot_be_streamed_is_told_in_the_stream(endpoint: Any) -> None:
+    (event,) = await stream(endpoint, "/generate_stream", payload(4, temperature=-1.0), 4)
+    assert event["error_type"] == "validation"
 
 
 async def test_a_client_that_goes_away_is_a_cancelled_request(endpoint: Any, vast: StandIn) -> None:
