@@ -5,7 +5,7 @@ READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
 
-.PHONY: serve test check clients fuzz thorough lint rooms bench gpu image-check clean
+.PHONY: serve test check clients fuzz thorough lint rooms vast bench gpu image-check clean
 
 serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
@@ -36,6 +36,9 @@ lint: $(READY)
 
 rooms:  ## the size of each room, in lines
 	@wc -l kernels/*.py engine/*.py api/*.py rehearsal/*.py bench/*.py | sort -k2
+
+vast: $(READY)  ## a stand-in for Vast's autoscaler, to try a worker against; --help says how
+	@$(PYTHON) -m tests.vast.autoscaler
 
 bench: $(READY)  ## the server against the raw forward and transformers, on this machine
 	$(PYTHON) -m bench.server

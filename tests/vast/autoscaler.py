@@ -293,6 +293,8 @@ class Autoscaler:
             entries = [{"request_idx": x, "success": body["success"]} for x in body["request_idxs"]]
         worker_id = body["worker_id"]
         made = [Deletion(time.time(), address, worker_id, **entry) for entry in entries]
+        if not all(isinstance(deletion.request_idx, int) for deletion in made):
+            raise ValueError("request_idx is no number")
         with self._changed:
             worker = self.workers.get(worker_id)
             if body["mtoken"] != (worker.last.body.get("mtoken") if worker else None):

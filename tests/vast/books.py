@@ -158,7 +158,8 @@ class Books:
         """Everything that does not add up, in words; nothing while there is nothing to say.
 
         To be asked when all is over: what is in flight is a complaint. It is assumed that clients
-        went where they were sent, with a cost that is the worker's workload. `in_sessions` is
+        went where they were sent, with a cost that is the worker's workload, and that what no
+        deletion can tell of was served. `in_sessions` is
         the workload done inside sessions, which no attempt tells of.
         """
         return [
@@ -216,7 +217,9 @@ class Books:
             entries[entry.request_idx].append(entry)
         costs: Counter[str] = Counter()
         for attempt in self.attempts:
-            if entries[attempt.request_idx]:
+            if attempt.request_idx is None:  # of a form that has no deletions
+                costs["Success"] += attempt.cost  # type: ignore[assignment]
+            elif entries[attempt.request_idx]:
                 status = entries[attempt.request_idx].pop(0).status
                 costs[status or ""] += attempt.cost  # type: ignore[assignment]
         return costs

@@ -12,8 +12,8 @@ import pytest
 
 from tests.vast import autoscaler as module
 from tests.vast.autoscaler import NO_PEM, Autoscaler, running
-from tests.vast.requests import rsa_key, signing_request
 from tests.vast.signing import Signer
+from tests.vast.signing_requests import rsa_key, signing_request
 from tests.vast.test_books import IDLE
 
 Json = dict[str, Any]
@@ -157,11 +157,12 @@ def test_the_oldest_form_has_no_deletions(http: httpx2.Client, autoscaler: Autos
     [
         {"requests": [ENTRY | {"colour": "red"}]},
         {"requests": [{}]},
+        {"requests": [ENTRY | {"request_idx": None}]},
         {"request_idxs": [1]},
         {"requests": [ENTRY], "mtoken": "another"},
         {"requests": [ENTRY], "worker_id": 2},
     ],
-    ids=["unknown-key", "no-keys", "no-success", "another-mtoken", "another-worker"],
+    ids=["unknown-key", "no-keys", "no-index", "no-success", "another-mtoken", "another-worker"],
 )
 def test_a_deletion_that_makes_no_sense_is_refused_and_told(
     http: httpx2.Client, autoscaler: Autoscaler, body: Json
@@ -290,7 +291,7 @@ def test_a_slow_route_answers_in_the_end(http: httpx2.Client, autoscaler: Autosc
 def answers(url: str) -> bool:
     try:
         return httpx2.get(f"{url}/pubkey/").status_code == 200
-    except httpx2.ConnectError:
+    except httpx2.TransportError:
         return False
 
 

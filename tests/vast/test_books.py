@@ -101,9 +101,12 @@ def test_a_deletion_too_many_is_told() -> None:
     assert books.complaints() == ["request 2: 1 attempts, 2 deletions"]
 
 
-def test_attempts_of_the_form_without_an_index_owe_no_deletion() -> None:
-    books = Books(attempts=[Attempt(0.0, 1, 1, None, 5)], reports=[report(num_requests_recieved=1)])
-    assert not any("deletions" in complaint for complaint in books.complaints())
+def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> None:
+    books = Books(attempts=[Attempt(0.0, 1, 1, None, 5)])
+    books.reports = [report(num_requests_recieved=1, new_load=5, cur_perf=5)]
+    assert books.complaints() == []
+    last(books, cur_perf=0, new_load=0)
+    assert books.complaints()[0] == "load served: 0.0 reported, 5.0 due"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.vast.certificates import Authority, RequestRefused
-from tests.vast.requests import rsa_key, signing_request
+from tests.vast.signing_requests import rsa_key, signing_request
 
 
 def server_context(folder: Path, certificate_pem: str) -> ssl.SSLContext:
