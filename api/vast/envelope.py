@@ -7,12 +7,15 @@ from typing import Any
 
 import pydantic_core
 from starlette.responses import Response
+from starlette.types import Receive
 
 from api.vast.books import MAX_WORKLOAD
 
 _REQUIRED = ("cost", "endpoint", "reqnum", "request_idx", "signature", "url")
 _MISSING = "field missing"
 _LONGEST_IDX = 64
+ENVELOPE_BYTES = 1 << 16
+"""What an envelope may take beside its payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,18 @@ class Envelope:
     def cost(self) -> float:
         cost = self.auth["cost"]
         return float(min(cost, MAX_WORKLOAD)) if isinstance(cost, int | float) and cost > 0 else 0.0
+
+
+async def read(receive: Receive, limit: int) -> bytes | None:
+    """A request's body, cut behind `limit`; None if the client went away."""
+    raw = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        raw += message.get("body", b"")
+        if not message.get("more_body", False) or len(raw) > limit:
+            return bytes(raw)
 
 
 class Plain(Exception):

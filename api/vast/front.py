@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.vast import envelope as envelopes
-from api.vast.envelope import Malformed, refusal
+from api.vast.envelope import ENVELOPE_BYTES, Malformed, refusal
 from api.vast.sessions import Sessions
 
 UPDATE_MARK = Path("/.force_update")
@@ -59,9 +59,10 @@ class Front:
         }
         if path not in on_session:
             return None
+        raw = await envelopes.read(receive, ENVELOPE_BYTES)
         try:
-            body = envelopes.parse_object(await Request(scope, receive).body())
-        except (Malformed, ClientDisconnect):
+            body = envelopes.parse_object(raw or b"")
+        except Malformed:
             return refusal(422, {"error": "invalid JSON"})
         return on_session[path](body)
 

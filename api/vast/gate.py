@@ -8,6 +8,7 @@ request it is, and watches how it ends.
 import hmac
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.disconnect import first_of
 from api.vast import envelope as envelopes
 from api.vast.books import Books, Job, Outcome, workload_of
-from api.vast.envelope import Envelope, Malformed, Plain, refusal
+from api.vast.envelope import ENVELOPE_BYTES, Envelope, Malformed, Plain, refusal
 from api.vast.public_key import PublicKeys
 from api.vast.sessions import Session, Sessions
 from api.vast.signature import OLDEST, Form, Verifier
 
-_ENVELOPE_BYTES = 1 << 16
-"""What an envelope may take beside its payload."""
 _REPLACED_HEADERS = frozenset(
     {b"authorization", b"content-length", b"content-type", b"transfer-encoding"}
 )
@@ -42,7 +41,8 @@ class Rules:
     api_key           opens the application to those without an envelope, and to the gate
     payload_limit     of a request, in bytes
     max_queue_time_s  see `WorkerConfig`
-    wait_s            what a request would wait now, by the scheduler's state
+    wait_s            what a request would wait now, by the scheduler's state; infinite where it
+                      would be refused
     """
 
     unsecured: bool
@@ -75,29 +75,18 @@ class Gate:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        raw = await self._read(receive)
+        raw = await envelopes.read(receive, self._rules.payload_limit + ENVELOPE_BYTES)
         if raw is None:
             return
         answer = await self._admit(scope, raw, receive, send)
         if answer is not None:
             await answer(scope, receive, send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, cut where it is more than could be served; None if the client went away."""
-        raw, limit = bytearray(), self._rules.payload_limit + _ENVELOPE_BYTES
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            raw += message.get("body", b"")
-            if not message.get("more_body", False) or len(raw) > limit:
-                return bytes(raw)
-
     async def _admit(
         self, scope: Scope, raw: bytes, receive: Receive, send: Send
     ) -> Response | None:
         """A refusal; None if the request was served."""
-        if len(raw) > self._rules.payload_limit + _ENVELOPE_BYTES:
+        if len(raw) > self._rules.payload_limit + ENVELOPE_BYTES:
             return refusal(413, {"error": "the body is too long"})
         try:
             envelope = envelopes.parse(raw)
@@ -131,7 +120,7 @@ class Gate:
         )
         if session is not None:
             self._sessions.prolong(session)
-        elif self._would_wait_too_long():
+        elif not self._has_room():
             self._books.end(job, Outcome.REJECTED)
             return refusal(429)
         body = json.dumps(envelope.payload).encode()
@@ -165,9 +154,12 @@ class Gate:
             names = ", ".join(sorted(auth.keys() & _KNOWN_FIELDS))
             logger.warning("a signature fits no key in any form; auth_data has %s", names)
 
-    def _would_wait_too_long(self) -> bool:
-        limit = self._rules.max_queue_time_s
-        return limit is not None and self._rules.wait_s() > limit
+    def _has_room(self) -> bool:
+        """A stream would only say so in an answer that began well, which no client tries again
+        elsewhere.
+        """
+        limit, wait_s = self._rules.max_queue_time_s, self._rules.wait_s()
+        return wait_s < math.inf and (limit is None or wait_s <= limit)
 
     def _serves_plain(self, scope: Scope) -> bool:
         """For the worker's owner, and for everyone where signatures are not looked at."""

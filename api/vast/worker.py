@@ -4,6 +4,7 @@ and reports what is wrong for as long as anything is.
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -231,6 +232,8 @@ class Worker:
 
     def _wait_s(self, state: AppState) -> float:
         """What is owed to those before, if anyone waits at all: else a request starts at once."""
+        if not state.engine.free_permits:
+            return math.inf
         if not state.engine.status().figures.num_waiting:
             return 0.0
         return self._books.wait_s(self._readiness.max_perf)
