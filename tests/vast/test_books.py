@@ -106,7 +106,7 @@ def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> Non
     books.reports = [report(num_requests_recieved=1, new_load=5, cur_perf=5)]
     assert books.complaints() == []
     last(books, cur_perf=0, new_load=0)
-    assert "load served: 0.0 reported, 5.0 due" == books.complaints()[0]
+    assert books.complaints()[0] == "load served: 0.0 reported, 5.0 due"
 
 
 @pytest.mark.parametrize(
