@@ -32,31 +32,32 @@ class Job:
     """A request, or an open session, from its arrival to its end.
 
     The application is told nothing of it but that it meters what it does: see `api.observation`.
-    A job that is not `counted` runs on the account of its session; that one `is_work` for nobody.
+    A job in a session is not `listed`, since the session is; and a session `is_work` for nobody:
+    what it owes is served by its having been open.
     """
 
     __slots__ = (
         "_accepted",
         "_books",
         "_declared",
-        "counted",
         "entered_at",
         "failed",
         "generated",
         "is_work",
+        "listed",
         "refused",
         "request_idx",
         "started_at",
     )
 
     def __init__(
-        self, books: "Books", request_idx: object, workload: float, counted: bool, is_work: bool
+        self, books: "Books", request_idx: object, workload: float, listed: bool, is_work: bool
     ) -> None:
         self._books = books
         self._declared = workload
         self._accepted = 0
         self.request_idx = request_idx
-        self.counted = counted
+        self.listed = listed
         self.is_work = is_work
         self.entered_at = time.time()
         self.started_at = 0.0
@@ -139,40 +140,39 @@ class Books:
         self._told = Totals()
 
     def enter(
-        self, request_idx: object, workload: float, *, counted: bool = True, is_work: bool = True
+        self, request_idx: object, workload: float, *, listed: bool = True, is_work: bool = True
     ) -> Job:
         """It has come; what becomes of it is open."""
-        self.num_received += counted
-        return Job(self, request_idx, workload, counted, is_work)
+        self.num_received += listed
+        return Job(self, request_idx, workload, listed, is_work)
 
     def start(self, job: Job) -> None:
         job.started_at = time.time()
         self.working[job] = None
-        if job.counted:
-            self._received += job.workload
+        self._received += job.workload
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Whether it was started or not."""
         started = job in self.working
         self.working.pop(job, None)
-        if not job.counted:
-            return
-        if started:
+        if started and job.is_work:
             self._received -= job.owed
+        elif started:
+            self._served += job.owed
         if outcome is Outcome.REJECTED:
             self._rejected += job.workload
-        if job.request_idx is not None:
+        if job.listed and job.request_idx is not None:
             self.ended.append(_ended(job, outcome))
 
     def changed(self, job: Job, workload: float, num_generated: int) -> None:
         """While it runs; what its generations do after its end is of no account."""
-        if job.counted and job in self.working:
+        if job in self.working:
             self._received += workload
             self._served += num_generated
 
     @property
     def owed(self) -> float:
-        return sum(job.owed for job in self.working if job.counted)
+        return sum(job.owed for job in self.working)
 
     def wait_s(self, perf: float) -> float:
         """Until all that is to be generated has been, at so many tokens per second. What a
@@ -188,7 +188,7 @@ class Books:
             served=self._served - self._told.served,
             rejected=self._rejected - self._told.rejected,
             owed=self.owed,
-            working=tuple(job.request_idx for job in self.working if job.counted),
+            working=tuple(job.request_idx for job in self.working if job.listed),
             num_received=self.num_received,
         )
 

@@ -116,7 +116,7 @@ class Gate:
         if _path(scope) == "/session/create":
             return self._sessions.create(envelope)
         job = self._books.enter(
-            envelope.request_idx, workload_of(envelope.payload), counted=session is None
+            envelope.request_idx, workload_of(envelope.payload), listed=session is None
         )
         if session is not None:
             self._sessions.prolong(session)

@@ -48,14 +48,13 @@ class AnyBusiness(RuleBasedStateMachine):
         self.on_its_way: tuple[Load, int] | None = None
         self.num_jobs = 0
 
-    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3), counted=st.booleans())
-    def starts(self, limit: int, idx: int | None, counted: bool) -> None:
-        job = self.books.enter(idx, limit, counted=counted)
+    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3), listed=st.booleans())
+    def starts(self, limit: int, idx: int | None, listed: bool) -> None:
+        job = self.books.enter(idx, limit, listed=listed)
         self.books.start(job)
-        self.num_jobs += counted
+        self.num_jobs += listed
         self.running[job] = Account(limit)
-        if counted:
-            self.truth.received += limit
+        self.truth.received += limit
 
     @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3))
     def is_rejected_at_the_door(self, limit: int, idx: int | None) -> None:
@@ -85,9 +84,8 @@ class AnyBusiness(RuleBasedStateMachine):
             job.accept(limit)
         if count:
             job.generate(count)
-        if job.counted:
-            self.truth.received += account.workload - before
-            self.truth.served += count
+        self.truth.received += account.workload - before
+        self.truth.served += count
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome))
@@ -96,12 +94,11 @@ class AnyBusiness(RuleBasedStateMachine):
         account = self.running.pop(job)
         self.books.end(job, outcome)
         job.generate(7)  # a last step that was under way
-        if job.counted:
-            self.truth.given_back += account.workload - account.generated
-            if outcome is Outcome.REJECTED:
-                self.truth.rejected += account.workload
-            if job.request_idx is not None:
-                self.truth.ended.append((job.request_idx, outcome))
+        self.truth.given_back += account.workload - account.generated
+        if outcome is Outcome.REJECTED:
+            self.truth.rejected += account.workload
+        if job.listed and job.request_idx is not None:
+            self.truth.ended.append((job.request_idx, outcome))
 
     @precondition(lambda self: self.on_its_way is None)
     @rule()
@@ -134,10 +131,9 @@ class AnyBusiness(RuleBasedStateMachine):
 
     @invariant()
     def what_is_owed_is_what_runs(self) -> None:
-        counted = [account for job, account in self.running.items() if job.counted]
-        load = self.books.load()
-        assert load.owed == sum(account.workload - account.generated for account in counted)
-        assert len(load.working) == len(counted)
+        load, accounts = self.books.load(), self.running.values()
+        assert load.owed == sum(account.workload - account.generated for account in accounts)
+        assert len(load.working) == sum(job.listed for job in self.running)
         assert load.num_received == self.num_jobs
 
     @invariant()
@@ -168,7 +164,7 @@ class AnyBusiness(RuleBasedStateMachine):
             job.fail()
             self.books.end(job, Outcome.CANCELLED)
             account = self.running.pop(job)
-            self.truth.given_back += account.workload - account.generated if job.counted else 0
+            self.truth.given_back += account.workload - account.generated
         truth = self.truth
         extra = int(truth.told_received) + truth.given_back - truth.received + 1000
         job = self.books.enter(None, extra)

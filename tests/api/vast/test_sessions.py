@@ -224,15 +224,18 @@ async def test_a_call_that_names_no_session_is_422(served: Worker, what: str) ->
 # -- its requests -------------------------------------------------------------------------
 
 
-async def test_requests_in_a_session_are_on_its_account(served: Worker) -> None:
+async def test_requests_in_a_session_are_load_and_the_session_alone_is_listed(
+    served: Worker,
+) -> None:
     session = await open_session(served, cost=50)
     assert (await served.ask(session_id=session.id, request_idx=7)).status_code == 200
     load = served.books.load()
-    assert (load.owed, load.received, load.working, load.num_received) == (50, 50, (42,), 1)
+    assert (load.owed, load.received, load.served) == (50, 52, 2)
+    assert (load.working, load.num_received) == ((42,), 1)
     assert not served.books.ended
     await session.call("end")
     load = served.books.load()
-    assert (load.owed, load.working) == (0, ())
+    assert (load.owed, load.received, load.served, load.working) == (0, 52, 52, ())
     (ended,) = served.books.ended
     assert (ended.request_idx, str(ended.outcome), ended.success) == (42, "Success", True)
     assert ended.started_at > 0
