@@ -20,6 +20,8 @@ class StandIn:
     url: str
     in_sessions: float = 0.0
     """Workload done inside sessions so far: to be added by who asks for it."""
+    unused: float = 0.0
+    """Workload of what was answered without being done, which a worker may give back."""
 
     def books(self) -> dict[str, Any]:
         return self._get("/_books")
@@ -60,7 +62,7 @@ class StandIn:
         return [worker["status"] for worker in self.books()["workers"]]
 
     def _complaints(self) -> list[str]:
-        return self._get(f"/_complaints?in_sessions={self.in_sessions}")
+        return self._get(f"/_complaints?in_sessions={self.in_sessions}&unused={self.unused}")
 
     def _get(self, path: str) -> Any:
         return httpx2.get(f"{self.url}{path}").raise_for_status().json()

@@ -95,13 +95,15 @@ async def test_what_cannot_be_done_is_refused_once_and_for_all(
     answer = await endpoint.request("/generate", payload(4, temperature=-1.0), cost=4)
     assert (answer["ok"], answer["status"]) == (False, 422)
     assert answer["response"]["error_type"] == "validation"
+    vast.unused += 4
     attempts = vast.books()["attempts"]
     assert [x["request_idx"] for x in attempts].count(answer["request_idx"]) == 1
 
 
-async def test_what_cannot_be_streamed_is_told_in_the_stream(endpoint: Any) -> None:
+async def test_what_cannot_be_streamed_is_told_in_the_stream(endpoint: Any, vast: StandIn) -> None:
     (event,) = await stream(endpoint, "/generate_stream", payload(4, temperature=-1.0), 4)
     assert event["error_type"] == "validation"
+    vast.unused += 4
 
 
 async def test_a_client_that_goes_away_is_a_cancelled_request(endpoint: Any, vast: StandIn) -> None:

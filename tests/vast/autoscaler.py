@@ -225,8 +225,8 @@ class Autoscaler:
     def wait_until_ready(self, timeout_s: float = 10.0) -> None:
         self.wait_for(self._ready_workers, timeout_s)
 
-    def complaints(self, in_sessions: float = 0.0) -> list[str]:
-        return self.books.complaints(in_sessions)
+    def complaints(self, in_sessions: float = 0.0, unused: float = 0.0) -> list[str]:
+        return self.books.complaints(in_sessions, unused)
 
     def settled(self, timeout_s: float = 10.0, in_sessions: float = 0.0) -> list[str]:
         """The complaints that remain when workers had time to report."""
@@ -462,8 +462,9 @@ class Routes:
         )
 
     async def complaints(self, request: Request) -> Response:
-        in_sessions = float(request.query_params.get("in_sessions", 0))
-        return JSONResponse(self._autoscaler.complaints(in_sessions))
+        asked = request.query_params
+        in_sessions, unused = (float(asked.get(name, 0)) for name in ("in_sessions", "unused"))
+        return JSONResponse(self._autoscaler.complaints(in_sessions, unused))
 
     async def envelope(self, request: Request) -> Response:
         try:

@@ -154,13 +154,14 @@ class Books:
         told = (report.number("loadtime") for report in self.reports_of(worker_id))
         return list(dict.fromkeys(loadtime for loadtime in told if loadtime))
 
-    def complaints(self, in_sessions: float = 0.0) -> list[str]:
+    def complaints(self, in_sessions: float = 0.0, unused: float = 0.0) -> list[str]:
         """Everything that does not add up, in words; nothing while there is nothing to say.
 
         To be asked when all is over: what is in flight is a complaint. It is assumed that clients
         went where they were sent, with a cost that is the worker's workload, and that what no
-        deletion can tell of was served. `in_sessions` is
-        the workload done inside sessions, which no attempt tells of.
+        deletion can tell of was served. `in_sessions` is the workload done inside sessions, which
+        no attempt tells of, and `unused` what was answered without being done: a worker may give
+        that back.
         """
         return [
             *(f"refused: {refusal}" for refusal in self.refusals),
@@ -168,7 +169,7 @@ class Books:
             *(f"deletion: {fault}" for entry in self.deletions for fault in entry.faults()),
             *self._deletion_complaints(),
             *(x for worker in self.worker_ids() for x in self._left_over(worker)),
-            *self._load_complaints(in_sessions),
+            *self._load_complaints(in_sessions, unused),
         ]
 
     def _deletion_complaints(self) -> Iterator[str]:
@@ -191,7 +192,7 @@ class Books:
         if received != len(reqnums):
             yield f"worker {worker_id}: {received} requests received, {len(reqnums)} sent"
 
-    def _load_complaints(self, in_sessions: float) -> Iterator[str]:
+    def _load_complaints(self, in_sessions: float, unused: float) -> Iterator[str]:
         if any(entry.status is None for entry in self.deletions):
             return  # nothing tells whether a failure was an error or a rejection
         owed = self._cost_by_status()
@@ -200,15 +201,14 @@ class Books:
             for key in ("new_load", "cur_perf", "rej_load")
         )
         # A worker may count tokens as they come, also of what then comes to nothing.
-        unfinished = owed["Cancelled"] + owed["Error"]
-        if not -0.01 <= served - owed["Success"] - in_sessions <= unfinished + 0.01:
-            yield f"load served: {served} reported, {owed['Success'] + in_sessions} due"
+        due, unfinished = owed["Success"] + in_sessions, owed["Cancelled"] + owed["Error"]
+        if not -unused - 0.01 <= served - due <= unfinished + 0.01:
+            yield f"load served: {served} reported, {due} due"
         if not _close(rejected, owed["Rejected"]):
             yield f"load rejected: {rejected} reported, {owed['Rejected']} due"
         # What is cancelled after it was reported is taken off the next report, down to zero.
-        least = owed["Success"] + in_sessions + owed["Error"]
-        if not -0.01 <= new - least <= owed["Cancelled"] + 0.01:
-            yield f"load received: {new} reported, {least} due and {owed['Cancelled']} cancelled"
+        if not -unused - 0.01 <= new - due <= unfinished + 0.01:
+            yield f"load received: {new} reported, {due} due and {unfinished} unfinished"
 
     def _cost_by_status(self) -> Counter[str]:
         """The costs of the attempts, by what their deletions say, in the order of both."""
