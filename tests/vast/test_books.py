@@ -117,7 +117,7 @@ def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> Non
         ({"num_requests_recieved": 3}, "worker 1: 3.0 requests received, 4 sent"),
         ({"cur_perf": 4}, "load served: 4.0 reported, 5.0 due"),
         ({"rej_load": 0}, "load rejected: 0.0 reported, 13 due"),
-        ({"new_load": 1}, "load received: 24.0 reported, 12.0 due and 11 cancelled"),
+        ({"new_load": 1}, "load received: 24.0 reported, 5.0 due and 18 unfinished"),
         ({"version": "1.0.0"}, "report: version is not 1.1.0"),
         ({"max_perf": 0}, "report: loaded with a max_perf of 0"),
         ({"new_load": -0.5}, "report: new_load is negative"),
