@@ -49,6 +49,7 @@ def environment(stand_in: StandIn, port: int, folder: Path, tls: bool) -> dict[s
         "VAST_CONSOLE_URL": stand_in.url,
         "TLS_DIRECTORY": str(folder),
         "BENCHMARK_CACHE": str(folder),
+        "BENCHMARK_SECONDS": "8",
     }
 
 
