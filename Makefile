@@ -27,6 +27,7 @@ fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI docu
 
 thorough: $(READY) $(CLIENTS_READY)  ## ten times as many random schedules; Vast's own worker, too
 	THOROUGH=10 $(PYTHON) -m pytest --timeout=7200 tests/engine/test_scheduler.py
+	THOROUGH=1 $(PYTHON) -m pytest tests/vast/test_faults.py
 	THOROUGH=1 $(CLIENTS)/bin/python -m pytest clients/vast
 
 lint: $(READY)

@@ -17,7 +17,7 @@ from api.config import ConfigError, Settings, platform_identity, read_settings
 from api.launcher_flags import flag_of
 from api.logs import configure_logging, connected
 from api.runtime_info import runtime_info
-from api.server import PortTaken, Server, check_port, server_config
+from api.server import CannotListen, Server, check_port, server_config
 from api.state import AppState, build_state
 from api.vast import pyworker
 from api.vast.worker import AlreadyRunning, report_failure
@@ -51,7 +51,7 @@ class _PlainServer(Server):
 _EXITS: tuple[tuple[type[Exception], str], ...] = (
     (DownloadFailed, "DownloadError"),
     (LoadError, "ShardCannotStart"),
-    (PortTaken, "WebserverFailed"),
+    (CannotListen, "WebserverFailed"),
 )
 """TGI's names for what ends the launcher: Vast's workers, for one, wait for them in the log."""
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except AlreadyRunning as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (LoadError, PortTaken) as error:
+    except (LoadError, CannotListen) as error:
         name = next(name for kind, name in _EXITS if isinstance(error, kind))
         print(f"error: {error}\nError: {name}", file=sys.stderr)
         logger.error("Error: %s", name)

@@ -54,12 +54,12 @@ def server_config(
     )
 
 
-class PortTaken(Exception):
+class CannotListen(Exception):
     """Nothing can be served where it should be."""
 
 
 def check_port(hostname: str, port: int, setting: str) -> None:
-    """Before the minutes that a model may take to load, not after. Raises PortTaken, which names
+    """Before the minutes that a model may take to load, not after. Raises CannotListen, which names
     the setting.
     """
     family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
@@ -68,4 +68,4 @@ def check_port(hostname: str, port: int, setting: str) -> None:
         try:
             probe.bind((hostname, port))
         except OSError as error:
-            raise PortTaken(f"{setting}: {port}: {error.strerror}") from None
+            raise CannotListen(f"{setting}: {port}: {error.strerror}") from None

@@ -21,7 +21,7 @@ import uvloop
 
 from api.app import create_app
 from api.config import ConfigError
-from api.server import Server, check_port, server_config
+from api.server import CannotListen, Server, check_port, server_config
 from api.state import AppState
 from api.vast import benchmark
 from api.vast.books import Books
@@ -51,7 +51,7 @@ class AlreadyRunning(Exception):
 
 
 def run(config: WorkerConfig, load: Load) -> None:
-    """Serve until told to stop. Raises AlreadyRunning, PortTaken. `load` raises LoadError,
+    """Serve until told to stop. Raises AlreadyRunning, CannotListen. `load` raises LoadError,
     ConfigError.
     """
     with _only_worker(config.port):
@@ -137,9 +137,7 @@ class Worker:
     def _server(self) -> "_Server":
         options: dict[str, Any] = {"lifespan": "off"}
         if self._config.use_ssl:
-            if not self._files.usable():
-                self._files.make_request()
-                self._files.sign_ourselves()
+            self._have_certificate()
             options |= {
                 "ssl_certfile": self._files.certificate,
                 "ssl_keyfile": self._files.key,
@@ -148,15 +146,22 @@ class Worker:
             server_config(self._front, "0.0.0.0", self._config.port, _DRAIN_S, **options)
         )
 
+    def _have_certificate(self) -> None:
+        """One that the platform has signed, or one to listen with until it has."""
+        try:
+            if not self._files.usable():
+                self._files.make_request()
+                self._files.sign_ourselves()
+        except OSError as error:
+            raise CannotListen(f"TLS_DIRECTORY: {error}") from None
+
     # -- until it is ready ------------------------------------------------------------
 
     async def _become_ready(self, server: "_Server", ending: AsyncExitStack) -> None:
         """What takes time runs side by side: the model, the key, the certificate."""
         trusted = self._begin(self._become_trusted(server))
         try:
-            self.is_loading = True
-            state = await _in_daemon_thread(self._load)
-            self.is_loading = False
+            state = await self._loaded()
             server.engine = state.engine
             app = create_app(state)
             await ending.enter_async_context(app.router.lifespan_context(app))
@@ -170,6 +175,13 @@ class Worker:
             return
         await trusted
         self._open(state)
+
+    async def _loaded(self) -> AppState:
+        self.is_loading = True
+        try:
+            return await _in_daemon_thread(self._load)
+        finally:
+            self.is_loading = False
 
     async def _become_trusted(self, server: "_Server") -> None:
         works = []

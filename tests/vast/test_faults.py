@@ -7,6 +7,7 @@ told done once.
 
 import asyncio
 import json
+import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.vast.worker import NUM_TOKENS, WorkerProcess, scripted_worker
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 READY_S = 30.0
+DOWN_S = 60 if "THOROUGH" in os.environ else 4
 PAYLOAD = {"inputs": "x", "parameters": {"max_new_tokens": NUM_TOKENS}}
 
 
@@ -81,12 +83,13 @@ async def test_an_autoscaler_that_is_down_at_start_hears_of_it_when_it_is_up(
 async def test_nothing_is_lost_while_it_is_down_under_load(
     autoscaler: Autoscaler, worker: WorkerProcess, http: httpx2.AsyncClient
 ) -> None:
-    envelopes = [[autoscaler.envelope(PAYLOAD) for _ in range(10)] for _ in range(5)]
-    autoscaler.down(4.0)
+    rounds = DOWN_S + 1  # a second each
+    envelopes = [[autoscaler.envelope(PAYLOAD) for _ in range(10)] for _ in range(rounds)]
+    autoscaler.down(float(DOWN_S))
     answers: Counter[int] = Counter()
-    for together in envelopes:  # a second each
+    for together in envelopes:
         answers.update(await asyncio.gather(*(ask(http, worker, e) for e in together)))
-    assert answers == {200: 50}
+    assert answers == {200: rounds * 10}
     assert await settled(autoscaler) == []
 
 
@@ -153,6 +156,20 @@ async def test_a_worker_that_has_no_key_says_so_and_is_ready_when_it_has(
         autoscaler.heal()
         await asyncio.to_thread(autoscaler.wait_until_ready, READY_S)
         assert await ask(http, worker, autoscaler.envelope(PAYLOAD)) == 200
+        assert await settled(autoscaler) == []
+
+
+async def test_a_wrong_key_opens_to_nobody_and_is_replaced(
+    autoscaler: Autoscaler, tmp_path: Path, port: int, http: httpx2.AsyncClient
+) -> None:
+    autoscaler.serve_key("wrong")
+    with scripted_worker(autoscaler, tmp_path, port) as worker:
+        await asyncio.to_thread(autoscaler.wait_until_ready, READY_S)
+        envelope = autoscaler.envelope(PAYLOAD)
+        assert await ask(http, worker, envelope) == 401
+        autoscaler.heal()
+        await asyncio.sleep(5.1)  # no key is asked for more often
+        assert await ask(http, worker, envelope) == 200
         assert await settled(autoscaler) == []
 
 

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
 from api.config import Settings
+from api.server import CannotListen
 from api.state import AppState, build_state
 from api.vast import public_key, reporter
 from api.vast.variables import Identity, WorkerConfig
@@ -264,6 +265,16 @@ async def issuer_of(port: int) -> str:
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return x509.load_der_x509_certificate(der).issuer.rfc4514_string()
+
+
+async def test_where_no_certificate_can_be_kept_nothing_is_listened_on(
+    config: WorkerConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = replace(config, use_ssl=True, tls_directory=tmp_path / "file")
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(Platform())) as http:
+        with pytest.raises(CannotListen, match=r"TLS_DIRECTORY: .*Not a directory"):
+            await Worker(nowhere, loading(ScriptedEngine()), http).run()
 
 
 async def test_a_second_worker_on_the_port_is_refused(config: WorkerConfig) -> None:
