@@ -1,6 +1,7 @@
 """Whether the server in this container is healthy: exit code 0 if so, for HEALTHCHECK.
 
-Asks /health of a worker (over TLS if it speaks TLS) and of a plain server, whichever is there.
+Asks /health of a worker (over TLS if it speaks TLS), of a plain server and of one behind Vast's own
+worker, whichever is there.
 Of the standard library alone, and quick to start: it runs every half a minute.
 """
 
@@ -13,6 +14,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 _TIMEOUT_S = 4
+_BEHIND_PYWORKER = 5001
 
 # The certificate is for the address that clients use, not for this one.
 _ANY_CERTIFICATE = ssl._create_unverified_context()
@@ -27,8 +29,8 @@ def _servers() -> Iterator[HTTPConnection]:
     worker = int(os.environ.get("WORKER_PORT") or 3000)
     yield HTTPSConnection("127.0.0.1", worker, timeout=_TIMEOUT_S, context=_ANY_CERTIFICATE)
     yield HTTPConnection("127.0.0.1", worker, timeout=_TIMEOUT_S)
-    port = int(_port_flag() or os.environ.get("PORT") or 3000)
-    if port != worker:
+    plain = int(_port_flag() or os.environ.get("PORT") or 3000)
+    for port in {plain, _BEHIND_PYWORKER} - {worker}:
         yield HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
 
 
