@@ -25,7 +25,7 @@ clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and 
 fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
 
-thorough: $(READY) $(CLIENTS_READY)  ## ten times as many random schedules; Vast's own worker, too
+thorough: $(READY) $(CLIENTS_READY)  ## more random schedules, longer faults, Vast's worker against the stand-in
 	THOROUGH=10 $(PYTHON) -m pytest --timeout=7200 tests/engine/test_scheduler.py
 	THOROUGH=1 $(PYTHON) -m pytest tests/vast/test_faults.py
 	THOROUGH=1 $(CLIENTS)/bin/python -m pytest clients/vast

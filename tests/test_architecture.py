@@ -55,6 +55,12 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not (FORBIDDEN[path.parts[0]] | {"rehearsal"}) & set(imports(path))
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[1] != "vast"], ids=str)
+def test_a_platform_s_words_are_known_to_who_starts_the_server_alone(path: Path) -> None:
+    knows = any(name.startswith("api.vast") for name in imports(path))
+    assert not knows or str(path) in ("api/__main__.py", "api/config.py")
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if str(p) in TORCH_FREE], ids=str)
 def test_bookkeeping_needs_no_torch(path: Path) -> None:
     found = set(imports(path))
