@@ -104,7 +104,7 @@ def load_with_room_for(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return build(loaded, limits, *rest)
 
-    monkeypatch.setattr(engine_module, "load", lambda _: loaded)
+    monkeypatch.setattr(engine_module, "load", lambda *_: loaded)
     monkeypatch.setattr(engine_module, "build_runner", build_within)
     return Engine.load(LoadConfig("tiny"), config(**options))
 
