@@ -40,6 +40,7 @@ from engine.async_engine import AsyncEngine
 _NUM_CLIENTS = 16
 _NUM_TOKENS = 20
 _STEPS_PER_S = 100.0
+_WARM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ class Envelopes:
 def ask_honestly(port: int, body: bytes, seconds: float) -> Honest:
     async def client(latencies: list[float], statuses: Counter[int]) -> None:
         connection = await _Connection.open(port)
+        warm = time.monotonic() + _WARM_S
+        while time.monotonic() < warm:
+            await connection.post(body)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             started = time.perf_counter()
@@ -167,9 +171,12 @@ async def measure(rate: float, seconds: float) -> tuple[Honest, Honest, Counter[
             with ProcessPoolExecutor(2, spawn) as pool:
                 run: Any = asyncio.get_running_loop().run_in_executor
                 honest = (config.port, envelopes.honest(), seconds)
-                await run(pool, ask_honestly, *honest[:2], 1.0)  # the first are slower
+                # Both are started before anything is measured.
+                await asyncio.gather(*(run(pool, time.sleep, 3.0) for _ in range(2)))
                 alone = await run(pool, ask_honestly, *honest)
-                flooding = run(pool, flood, config.port, envelopes.forged(), rate, seconds + 1)
+                flooding = run(
+                    pool, flood, config.port, envelopes.forged(), rate, seconds + 2 * _WARM_S
+                )
                 flooded = await run(pool, ask_honestly, *honest)
                 answers = await flooding
             living.cancel()
