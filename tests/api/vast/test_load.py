@@ -1,6 +1,7 @@
 """What requests come to: tokens owed and served as they are generated, and how each ended."""
 
 import asyncio
+import math
 from typing import Any
 
 import httpx2
@@ -101,6 +102,11 @@ async def test_more_than_the_longest_wait_is_429(wait_s: float, status: int) -> 
 async def test_without_a_longest_wait_nobody_is_refused() -> None:
     async with worker(wait_s=lambda: 1e9, max_queue_time_s=None) as served:
         assert (await served.ask()).status_code == 200
+
+
+async def test_without_a_longest_wait_who_could_not_be_served_at_all_is_refused() -> None:
+    async with worker(wait_s=lambda: math.inf, max_queue_time_s=None) as served:
+        assert (await served.ask(path="/generate_stream")).status_code == 429
 
 
 async def test_a_longest_wait_of_nothing_serves_who_need_not_wait() -> None:

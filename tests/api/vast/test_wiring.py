@@ -61,3 +61,15 @@ async def test_an_open_worker_is_ready_and_says_so_at_once() -> None:
     assert worker._readiness.load_s > 0
     assert worker._reporter._soon.is_set()
     await worker._http.aclose()
+
+
+async def test_a_full_worker_says_so_before_a_stream_begins() -> None:
+    """Told in the stream, as a plain server tells it, nobody would try it elsewhere."""
+    engine = ScriptedEngine(permits=0)
+    worker = opened(engine, build_state(engine, Settings()), None)  # type: ignore[arg-type]
+    transport = httpx2.ASGITransport(worker._front)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
+        body = {"auth_data": AUTH | {"signature": ""}, "payload": PAYLOAD}
+        answer = await http.post("/generate_stream", json=body)
+    assert (answer.status_code, answer.content) == (429, b"")
+    await worker._http.aclose()
