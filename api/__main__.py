@@ -1,6 +1,7 @@
 """`python -m api`: read the settings, load the model, serve until told to stop."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -126,6 +127,10 @@ def _load(settings: Settings) -> AppState:
     engine = Engine.load(settings.load_config(), settings.engine_config(), cold_start)
     for line in engine.summary():
         print(line, flush=True)
+    # What loading has left is there to stay. To look through it again and again for garbage
+    # would stop every thread for half a second each time.
+    gc.collect()
+    gc.freeze()
     return build_state(
         AsyncEngine(
             engine,

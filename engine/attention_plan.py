@@ -48,14 +48,16 @@ class StepSequences:
     @property
     def positions(self) -> np.ndarray:
         """Of the packed row's tokens, [num_tokens]."""
+        if (self.lengths == 1).all():
+            return self.starts
         packed_ends = np.cumsum(self.lengths)
         return np.arange(packed_ends[-1]) + np.repeat(self.ends - packed_ends, self.lengths)
 
     def with_tokens(self) -> "StepSequences":
         """Without those that compute none."""
-        keep = self.lengths > 0
-        if keep.all():
+        if self.lengths.all():
             return self
+        keep = self.lengths > 0
         return StepSequences(self.slots[keep], self.starts[keep], self.lengths[keep])
 
 

@@ -38,8 +38,8 @@ from engine.request import (
     TokenOutput,
 )
 from engine.sampler import SampledTokens
-from engine.scheduler import Batch, ScheduledSequence, Scheduler
-from engine.sequence import Sequence
+from engine.scheduler import Batch, Scheduler
+from engine.sequence import Sequence, SequenceStatus
 from engine.sizing import Limits, decide_limits, with_smaller_cache
 from engine.stream import Pending, in_passing_thread, make_stream
 
@@ -70,8 +70,8 @@ class _Step:
     discarded: set[Sequence] = field(default_factory=set)
 
     @property
-    def sampled(self) -> list[ScheduledSequence]:
-        return [entry for entry in self.batch.scheduled if entry.samples]
+    def sampled(self) -> list[Sequence]:
+        return [entry.sequence for entry in self.batch.scheduled if entry.samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +275,9 @@ class Engine:
         if step is None or step.forward is None or step.pending is not None:
             return
         guided = [
-            (row, entry.sequence.grammar)
-            for row, entry in enumerate(step.sampled)
-            if entry.sequence.grammar is not None and entry.sequence not in step.discarded
+            (row, seq.grammar)
+            for row, seq in enumerate(step.sampled)
+            if seq.grammar is not None and seq not in step.discarded
         ]
         masks = None
         if guided:
@@ -302,17 +302,16 @@ class Engine:
 
     def _take(self, step: _Step, result: StepResult) -> Events:
         """The only loop over tokens on the host."""
-        for entry in step.batch.scheduled:
-            self.scheduler.complete(entry)
+        self.scheduler.complete(step.batch)
         if result.prompt_logprobs is not None:
             self._take_prompt_logprobs(step.batch, result.prompt_logprobs.tolist())
         if result.sampled is None:
             self._sample_next()
             return []
         drawn = [
-            (entry.sequence, row)
-            for entry, row in zip(step.sampled, _rows(result.sampled), strict=True)
-            if not entry.sequence.is_finished and entry.sequence not in step.discarded
+            (seq, row)
+            for seq, row in zip(step.sampled, _rows(result.sampled), strict=True)
+            if seq.status is not SequenceStatus.FINISHED and seq not in step.discarded
         ]
         forced = {seq: self._follow(seq, row) for seq, row in drawn if seq.grammar is not None}
         self._sample_next()
@@ -367,7 +366,8 @@ class Engine:
 
     def _emit(self, events: Events, seq: Sequence, row: Row) -> None:
         token_id, logprob, top = row
-        request_id, sampling = seq.request.request_id, seq.request.sampling
+        request = seq.request
+        request_id, sampling = request.request_id, request.sampling
         if seq.grammar is not None and seq.grammar.error:
             raise GrammarError(seq.grammar.error)
         seq.token_ids.append(token_id)

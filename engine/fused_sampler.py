@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.request import SamplingParams
 from engine.sampler import TIE_MARGIN, SampledTokens, Sampler, SamplerPlan
 from kernels import fused_sampling
 from kernels.ops import Ops
@@ -35,28 +36,36 @@ class Kind(NamedTuple):
 
 
 class FusedSampler(Sampler):
-    def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplerPlan:
-        p = self._parameters[slots]
-        rows = np.empty(len(slots), dtype=ROW_PARAMETERS)
-        for name in _TAKEN_OVER:
-            rows[name] = p[name]
-        rows["top_k"] = np.minimum(p["top_k"], self._vocab_size)
-        rows["noise_key"] = noise_keys(p["seed"], positions)
-        rows["slot"] = slots
-        rows["context_length"] = positions
-        words = rows.view(np.int32).reshape(len(rows), -1)
-        return SamplerPlan({"sampling": words}, lambda view: view("sampling"), self._kind(slots, p))
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
+        # What the kernels take, of each slot; two of its words are the step's.
+        self._rows = np.zeros(max_sequences + 1, dtype=ROW_PARAMETERS)
+        self._rows["slot"] = np.arange(max_sequences + 1)
+        super().__init__(max_sequences, vocab_size, device)
 
-    def _kind(self, slots: np.ndarray, p: np.ndarray) -> Kind:
-        num_top = int(p["top_n_tokens"].max())
+    def set_parameters(self, slot: int, params: SamplingParams) -> None:
+        super().set_parameters(slot, params)
+        row = self._rows[slot]
+        for name in _TAKEN_OVER:
+            row[name] = getattr(params, name)
+        row["top_k"] = min(params.top_k, self._vocab_size)
+
+    def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplerPlan:
+        kind, rows = self._kind(slots), self._rows[slots]
+        if not kind.plain:
+            rows["noise_key"] = noise_keys(self._parameters["seed"][slots], positions)
+            rows["context_length"] = positions
+        words = rows.view(np.int32).reshape(len(rows), -1)
+        return SamplerPlan({"sampling": words}, lambda view: view("sampling"), kind)
+
+    def _kind(self, slots: np.ndarray) -> Kind:
+        logprobs = bool(self._parameters["logprobs"][slots].any())
+        if self._plain[slots].all():
+            return Kind(plain=True, logprobs=logprobs, counts=False, num_top=0)
+        num_top = int(self._parameters["top_n_tokens"][slots].max())
         if num_top:  # few kinds, since each is captured for itself
             num_top = -(-(num_top + TIE_MARGIN) // _NUM_TOP_STEP) * _NUM_TOP_STEP
-        return Kind(
-            plain=bool(self._plain[slots].all()),
-            logprobs=bool(p["logprobs"].any()),
-            counts=bool(self.uses_penalties(slots).any()),
-            num_top=num_top,
-        )
+        counts = bool(self.uses_penalties(slots).any())
+        return Kind(plain=False, logprobs=logprobs, counts=counts, num_top=num_top)
 
     def sample(self, logits: Tensor, plan: Any, kind: Hashable = None) -> SampledTokens:
         """`logits` [rows, vocab_size], `plan` [rows, words] int32."""

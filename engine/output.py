@@ -1,8 +1,8 @@
 """From a sequence's token ids to its events: text, stop conditions, finish reason."""
 
-import math
+from math import inf, isfinite
 
-from engine.request import FinishReason, Token, TokenOutput
+from engine.request import FinishReason, Token, TokenOutput, new_token, new_token_output
 from engine.sampler import TIE_MARGIN
 from engine.sequence import Sequence
 from engine.tokenizer import TextStream, Tokenizer
@@ -14,11 +14,20 @@ _STOP_WINDOW = 200
 class SequenceOutput:
     """What one sequence has said so far. `push` is called once per token."""
 
-    __slots__ = ("_eos_token_ids", "_prompt_logprobs", "_seq", "_tail", "_text", "_tokenizer")
+    __slots__ = (
+        "_eos_token_ids",
+        "_prompt_logprobs",
+        "_seq",
+        "_special_ids",
+        "_tail",
+        "_text",
+        "_tokenizer",
+    )
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer, eos_token_ids: frozenset[int]):
         self._seq = seq
         self._tokenizer = tokenizer
+        self._special_ids = tokenizer.special_ids
         self._eos_token_ids = eos_token_ids
         self._text = TextStream(tokenizer, seq.request.prompt_ids)
         self._tail = ""
@@ -32,8 +41,8 @@ class SequenceOutput:
         reason = self._finish_reason(token_id, text)
         if reason is not None:
             text += self._text.flush()
-        token = Token(token_id, text, _finite(logprob), token_id in self._tokenizer.special_ids)
-        return TokenOutput(token, self._top_tokens(top) if top else ()), reason
+        token = new_token((token_id, text, _finite(logprob), token_id in self._special_ids))
+        return new_token_output((token, self._top_tokens(top) if top else ())), reason
 
     def add_prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
         """Those of the tokens behind position `start`. What was preempted comes once more."""
@@ -81,14 +90,14 @@ class SequenceOutput:
         them; what the processors excluded is left out.
         """
         n = min(self._seq.request.sampling.top_n_tokens, len(top))
-        threshold = max(top[n - 1][1], -math.inf)
+        threshold = max(top[n - 1][1], -inf)
         tokenizer = self._tokenizer
         return tuple(
             Token(i, tokenizer.token_text(i), logprob, i in tokenizer.special_ids)
             for i, logprob in top[: n + TIE_MARGIN]
-            if logprob >= threshold and logprob != -math.inf
+            if logprob >= threshold and logprob != -inf
         )
 
 
 def _finite(logprob: float | None) -> float | None:
-    return logprob if logprob is not None and math.isfinite(logprob) else None
+    return logprob if logprob is not None and isfinite(logprob) else None

@@ -145,10 +145,10 @@ class Sampler:
         return SamplerPlan({}, lambda _: plan, None)
 
     def _processors(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
-        p, device = self._parameters[slots], self._device
-        logprobs = bool(p["logprobs"].any())
+        logprobs = bool(self._parameters["logprobs"][slots].any())
         if self._plain[slots].all():
             return SamplingPlan(None, [], None, None, logprobs, 0)
+        p, device = self._parameters[slots], self._device
         processors = (
             Temperature.build(p["temperature"], device),
             TopK.build(p["top_k"], device),

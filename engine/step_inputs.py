@@ -25,6 +25,7 @@ _ON_DEVICE = -1
 """In place of a token id that only the device knows yet."""
 _NO_SLOT = -1
 """In the slot mapping: write nothing."""
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 Counts = list[tuple[int, Tensor, int]]
@@ -112,17 +113,15 @@ class StepBuilder:
 
     def build(self, batch: Batch) -> HostStep:
         update, counts = self._update_slots(batch)
-        scheduled = batch.scheduled
-        slots = np.array([entry.slot for entry in scheduled], dtype=np.int64)
-        starts = np.array([entry.start for entry in scheduled], dtype=np.int64)
-        lengths = np.array([entry.num_tokens for entry in scheduled], dtype=np.int64)
-        samples = np.array([entry.samples for entry in scheduled], dtype=np.bool_)
+        _, *columns, _ = zip(*batch.scheduled, strict=True)
+        slots, starts, lengths = np.array(columns[:3], dtype=np.int64)
+        samples = np.array(columns[3], dtype=np.bool_)
         input_ids = _token_ids(batch, int(lengths.sum()))
-        num_sampled = int(samples.sum())
+        num_sampled = int(np.count_nonzero(samples))
 
         graph_size = self._graph_size(lengths, samples)
         if graph_size is not None:
-            empty = graph_size - len(scheduled)
+            empty = graph_size - len(slots)
             slots = _padded(slots, empty, len(self._block_tables) - 1)
             starts = _padded(starts, empty, -1)
             lengths = _padded(lengths, empty, 1)
@@ -141,13 +140,15 @@ class StepBuilder:
         )
 
     def _rare_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
+        watermarked = self._sampler.watermarked(sampled_slots)
+        if not (watermarked.size or batch.prompted or batch.copies):
+            return None
         arrays = {
-            "watermarked": self._sampler.watermarked(sampled_slots),
+            "watermarked": watermarked,
             "prompt_ids": np.array(_prompt_ids(batch), dtype=np.int64),
             "copied": np.array(batch.copies, dtype=np.int64).reshape(-1, 2).T,
         }
-        present = {name: array for name, array in arrays.items() if array.size}
-        return PackedArrays(present) if present else None
+        return PackedArrays({name: array for name, array in arrays.items() if array.size})
 
     def empty(self, size: int) -> HostStep:
         """A step for the graph of this size that computes nothing for anyone."""
@@ -158,7 +159,7 @@ class StepBuilder:
             step,
             np.zeros(size, dtype=np.int64),
             sampled,
-            np.zeros(0, dtype=np.int64),
+            _NO_ROWS,
             graph_size=size,
             num_sampled=0,
             update=None,
@@ -182,16 +183,15 @@ class StepBuilder:
             slot_mapping = np.where(positions < 0, _NO_SLOT, slot_mapping)
             positions = np.maximum(positions, 0)
         for_attention, make_attention = self._planner.plan(step.with_tokens(), self._block_tables)
-        sampling = (
-            self._sampler.plan(step.slots[samples], step.ends[samples]) if samples.any() else None
-        )
+        sampled_slots, sampled_ends = step.slots[samples], step.ends[samples]
+        sampling = self._sampler.plan(sampled_slots, sampled_ends) if len(sampled_slots) else None
         arrays = {
             "input_ids": input_ids,
             "token_slots": token_slots,
             "position_ids": positions,
             "slot_mapping": slot_mapping,
             "kept_rows": np.concatenate([np.cumsum(step.lengths)[samples] - 1, prompt_rows]),
-            "sampled_slots": step.slots[samples],
+            "sampled_slots": sampled_slots,
             **({} if sampling is None else sampling.arrays),
             **for_attention,
         }
@@ -206,7 +206,7 @@ class StepBuilder:
         """The smallest graph for a step that samples after each of its tokens; others vary too
         much.
         """
-        if not (samples.all() and (lengths == 1).all()):
+        if not (self.graph_sizes and samples.all() and (lengths == 1).all()):
             return None
         return next((size for size in self.graph_sizes if size >= len(lengths)), None)
 
@@ -233,6 +233,8 @@ class StepBuilder:
 
 
 def _padded(values: np.ndarray, count: int, filler: int) -> np.ndarray:
+    if count == 0:
+        return values
     return np.concatenate([values, np.full(count, filler, dtype=values.dtype)])
 
 
@@ -251,9 +253,11 @@ def _token_ids(batch: Batch, num_tokens: int) -> np.ndarray:
 
 def _prompt_rows(batch: Batch, lengths: np.ndarray) -> np.ndarray:
     """Of the packed row, those that predict tokens of prompts whose logprobs are asked for."""
+    if not batch.prompted:
+        return _NO_ROWS
     starts = np.cumsum(lengths) - lengths
     rows = [starts[i] + np.arange(batch.scheduled[i].num_prompt_rows) for i in batch.prompted]
-    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    return np.concatenate(rows)
 
 
 def _prompt_ids(batch: Batch) -> list[int]:

@@ -4,18 +4,29 @@ Encoding is safe from several threads at once: nothing on the underlying tokeniz
 changed after load (truncation is applied to the encoding, not configured).
 """
 
+import json
+import re
 from collections.abc import Sequence as Seq
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from engine.chat_template import ChatTemplate
 
+_ANCHOR = "a"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _CONTEXT_TOKENS = 5
+_CONTEXT_FREE_DECODERS = frozenset(
+    ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip")
+)
+"""Decoders under which a token of whole characters is the same text behind whatever token. Not
+a `Strip` of the end, nor a `Replace` of what two tokens could make together, nor a `ByteLevel`
+of what was joined before.
+"""
 _INCOMPLETE = "\ufffd"
 _MAX_UTF8_BYTES = 4
 
@@ -27,6 +38,9 @@ class Tokenizer:
         self.fast: FastTokenizer = tokenizer.backend_tokenizer
         self.fast.no_truncation()
         self.fast.no_padding()
+        if isinstance(self.fast.pre_tokenizer, pre_tokenizers.ByteLevel):
+            # Made from a GGUF file it may get the decoder of another kind beside its own.
+            self.fast.decoder = decoders.ByteLevel()
         self._hf = tokenizer
         self._chat = ChatTemplate(tokenizer)
         self._num_special = self.fast.num_special_tokens_to_add(is_pair=False)
@@ -35,6 +49,7 @@ class Tokenizer:
             token_id for token_id, token in added if token.special
         }
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
+        self.whole_texts = WholeTexts(self.fast)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -106,6 +121,45 @@ class Tokenizer:
         return prompt_ids[-1:]
 
 
+class WholeTexts(dict[int, str]):
+    """The text that a token adds behind any other, for those that have one; "" for the rest.
+
+    They are the tokens of whole characters, where the decoder joins tokens without a look at
+    those beside them. Most are, and decoding them is looking them up here.
+    """
+
+    def __init__(self, fast: FastTokenizer):
+        super().__init__()
+        self._fast = fast
+        self._anchor = fast.encode(_ANCHOR, add_special_tokens=False).ids[-1:]
+        self._before = fast.decode(self._anchor, skip_special_tokens=False)
+        self._is_context_free = _is_context_free(fast) and self._before.endswith(_ANCHOR)
+
+    def __missing__(self, token_id: int) -> str:
+        self[token_id] = text = self._find(token_id)
+        return text
+
+    def _find(self, token_id: int) -> str:
+        token = self._fast.id_to_token(token_id)
+        if not self._is_context_free or token is None or _BYTE_TOKEN.fullmatch(token):
+            return ""
+        text = self._fast.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return "" if _INCOMPLETE in text else text[len(self._before) :]
+
+
+def _is_context_free(fast: FastTokenizer) -> bool:
+    if fast.decoder is None:
+        return False
+    decoder = json.loads(fast.decoder.__getstate__())
+    steps = decoder.get("decoders", [decoder])
+    return "ByteLevel" not in [step["type"] for step in steps[1:]] and all(
+        step["type"] in _CONTEXT_FREE_DECODERS
+        and step.get("stop", 0) == 0
+        and len(step.get("pattern", {"String": " "}).get("String", "")) == 1
+        for step in steps
+    )
+
+
 class TextStream:
     """The pieces of text that a sequence's tokens add, one after the other.
 
@@ -114,50 +168,34 @@ class TextStream:
     are kept.
     """
 
+    __slots__ = ("_context", "_held", "_tokenizer", "_whole_texts")
+
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Seq[int]):
         self._tokenizer = tokenizer
+        self._whole_texts = tokenizer.whole_texts
         self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._held: list[int] = []
-        self._stream = self._make_stream()
 
     def push(self, token_id: int) -> str:
-        text = self._step(token_id)
-        if text is None:
-            self._held.append(token_id)
+        if not self._held:
+            text = self._whole_texts[token_id]
+            if text:
+                self._context = [token_id]
+                return text
+        self._held.append(token_id)
+        text = self._behind_context()
+        if not text or text.endswith(_INCOMPLETE):
             return ""
-        self._context = [*self._held, token_id]
-        self._held.clear()
-        if self._stream is None:
-            self._stream = self._make_stream()
+        self._context, self._held = self._held, []
         return text
 
     def flush(self) -> str:
         """What is still held back when the sequence ends within a character."""
-        return self._behind_context(self._held) if self._held else ""
+        return self._behind_context() if self._held else ""
 
-    def _make_stream(self) -> DecodeStream | None:
-        """The library's stream takes a tenth of the time, but would repeat a context that
-        ends within a character.
-        """
-        if self._decode(self._context).endswith(_INCOMPLETE):
-            return None
-        return DecodeStream(ids=self._context, skip_special_tokens=False)
-
-    def _step(self, token_id: int) -> str | None:
-        if self._stream is not None:
-            try:
-                text: str | None = self._stream.step(self._tokenizer.fast, token_id)
-            except Exception:
-                # A stray byte: the character before it, said already, decodes no more.
-                self._stream = None
-            else:
-                return text
-        text = self._behind_context([*self._held, token_id])
-        return text if text and not text.endswith(_INCOMPLETE) else None
-
-    def _behind_context(self, token_ids: list[int]) -> str:
+    def _behind_context(self) -> str:
         before = self._decode(self._context)
-        return self._decode([*self._context, *token_ids])[len(before) :]
+        return self._decode([*self._context, *self._held])[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -337,8 +337,7 @@ class Driver:
             self.lose()
             return
         step = self.in_flight.popleft()
-        for entry in step.batch.scheduled:
-            self.scheduler.complete(entry)
+        self.scheduler.complete(step.batch)
         for entry in step.batch.scheduled:
             seq = entry.sequence
             if entry.samples and not seq.is_finished and seq not in step.discarded:
