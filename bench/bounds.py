@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine.attention_plan import StepSequences
 from engine.kv_cache import AttentionCall
@@ -107,23 +108,28 @@ class ModelCost:
 
 def matmuls_of(model: nn.Module, head: nn.Module | None) -> Counter[Matmul]:
     """The matrix products of a model, `head` being the one that makes its logits."""
+    itemsize = next(model.parameters()).dtype.itemsize
+    text_config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    num_chosen = getattr(text_config, "num_experts_per_tok", 1)
     return Counter(
-        matmul for module in model.modules() for matmul in _matmuls_in(module, model, head)
+        matmul
+        for module in model.modules()
+        for matmul in _matmuls_in(module, itemsize, num_chosen, module is head)
     )
 
 
-def _matmuls_in(module: nn.Module, model: nn.Module, head: nn.Module | None) -> Iterator[Matmul]:
+def _matmuls_in(
+    module: nn.Module, itemsize: int, num_chosen: int, is_head: bool
+) -> Iterator[Matmul]:
     """Of this module itself. Experts are matrices in one tensor, a router is a bare one."""
-    itemsize = next(model.parameters()).dtype.itemsize
     if isinstance(module, nn.Linear | PackedLinear):
         size = module.in_features * module.out_features
-        yield Matmul(size, size * itemsize, module is head)
+        yield Matmul(size, size * itemsize, is_head)
     elif not isinstance(module, nn.Embedding):
         for weights in module.parameters(recurse=False):
             if weights.dim() == 3:
                 num_experts, size = len(weights), weights[0].numel()
-                chosen = model.config.get_text_config().num_experts_per_tok
-                yield Matmul(size, size * itemsize, False, num_experts, chosen)
+                yield Matmul(size, size * itemsize, False, num_experts, num_chosen)
             elif weights.dim() == 2:
                 yield Matmul(weights.numel(), weights.numel() * itemsize)
 
