@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first, *others = _names(parser, "--models", options.models, tuple(gpu_models.CONFIGS))
         scale = replace(scale, model=first, others=tuple(others))
     if options.resume:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing is to be left behind
         return _go_on(resumed_run(options.resume, scale), set(only))
     run = new_run(torch.device(options.device), scale, options.out)
     run.write()
@@ -84,7 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _go_on(run: Run, only: set[str]) -> int:
     """0 when nothing is left to do in another process."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing is to be left behind
     with run.logged():
         try:
             run.measure(sections_of(run, only))

@@ -62,6 +62,7 @@ def checkpoint(model: PreTrainedModel) -> Iterator[Path]:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
         hf_tokenizer(model.config.vocab_size).save_pretrained(folder)
+        del model  # the server needs the room
         yield folder
 
 
@@ -135,7 +136,7 @@ def _await_token(server: _Server, url: str, deadline: float) -> None:
     while True:
         server.check(deadline)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 json.load(answer)
                 return
         except ConnectionError:
@@ -159,7 +160,7 @@ def _await_graphs(server: _Server, url: str, deadline: float) -> tuple[float, di
 
 
 def _phases(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=120) as answer:
         return parse_phases(answer.read().decode())
 
 

@@ -138,7 +138,15 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "tiny-gpt2": (
         GPT2Config,
-        {"vocab_size": 2048, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4},
+        {
+            "vocab_size": 2048,
+            "n_positions": 64,
+            "n_embd": 64,
+            "n_layer": 1,
+            "n_head": 4,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
     ),
 }
 

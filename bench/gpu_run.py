@@ -45,8 +45,8 @@ class Section:
 
     @property
     def limit_s(self) -> float:
-        """After which it is taken to hang."""
-        return 2 * self.needs_s + 30
+        """After which it is taken to hang, be it in a process that has to load the model anew."""
+        return 2 * self.needs_s + 90
 
 
 @dataclass

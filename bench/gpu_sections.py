@@ -32,23 +32,21 @@ SECTIONS = (
 
 def sections_of(run: Run, only: set[str]) -> list[Section]:
     """Those asked for, the most telling first. What each takes is estimated for an H200 whose
-    kernels have to be compiled: 415 s in all, of the full scale's 465.
+    kernels have to be compiled: 435 s in all, of the full scale's 465.
     """
     stage, scale = Stage(run), run.scale
     first = scale.model
     by_name: dict[str, list[Section]] = {
-        "decode": decode_sections(run, stage, first, first_s=40, next_s=8),
-        "prefill": [Section(f"{first}: prefill", partial(measure_prefill, run, stage, first), 10)],
+        "decode": decode_sections(run, stage, first, first_s=35, next_s=8),
+        "prefill": [Section(f"{first}: prefill", partial(measure_prefill, run, stage, first), 8)],
         "steady": steady_sections(run, stage),
         "first-token": [Section("first token", partial(measure_first_token, run, stage), 5)],
         "offline": offline_sections(run, stage),
-        "http": [Section("over HTTP", partial(measure_http, run, stage), 40)],
+        "http": [http_section(run, stage)],
         "kernels": kernel_sections(run, stage),
         "peers": peer_sections(run, stage),
         "models": [s for name in scale.others for s in other_sections(run, stage, name)],
-        "cold-start": [
-            Section("cold start", partial(measure_cold_start, run, stage), 70),
-        ],
+        "cold-start": [Section("cold start", partial(measure_cold_start, run, stage), 45)],
     }
     ceilings = Section("ceilings", partial(measure_device, run), 8)
     return [ceilings, *(section for name in SECTIONS if name in only for section in by_name[name])]
@@ -181,7 +179,7 @@ def _figures(seconds: StepSeconds, work: Work) -> Row:
 
 def kernel_sections(run: Run, stage: Stage) -> list[Section]:
     """Attention first, which is to be compiled for each shape, as the sampling of rows is."""
-    needs_s = {"attention": 15, "GEMM": 8, "step": 10, "sampling": 12}
+    needs_s = {"attention": 15, "GEMM": 6, "step": 8, "sampling": 12}
     scale = run.scale
     setting = Setting(scale.kernels, run.device, run.dtype, ops_for(run.device))
     sizes = scale.kernel_batches, scale.kernel_contexts, scale.kernel_prompts
@@ -300,6 +298,12 @@ def measure_offline(run: Run, stage: Stage, workload: Workload) -> None:
     run.figures["end_to_end"].append(row)
 
 
+def http_section(run: Run, stage: Stage) -> Section:
+    """A client is started in 5 s."""
+    needs_s = 10 + run.scale.http.num_output / 10_000
+    return Section("over HTTP", partial(measure_http, run, stage), needs_s)
+
+
 def measure_http(run: Run, stage: Stage) -> None:
     rates, workload = rates_of(run), run.scale.http
     with stage.engine() as engine:
@@ -327,7 +331,7 @@ def peer_sections(run: Run, stage: Stage) -> list[Section]:
         Section(
             "transformers: continuous batching",
             partial(measure_peer, run, stage, "continuous", continuous, scale.peer),
-            50,
+            45,
         ),
     ]
 
@@ -355,7 +359,8 @@ def _beside_ideal(row: Row, workload: Workload, ideal_s: float) -> dict[str, flo
 
 def measure_cold_start(run: Run, stage: Stage) -> None:
     """Written once, started as often as the scale says: the first fills the caches of compiled
-    kernels. 16 GB are written in 20 s, and a start takes 15 with its graphs.
+    kernels. The model is made in 5 s, its 16 GB are written in 20, and a start takes 15 with its
+    graphs, another one if there is the time.
     """
     scale = run.scale
     try:
