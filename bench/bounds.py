@@ -2,15 +2,17 @@
 
 Of each operation the longer of the two counts, at measured rates, and the operations add up:
 one matrix product after the other, one attention call after the other. What passes between
-them (activations, norms, logits) is left out, since it need not leave the chip.
+them (activations, norms, logits) is left out, since it need not leave the chip; so are biases,
+the weights of norms and the rows taken of embeddings, less than a thousandth of what is read.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine.attention_plan import StepSequences
 from engine.kv_cache import AttentionCall
@@ -33,11 +35,27 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Matmul:
-    """A product with a weight matrix, of all tokens or of those alone that are sampled."""
+    """A product with a weight matrix, of all tokens or of those alone that are sampled.
+
+    Of `num_experts` matrices a token takes `num_chosen`; `num_weights` and `num_bytes` are those
+    of one.
+    """
 
     num_weights: int
     num_bytes: int
     of_samples: bool = False
+    num_experts: int = 1
+    num_chosen: int = 1
+
+    def moved(self, rows: int) -> float:
+        """Bytes of the matrices that so many tokens take: what is to be expected where each
+        token takes any of them with the same chance, as random routers do.
+        """
+        missed = (1 - self.num_chosen / self.num_experts) ** rows
+        return self.num_bytes * self.num_experts * (1 - missed)
+
+    def flops(self, rows: int) -> float:
+        return 2.0 * rows * self.num_chosen * self.num_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +100,38 @@ class ModelCost:
 
     @property
     def weight_bytes(self) -> int:
-        """Read by every step that samples."""
-        return sum(count * matmul.num_bytes for matmul, count in self.matmuls.items())
+        """All that there are: of experts, a small step reads fewer."""
+        return sum(
+            count * matmul.num_experts * matmul.num_bytes for matmul, count in self.matmuls.items()
+        )
 
 
 def matmuls_of(model: nn.Module, head: nn.Module | None) -> Counter[Matmul]:
-    """The linears of a model, `head` being the one that makes its logits."""
-    dtype = next(model.parameters()).dtype
-    matmuls: Counter[Matmul] = Counter()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | PackedLinear):
-            size = module.in_features * module.out_features
-            matmuls[Matmul(size, size * dtype.itemsize, module is head)] += 1
-    return matmuls
+    """The matrix products of a model, `head` being the one that makes its logits."""
+    itemsize = next(model.parameters()).dtype.itemsize
+    text_config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    num_chosen = getattr(text_config, "num_experts_per_tok", 1)
+    return Counter(
+        matmul
+        for module in model.modules()
+        for matmul in _matmuls_in(module, itemsize, num_chosen, module is head)
+    )
+
+
+def _matmuls_in(
+    module: nn.Module, itemsize: int, num_chosen: int, is_head: bool
+) -> Iterator[Matmul]:
+    """Of this module itself. Experts are matrices in one tensor, a router is a bare one."""
+    if isinstance(module, nn.Linear | PackedLinear):
+        size = module.in_features * module.out_features
+        yield Matmul(size, size * itemsize, is_head)
+    elif not isinstance(module, nn.Embedding):
+        for weights in module.parameters(recurse=False):
+            if weights.dim() == 3:
+                num_experts, size = len(weights), weights[0].numel()
+                yield Matmul(size, size * itemsize, False, num_experts, num_chosen)
+            elif weights.dim() == 2:
+                yield Matmul(weights.numel(), weights.numel() * itemsize)
 
 
 def visible(mask: MaskSpec, positions: np.ndarray) -> np.ndarray:
@@ -108,7 +145,7 @@ def step_work(cost: ModelCost, step: StepSequences, num_samples: int, rates: Rat
     parts: list[tuple[int, float, float]] = []
     for matmul, count in cost.matmuls.items():
         rows = num_samples if matmul.of_samples else num_tokens
-        parts.append((count, matmul.num_bytes if rows else 0, 2.0 * rows * matmul.num_weights))
+        parts.append((count, matmul.moved(rows), matmul.flops(rows)))
     for call, count in cost.attention.items():
         moved = int((step.lengths - 1 + visible(call.mask, step.starts)).sum())
         moved += num_tokens if call.writes else 0

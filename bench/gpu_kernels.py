@@ -99,15 +99,23 @@ def cases(
     batches: tuple[int, ...],
     contexts: tuple[int, ...],
     prompts: tuple[tuple[int, int, int], ...],
-) -> list[KernelCase]:
-    """Those of decode steps at each batch, and attention of prompts: (batch, length, before)."""
-    steps = [make(setting, batch) for make in _OF_A_STEP for batch in batches]
-    return [
-        *[decode_attention(setting, batch, context) for context in contexts for batch in batches],
-        *[prefill_attention(setting, *prompt) for prompt in prompts],
-        *steps,
-        *[case for batch in batches for case in matmuls(setting, batch)],
-    ]
+) -> dict[str, list[KernelCase]]:
+    """By kind. Those of decode steps at each batch, and attention of prompts: (batch, length,
+    before).
+    """
+    return {
+        "attention": [
+            *[
+                decode_attention(setting, batch, context)
+                for context in contexts
+                for batch in batches
+            ],
+            *[prefill_attention(setting, *prompt) for prompt in prompts],
+        ],
+        "GEMM": [case for batch in batches for case in matmuls(setting, batch)],
+        "step": [make(setting, batch) for make in _OF_A_STEP for batch in batches],
+        "sampling": [make(setting, batch) for make in _OF_SAMPLING for batch in batches],
+    }
 
 
 # -- around attention ----------------------------------------------------------------------
@@ -250,7 +258,8 @@ def _sampling(name: str, setting: Setting, batch: int, params: SamplingParams) -
     return KernelCase(name, make, num_bytes, size={"batch": batch})
 
 
-_OF_A_STEP = (norm, add_norm, act_mul, rotary_store_kv, greedy, sample, sample_top_p)
+_OF_A_STEP = (norm, add_norm, act_mul, rotary_store_kv)
+_OF_SAMPLING = (greedy, sample, sample_top_p)
 
 
 # -- matrix products -----------------------------------------------------------------------

@@ -10,7 +10,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -73,6 +76,40 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": 4096,
         },
     ),
+    # All 8 experts of a layer, and few layers: the shapes of its kernels, in 23 GB for 93.
+    "Mixtral-8x7B-8-layers": (
+        MixtralConfig,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "Phi-3-mini": (
+        Phi3Config,
+        {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "sliding_window": 2047,
+        },
+    ),
+    "gpt2-xl": (
+        GPT2Config,
+        {"vocab_size": 50257, "n_positions": 1024, "n_embd": 1600, "n_layer": 48, "n_head": 25},
+    ),
     "tiny": (
         LlamaConfig,
         {
@@ -83,6 +120,32 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
+        },
+    ),
+    "tiny-experts": (
+        MixtralConfig,
+        {
+            "vocab_size": 2048,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "tiny-gpt2": (
+        GPT2Config,
+        {
+            "vocab_size": 2048,
+            "n_positions": 64,
+            "n_embd": 64,
+            "n_layer": 1,
+            "n_head": 4,
+            "bos_token_id": None,
+            "eos_token_id": None,
         },
     ),
 }
@@ -104,9 +167,9 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
     if not model.config.tie_word_embeddings:
         model.get_input_embeddings().get_parameter("weight").normal_()
     scale = (2 * model.config.num_hidden_layers) ** -0.5
-    for module_name, module in model.named_modules():
-        if module_name.endswith(("o_proj", "down_proj")):
-            module.get_parameter("weight").mul_(scale)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
+            parameter.mul_(scale)
     model.generation_config.eos_token_id = []
     return model.eval()
 
@@ -118,6 +181,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
+    return Tokenizer(hf_tokenizer(vocab_size))
+
+
+def hf_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A token for each word of the load generator, and some text for every id there is.
 
     So prompts are as long as the generator says, and answers cost what text costs.
@@ -139,4 +206,4 @@ def word_tokenizer(vocab_size: int) -> Tokenizer:
     fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
     fast.pre_tokenizer = splitter
     fast.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast))
+    return PreTrainedTokenizerFast(tokenizer_object=fast)

@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_goals import goals_table
+
 Figures = dict[str, Any]
 
 _MARKS = ("<!-- gpu table -->", "<!-- end of gpu table -->")
@@ -66,9 +68,13 @@ def _render_run(figures: Figures) -> str:
     parts = [
         f"### {figures['device']}",
         _introduction(figures),
+        _titled("Goals", goals_table(figures)),
         _titled("Decode steps: milliseconds, and the share of the bound", _decode(figures)),
         _titled("Prefill steps", _prefill(figures)),
+        _titled("The engine in steady decode: a step as the host sees it", _steady(figures)),
+        _titled("First token of a prompt, in milliseconds", _first_token(figures)),
         _titled("End to end: output tokens a second", _end_to_end(figures)),
+        _titled("From the start of the process, in seconds", _cold_start(figures)),
         _titled("Kernels", _kernels(figures)),
         _missing(figures),
     ]
@@ -109,24 +115,75 @@ def _decode(figures: Figures) -> str | None:
 
 
 def _step(row: Figures) -> str:
-    star = "" if row["fits"] else " *"
-    return f"{row['step_ms']:.2f}, {row['ratio']:.0%}{star}"
+    marks = ("" if row["fits"] else " *") + ("" if row["in_graph"] else " †")
+    return f"{row['step_ms']:.2f}, {row['ratio']:.0%}{marks}"
 
 
 def _prefill(figures: Figures) -> str | None:
     return _table(
-        ["model", "prompts", "tokens each", "before", "ms", "TFLOP/s", "of the bound"],
+        ["model", "prompts", "tokens each", "before", "steps", "ms", "TFLOP/s", "of the bound"],
         [
             [
                 row["model"],
                 row["batch"],
                 row["tokens"],
                 row["before"],
+                row["steps"],
                 f"{row['step_ms']:.1f}",
                 f"{row['tflops']:.0f}",
                 f"{row['ratio']:.0%}",
             ]
             for row in figures["prefill"]
+        ],
+    )
+
+
+def _steady(figures: Figures) -> str | None:
+    return _table(
+        ["model", "batch", "context", "ms", "on the device", "idle", "tokens/s", "of the bound"],
+        [
+            [
+                row["model"],
+                row["batch"],
+                f"{row['mean_context']:.0f}",
+                f"{row['wall_ms']:.2f}",
+                f"{row['step_ms']:.2f}" if "step_ms" in row else _ABSENT,
+                f"{row['idle']:.1%}" if "idle" in row else _ABSENT,
+                f"{row['tokens_per_s']:,.0f}",
+                _share(row),
+            ]
+            for row in figures["steady"]
+        ],
+    )
+
+
+def _first_token(figures: Figures) -> str | None:
+    row = figures["first_token"]
+    if row is None:
+        return None
+    lines = [
+        [row["model"], f"{row['tokens']:,}", found, f"{row[name + '_ms']:.1f}", f"{host:.1f}"]
+        for name, found, host in (
+            ("cold", 0, row["cold_host_ms"]),
+            ("cached", f"{row['found']:,}", row["cached_host_ms"]),
+        )
+    ]
+    return _table(["model", "tokens", "of them cached", "ms", "until it is launched"], lines)
+
+
+def _cold_start(figures: Figures) -> str | None:
+    """Phases may go on after the first token: graphs are captured when there is time."""
+    return _table(
+        ["model", "start", "first token", "every graph", "phases"],
+        [
+            [
+                row["model"],
+                row["start"],
+                f"{row['first_token_s']:.1f}",
+                f"{row['prepared_s']:.1f}",
+                ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items()),
+            ]
+            for row in figures["cold_start"]
         ],
     )
 
@@ -181,6 +238,8 @@ def _missing(figures: Figures) -> str | None:
     lines = []
     if any(not row["fits"] for row in figures["decode"]):
         lines.append("\\* The cache is too small: sequences share blocks.")
+    if any(not row["in_graph"] for row in figures["decode"]):
+        lines.append("† Launched kernel by kernel, for want of a graph.")
     if any(not row["finished"] for row in figures["end_to_end"]):
         lines.append("\\* Cut short by the time there was, or with requests that failed.")
     lines += [f"Not measured: {s['section']} ({s['reason']})." for s in figures["skipped"]]

@@ -7,12 +7,13 @@ made up: their tokens count as computed, and the cache holds noise, which takes 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bench.device import Timer
 from engine.config import BLOCK_SIZE, EngineConfig
-from engine.graphs import Capture
+from engine.graphs import Capture, Graph
 from engine.kv_cache import AttentionCall
 from engine.loader import LoadedModel
 from engine.model_runner import StepResult, build_runner
@@ -30,11 +31,13 @@ class StepSeconds:
     wall       of a step that the host builds and launches while the one before it runs
     fits       whether the cache had a block for each that the sequences read; if it had not,
                some are read by several, in no order that a cache could use
+    in_graph   whether the forward and the sampling were replayed from graphs
     """
 
     on_device: float
     wall: float
     fits: bool
+    in_graph: bool = False
 
 
 class Steps:
@@ -42,11 +45,18 @@ class Steps:
 
     def __init__(self, loaded: LoadedModel, limits: Limits, capture: Capture | None):
         device = loaded.model.device
+        self.captures = capture is not None
+        self.num_graphs = 0
+        self._captured: set[int | None] = set()  # sizes of which there are both graphs
         self._limits = limits
         self._timer = Timer(device)
         self._stream = make_stream(device)
         self._builder, self._runner = build_runner(
-            loaded, limits, self._stream, capture, EngineConfig().watermark
+            loaded,
+            limits,
+            self._stream,
+            capture and self._counted(capture),
+            EngineConfig().watermark,
         )
         fill_cache(loaded.calls)
         self._rng = np.random.default_rng(0)
@@ -57,12 +67,15 @@ class Steps:
     def decode(self, batch: int, context: int, count: int) -> StepSeconds:
         """Of a token for each of `batch` sequences, `context` tokens long and a few more."""
         sequences, fits = self._sequences(batch, context, context + count + 1)
-        start = context - 1
+        start, num_graphs = context - 1, self.num_graphs
         for reset in (True, False):  # one that runs and is captured, and the first replayed
             self._launch(_batch(sequences, start, 1, reset)).result()
-        wall = self._wall_seconds(lambda i: _batch(sequences, start + i, 1), count)
         step = self._builder.build(_batch(sequences, start, 1))
-        return StepSeconds(self._device_seconds(step, count), wall, fits)
+        if self.num_graphs == num_graphs + 2:
+            self._captured.add(step.graph_size)
+        wall = self._wall_seconds(lambda i: _batch(sequences, start + i, 1), count)
+        in_graph = step.graph_size in self._captured
+        return StepSeconds(self._device_seconds(step, count), wall, fits, in_graph)
 
     def prefill(self, batch: int, length: int, before: int, count: int) -> StepSeconds:
         """Of `length` more tokens of each of `batch` prompts."""
@@ -71,6 +84,14 @@ class Steps:
         wall = self._wall_seconds(lambda _: _batch(sequences, before, length), count)
         step = self._builder.build(_batch(sequences, before, length))
         return StepSeconds(self._device_seconds(step, count), wall, fits)
+
+    def _counted(self, capture: Capture) -> Capture:
+        def record(work: Callable[[], Any]) -> tuple[Graph, Any]:
+            captured = capture(work)
+            self.num_graphs += 1
+            return captured
+
+        return record
 
     def _launch(self, batch: Batch) -> Pending[StepResult]:
         return self._runner.launch(self._builder.build(batch))

@@ -23,6 +23,7 @@ from engine.request import Request, SamplingParams, StoppingParams, TokenOutput
 
 _ROOT = Path(__file__).parent.parent
 _GREEDY = SamplingParams()
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,7 @@ def offline(engine: Engine, requests: Sequence[Request], deadline: float = float
         if finished and time.perf_counter() > deadline:
             finished = False
             engine.fail_all("out of time")
-    outcome = Outcome(num_tokens, time.perf_counter() - started, finished)
-    engine.scheduler.pool.forget_cached()
-    return outcome
+    return Outcome(num_tokens, time.perf_counter() - started, finished)
 
 
 def over_http(engine: Engine, workload: Workload, deadline: float) -> dict[str, Any]:
@@ -147,6 +146,7 @@ def over_http(engine: Engine, workload: Workload, deadline: float) -> dict[str, 
 def generate(model: Any, workload: Workload, deadline: float) -> Outcome:
     """`model.generate` of all requests as one batch; they have to be equally long."""
     requests = workload.requests(model.config.vocab_size)
+    model.set_attn_implementation("sdpa")
     ids = torch.tensor([request.prompt_ids for request in requests], device=model.device)
     num_out = workload.lengths[0][1]
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
@@ -172,21 +172,43 @@ def continuous(
     options = transformers.GenerationConfig(
         max_new_tokens=num_out, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    config = memory_share and transformers.ContinuousBatchingConfig(max_memory_percent=memory_share)
+    config = _batching_by_sdpa(model, memory_share)
     with model.continuous_batching_context_manager(
         generation_config=options, continuous_batching_config=config, block=False
     ) as manager:
         started = time.perf_counter()
         manager.add_requests([request.prompt_ids for request in requests], max_new_tokens=num_out)
-        num_ended, num_tokens = 0, 0
-        while num_ended < len(requests) and time.perf_counter() < deadline:
-            result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                if result.error is not None:
-                    raise RuntimeError(result.error)
-                num_ended += 1
-                num_tokens += len(result.generated_tokens)
-            elif not manager.is_running():
-                raise RuntimeError("its generation loop ended early")
-        seconds = time.perf_counter() - started
+        try:
+            num_tokens = _collect(manager, len(requests), deadline)
+            seconds = time.perf_counter() - started
+        finally:  # what has not ended would be waited for
+            manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
     return Outcome(num_tokens, seconds, num_tokens == workload.num_output)
+
+
+def _batching_by_sdpa(model: Any, memory_share: float | None) -> Any:
+    """Both have to be kept from taking flash attention where that is installed: up to version
+    5.17 by the name of the attention, later by an option.
+    """
+    options: dict[str, Any] = {"max_memory_percent": memory_share}
+    if "auto_switch_to_flash" in transformers.ContinuousBatchingConfig.__dataclass_fields__:
+        model.set_attn_implementation("sdpa")
+        options["auto_switch_to_flash"] = False
+    else:
+        model.set_attn_implementation("paged|sdpa")
+    return transformers.ContinuousBatchingConfig(**options)
+
+
+def _collect(manager: Any, num_requests: int, deadline: float) -> int:
+    """Tokens of the requests that ended by the deadline."""
+    num_ended, num_tokens = 0, 0
+    while num_ended < num_requests and time.perf_counter() < deadline:
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            if result.error is not None:
+                raise RuntimeError(result.error)
+            num_ended += 1
+            num_tokens += len(result.generated_tokens)
+        elif not manager.is_running():
+            raise RuntimeError("its generation loop ended early")
+    return num_tokens

@@ -21,6 +21,7 @@ from bench.bounds import (
 )
 from engine.kv_cache import AttentionCall
 from kernels.paged_attention import MaskSpec
+from tests.engine.models import adopted, reference
 
 RATES = Rates(bytes_per_s=1e9, flops_per_s=1e10)
 HEADS, DIMS, TOKEN_BYTES = 4, 16, 64
@@ -103,6 +104,44 @@ def test_the_operations_of_a_model_are_its_linears() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6), nn.Linear(4, 6), head)
     found = matmuls_of(model.to(torch.bfloat16), head)
     assert found == Counter({Matmul(24, 48): 2, Matmul(40, 80, of_samples=True): 1})
+
+
+def expected_distinct(num_experts: int, num_chosen: int, num_tokens: int) -> float:
+    """By playing it."""
+    rng = np.random.default_rng(0)
+    rounds = [
+        {int(e) for _ in range(num_tokens) for e in rng.permutation(num_experts)[:num_chosen]}
+        for _ in range(3000)
+    ]
+    return sum(map(len, rounds)) / len(rounds)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_step_reads_the_experts_that_its_tokens_choose(batch: int) -> None:
+    experts = Matmul(100, 200, num_experts=8, num_chosen=2)
+    work = decode_work(matrices(experts), batch, 1, RATES)
+    assert work.num_bytes == pytest.approx(200 * expected_distinct(8, 2, batch), rel=0.02)
+    assert work.flops == 2 * batch * 2 * 100
+
+
+def test_the_weights_of_experts_and_routers_are_counted() -> None:
+    loaded = adopted("mixtral")  # of 4 layers with 4 experts, 2 for each token
+    found = ModelCost.of(loaded, 4).matmuls
+    assert found[Matmul(2 * 80 * 48, 4 * 2 * 80 * 48, num_experts=4, num_chosen=2)] == 4
+    assert found[Matmul(48 * 80, 4 * 48 * 80, num_experts=4, num_chosen=2)] == 4
+    assert found[Matmul(4 * 48, 4 * 4 * 48)] == 4
+    assert sum(found.values()) == 4 * (4 + 3) + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma2", "mixtral"])
+def test_all_weights_of_a_model_are_counted_but_vectors_and_embeddings(name: str) -> None:
+    own = reference(name)
+    embeddings = sum(m.weight.numel() for m in own.modules() if isinstance(m, nn.Embedding))
+    matrices = sum(p.numel() for p in own.parameters() if p.dim() > 1)
+    tied = own.config.get_text_config().tie_word_embeddings
+    head = own.get_input_embeddings().get_parameter("weight").numel() if tied else 0
+    cost = ModelCost.of(adopted(name), 4)
+    assert cost.weight_bytes == 4 * (matrices - embeddings + head)
 
 
 def test_a_workload_takes_its_prompts_and_then_all_its_tokens() -> None:

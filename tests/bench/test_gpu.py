@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import device, gpu, gpu_kernels, gpu_models, gpu_workloads
+from bench import device, gpu_kernels, gpu_models, gpu_sections, gpu_workloads
 from bench.bounds import Rates
 from bench.device import Timer
-from bench.gpu import TINY, Run, main, measure, new_run
+from bench.gpu import main, new_run
 from bench.gpu_kernels import Setting
+from bench.gpu_run import DeviceLost, NothingToMeasure, Run, Section
+from bench.gpu_scales import FULL, QUICK, TINY
+from bench.gpu_stage import Stage
 from bench.gpu_steps import Steps
 from bench.gpu_workloads import Workload, mixed, uniform, warm
 from bench.workload import LengthMix, LoadPlan, make_prompts
@@ -47,38 +50,73 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def tiny_run(folder: Path, **scale: Any) -> Run:
-    return new_run(CPU, replace(TINY, **scale), folder)
+    run = new_run(CPU, replace(TINY, **scale), folder)
+    run.figures["ceilings"] = {"gb_per_s": 1.0, "tflops": 0.001}
+    return run
 
 
 # -- the whole program ---------------------------------------------------------------------
 
 
-def test_every_section_runs_and_is_written(tmp_path: Path) -> None:
+def test_every_section_runs_and_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     figures = result_of(tmp_path)
     assert figures["errors"] == {}
     assert figures["skipped"] == []
     assert {"device", "versions", "ceilings", "kernels"} <= figures.keys()
     assert figures["ceilings"]["gb_per_s"] > 0
-    assert len(figures["decode"]) == len(TINY.batches) * len(TINY.contexts)
+    check_steps(figures)
+    of_a_step = len(TINY.kernel_batches) * (7 + 5)  # kernels and GEMMs
+    attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.kernel_prompts)
+    assert len(figures["kernels"]) == of_a_step + attention
+    check_engine(figures)
+    check_workloads(figures)
+    (start,) = figures["cold_start"]
+    assert 0 < start["first_token_s"] <= start["prepared_s"]
+    assert {"start", "import", "load", "verify", "warm-up"} <= start["phases"].keys()
+    assert "| goal | asked | measured | met |" in capsys.readouterr().out
+
+
+def check_steps(figures: dict[str, Any]) -> None:
+    points = {(row["model"], row["batch"], row["context"]) for row in figures["decode"]}
+    of_first = {("tiny", b, c) for b in TINY.points.batches for c in TINY.points.contexts}
+    assert points == {*of_first, ("tiny-experts", 2, 80), ("tiny-gpt2", 2, 64 - 3)}
     for row in figures["decode"]:
-        assert {"model", "dtype", "batch", "context", "step_ms", "bound_ms", "ratio"} <= row.keys()
+        assert {"dtype", "step_ms", "bound_ms", "ratio", "in_graph"} <= row.keys()
         assert row["ratio"] == pytest.approx(row["bound_ms"] / row["step_ms"])
         assert row["wall_ms"] > 0
         assert row["fits"]
-    assert len(figures["prefill"]) == len(TINY.prompts)
-    of_a_step = len(TINY.kernel_batches) * (7 + 5)  # kernels and GEMMs
-    attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.prompts)
-    assert len(figures["kernels"]) == of_a_step + attention
+    prompts = {(row["model"], row["tokens"]): row["steps"] for row in figures["prefill"]}
+    others = {("tiny-experts", 24): 1, ("tiny-gpt2", 24): 1}
+    assert prompts == {("tiny", 24): 1, ("tiny", 300): 2} | others
+    assert {row["model"]: row["graphs"] for row in figures["models"]} == dict.fromkeys(
+        (TINY.model, *TINY.others), 0
+    )
+
+
+def check_engine(figures: dict[str, Any]) -> None:
+    assert [(row["batch"], row["context"]) for row in figures["steady"]] == list(TINY.steady)
+    for row in figures["steady"]:
+        assert row["mean_context"] == pytest.approx(40, abs=2)
+        assert row["ratio"] == pytest.approx(row["bound_ms"] / row["wall_ms"])
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["wall_ms"] * 1e3)
+    first = figures["first_token"]
+    assert (first["tokens"], first["found"]) == (96, 80)
+    assert 0 < first["cached_host_ms"] < first["cached_ms"]
+    assert 0 < first["cold_host_ms"] < first["cold_ms"]
+
+
+def check_workloads(figures: dict[str, Any]) -> None:
     outcomes = {(row["by"], row["workload"]): row for row in figures["end_to_end"]}
-    peers = {(by, TINY.peer.name) for by in ("engine", "generate", "continuous")}
-    offline = {("engine", workload.name) for workload in TINY.offline}
+    workloads = {w.name: w for w in (*TINY.offline, TINY.single, TINY.peer)}
+    peers = {("generate", TINY.single.name), ("continuous", TINY.peer.name)}
+    offline = {("engine", name) for name in workloads}
     assert outcomes.keys() == {*peers, *offline, ("http", TINY.http.name)}
     for (by, name), row in outcomes.items():
         assert row["finished"], (by, name)
-        workloads = (*TINY.offline, TINY.http, TINY.peer)
-        expected = next(w.num_output for w in workloads if w.name == name)
-        assert row["output_tokens"] == expected
+        assert row["output_tokens"] == workloads[name].num_output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -98,15 +136,23 @@ def test_unknown_names_are_refused_with_the_known(
 
 
 def test_the_scales_can_run() -> None:
-    """What a sequence is limited to, a step's tokens and the budget of time."""
-    for scale, limit_s in ((gpu.FULL, 8 * 60), (gpu.QUICK, 2 * 60)):
+    """What its clients can ask for, and the budget of time."""
+    for scale, limit_s in ((FULL, 8 * 60), (QUICK, 3 * 60)):
         assert scale.seconds < limit_s
-        assert set(scale.models) <= set(gpu_models.CONFIGS)
-        assert max(batch * length for batch, length, _ in scale.prompts) <= 4096
-        for workload in (scale.http, scale.peer):
-            assert len(set(workload.lengths)) == 1, "all that its clients can ask for"
-    assert gpu.FULL.batches == (1, 8, 32, 128, 256)
-    assert gpu.FULL.contexts == (128, 1024, 8192)
+        assert {scale.model, *scale.others} <= set(gpu_models.CONFIGS)
+        for workload in (scale.http, scale.peer, scale.single):
+            assert len(set(workload.lengths)) == 1
+        for points in (scale.points, scale.other_points):
+            assert all(batch <= max(points.batches) for batch, _, _ in points.prompts)
+        assert {batch for batch, _ in scale.steady} <= set(scale.points.batches)
+
+
+def test_what_the_sections_take_fits_the_full_scales_time(tmp_path: Path) -> None:
+    run = Run(CPU, torch.float32, replace(FULL, kernels=TINY.kernels), tmp_path / "a.json")
+    sections = gpu_sections.sections_of(run, set(gpu_sections.SECTIONS))
+    again = 15 * (FULL.starts - 1)
+    assert sum(section.needs_s for section in sections) + again <= FULL.seconds - 10
+    assert len({section.name for section in sections}) == len(sections)
 
 
 # -- a run that does not go well -----------------------------------------------------------
@@ -118,12 +164,57 @@ def test_what_fails_is_noted_and_the_rest_goes_on(
     def fail(*_: object) -> None:
         raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(gpu, "measure_kernels", fail)
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--only", "kernels,prefill"]
+    monkeypatch.setattr(gpu_sections, "measure_decode", fail)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--only", "decode,prefill"]
     assert main(arguments) == 1
     figures = result_of(tmp_path)
-    assert figures["errors"] == {"kernels": "RuntimeError: illegal memory access"}
+    error = "RuntimeError: illegal memory access"
+    assert figures["errors"] == {f"tiny: decode at {context}": error for context in (20, 50)}
     assert figures["prefill"]
+    assert figures["running"] is None
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fail(name: str, *_: object) -> None:
+        tried.append(name)
+        raise RuntimeError("no such architecture")
+
+    monkeypatch.setattr(gpu_models, "load", fail)
+    run = tiny_run(tmp_path)
+    run.measure(gpu_sections.sections_of(run, {"decode", "prefill"})[1:])
+    assert tried == ["tiny"]
+    assert len(run.figures["errors"]) == 3
+    assert all("no such architecture" in error for error in run.figures["errors"].values())
+
+
+def test_an_engine_in_which_something_failed_is_not_used_again(tmp_path: Path) -> None:
+    stage = Stage(tiny_run(tmp_path))
+    with pytest.raises(RuntimeError), stage.engine() as broken:
+        raise RuntimeError("a step failed")
+    with stage.engine() as engine:
+        assert engine is not broken
+    with stage.engine() as again:
+        assert again is engine
+    stage.clear()
+
+
+def test_steps_without_a_graph_are_a_failure_where_there_are_graphs(tmp_path: Path) -> None:
+    def refuse(_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    run = tiny_run(tmp_path, points=replace(TINY.points, batches=(1,)))
+    stage = Stage(run)
+    subject = stage.subject("tiny")
+    stage._runner = Steps(subject.loaded, subject.limits, refuse)
+    with pytest.raises(RuntimeError, match=r"no graph of its steps.*: 1"):
+        gpu_sections.measure_decode(run, stage, "tiny", 20)
+    assert run.figures["errors"] == {}
+    assert [row["in_graph"] for row in run.figures["decode"]] == [False]
+    stage.clear()
 
 
 def test_a_kernel_that_fails_takes_no_other_with_it(
@@ -138,18 +229,18 @@ def test_a_kernel_that_fails_takes_no_other_with_it(
 
     monkeypatch.setattr(gpu_kernels, "measure", fail_norms)
     run = tiny_run(tmp_path, kernel_batches=(1,))
-    gpu.measure_kernels(run, Rates(1e9, 1e9))
+    run.measure(gpu_sections.sections_of(run, {"kernels"})[1:])
     assert list(run.figures["errors"]) == ["norm {'batch': 1}"]
     assert "add_norm" in {row["kernel"] for row in run.figures["kernels"]}
 
 
 def test_what_the_time_does_not_reach_is_listed_with_the_reason(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, seconds=0.0)
-    measure(run, set(gpu.SECTIONS))
+    run.measure([Section("decode", lambda: None, needs_s=0.0)])
     assert run.figures["skipped"] == [
-        {"section": "ceilings", "reason": "takes some 0 s, and 0 are left"}
+        {"section": "decode", "reason": "takes some 0 s, and 0 are left"}
     ]
-    run = tiny_run(tmp_path, seconds=30.0)
+    run = tiny_run(tmp_path, seconds=30.4)
     run.device = torch.device("cuda")
     assert not run.has_time("load", needs_s=40)
     assert run.has_time("kernels", needs_s=10)
@@ -158,25 +249,58 @@ def test_what_the_time_does_not_reach_is_listed_with_the_reason(tmp_path: Path) 
     ]
 
 
-def test_figures_are_written_after_each_section(tmp_path: Path) -> None:
+def test_what_cannot_be_measured_here_is_no_failure(tmp_path: Path) -> None:
+    def work() -> None:
+        raise NothingToMeasure("no room")
+
+    run = tiny_run(tmp_path)
+    run.measure([Section("cold start", work, 0.0)])
+    assert run.figures["skipped"] == [{"section": "cold start", "reason": "no room"}]
+    assert run.figures["errors"] == {}
+
+
+def test_figures_are_written_before_and_after_each_section(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     seen = []
 
     def first() -> None:
+        seen.append(result_of(tmp_path)["running"]["section"])
         run.figures["decode"].append({"step_ms": 1.0})
 
-    run.section("first", first)
-    run.section("second", lambda: seen.append(result_of(tmp_path)["decode"]))
-    assert seen == [[{"step_ms": 1.0}]]
-    assert set(result_of(tmp_path)["seconds"]) == {"first", "second"}
+    second = Section("second", lambda: seen.append(result_of(tmp_path)["decode"]), 0.0)
+    run.measure([Section("first", first, 0.0), second])
+    assert seen == ["first", [{"step_ms": 1.0}]]
+    figures = result_of(tmp_path)
+    assert set(figures["seconds"]) == {"first", "second"}
+    assert figures["running"] is None
 
 
-def test_a_prompt_larger_than_a_step_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, prompts=((1, 8, 0), (1, 257, 0)))
-    subject = gpu.load(run, "tiny")
-    gpu.measure_prefill(run, subject, Rates(1e9, 1e9))
-    assert [row["tokens"] for row in run.figures["prefill"]] == [8]
-    assert [s["reason"] for s in run.figures["skipped"]] == ["a step has 256 tokens at most"]
+def test_a_run_goes_on_where_it_broke_off(tmp_path: Path) -> None:
+    run, done = tiny_run(tmp_path), []
+
+    def section(name: str) -> Section:
+        return Section(name, lambda: done.append(name), 0.0)
+
+    run.figures["seconds"] = {"first": None}
+    run.skip("second", "no time")
+    run.measure([section("first"), section("second"), section("third")])
+    assert done == ["third"]
+
+
+def test_a_lost_device_ends_the_process_with_the_section_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    run = tiny_run(tmp_path)
+    run.device = torch.device("cuda")
+    with pytest.raises(DeviceLost):
+        run.measure([Section("kernels", fail, 0.0), Section("never", fail, 0.0)])
+    figures = result_of(tmp_path)
+    assert figures["errors"] == {"kernels": "RuntimeError: illegal memory access"}
+    assert list(figures["seconds"]) == ["kernels"]
 
 
 # -- kernels and steps, as they are on a GPU -----------------------------------------------
@@ -185,7 +309,8 @@ def test_a_prompt_larger_than_a_step_is_skipped_with_the_reason(tmp_path: Path) 
 @pytest.mark.parametrize("ops", [TORCH, TRITON], ids=["torch", "triton"])
 def test_every_kernel_can_be_called_again_and_again(ops: Ops) -> None:
     setting = Setting(TINY.kernels, CPU, torch.float32, ops)
-    for case in gpu_kernels.cases(setting, (2,), (20,), ((2, 9, 0), (1, 5, 7))):
+    cases = gpu_kernels.cases(setting, (2,), (20,), ((2, 9, 0), (1, 5, 7)))
+    for case in (case for of_kind in cases.values() for case in of_kind):
         call = case.make()
         call()
         assert call() is not None, case.name
@@ -218,7 +343,10 @@ def test_timed_decode_steps_replay_the_engines_graphs(
     config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=32)
     steps = Steps(loaded, decide_limits(loaded, config), remember)
     seconds = steps.decode(batch, 20, count=2)
-    assert len(captured) == 2, "the forward and the sampling, each once"
+    assert len(captured) == steps.num_graphs == 2, "the forward and the sampling, each once"
+    assert seconds.in_graph
+    assert steps.decode(batch, 24, count=2).in_graph, "a size is captured once"
+    assert steps.num_graphs == 2
     assert seconds.fits
     assert min(seconds.on_device, seconds.wall) > 0
     steps.close()
