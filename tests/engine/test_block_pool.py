@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.block_pool import BlockHash, BlockHasher, BlockPool
 from engine.config import BLOCK_SIZE
+from tests.thorough import THOROUGH
 
 
 def hash_of(number: int) -> BlockHash:
@@ -274,5 +275,6 @@ class TestRandomUse(BlockPoolMachine.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 class TestMuchRandomUse(ThoroughBlockPoolMachine.TestCase):
-    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=200 * THOROUGH, stateful_step_count=60, deadline=None)

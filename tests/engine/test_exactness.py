@@ -11,6 +11,7 @@ from engine.engine import Engine
 from engine.request import Request
 from tests.engine.driving import Answers, check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import FAMILIES, VOCAB_SIZE, family, reference
+from tests.thorough import THOROUGH
 
 NUM_TOKENS = 12
 
@@ -116,8 +117,9 @@ def test_random_traffic_over_a_full_pool(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @given(traffic, st.integers(6, 12), st.integers(4, 40))
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * THOROUGH, deadline=None, suppress_health_check=list(HealthCheck))
 def test_much_random_traffic_over_a_full_pool(
     plan: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int
 ) -> None:
