@@ -20,10 +20,11 @@ test: lint rooms  ## everything that runs without a GPU
 check: lint  ## the fast core, for every save
 	$(SPREAD) $(PYTHON) -m pytest $(TWO) -m "not slow"
 
-# The second call is the hub's client of the other release, the one that transformers needs.
+# The second call is the hub's client of the other release, the one that transformers needs. A file
+# stays in one process, for the servers that it starts.
 clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and embedded model
-	$(CLIENTS)/bin/python -m pytest clients
-	$(PYTHON) -m pytest clients/test_huggingface_hub.py
+	$(SPREAD) $(CLIENTS)/bin/python -m pytest -n 2 --dist loadfile clients
+	$(SPREAD) $(PYTHON) -m pytest $(TWO) clients/test_huggingface_hub.py
 
 fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600

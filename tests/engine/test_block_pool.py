@@ -271,7 +271,7 @@ class ThoroughBlockPoolMachine(BlockPoolMachine):
 
 
 class TestRandomUse(BlockPoolMachine.TestCase):
-    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.slow
