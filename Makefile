@@ -30,8 +30,8 @@ fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI docu
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
 
 thorough: $(READY) $(CLIENTS_READY)  ## more random examples, longer faults, Vast's worker against the stand-in
-	THOROUGH=20 $(SPREAD) $(PYTHON) -m pytest $(TWO) --timeout=7200 -m thorough
-	THOROUGH=20 $(CLIENTS)/bin/python -m pytest clients/vast
+	THOROUGH=10 $(SPREAD) $(PYTHON) -m pytest $(TWO) --timeout=7200 -m thorough
+	THOROUGH=10 $(CLIENTS)/bin/python -m pytest clients/vast
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

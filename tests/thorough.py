@@ -1,4 +1,4 @@
-"""How thorough the tests of many examples are: `make thorough` tries many times as many."""
+"""How thorough the tests of many examples are: `make thorough` tries ten times as many."""
 
 import os
 

@@ -277,4 +277,4 @@ class TestRandomUse(BlockPoolMachine.TestCase):
 @pytest.mark.slow
 @pytest.mark.thorough
 class TestMuchRandomUse(ThoroughBlockPoolMachine.TestCase):
-    settings = settings(max_examples=200 * THOROUGH, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=400 * THOROUGH, stateful_step_count=60, deadline=None)

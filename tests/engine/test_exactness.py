@@ -106,7 +106,7 @@ def _serve(engine: Engine, plan: list[tuple[int, int, int, int, int, int | None]
 @pytest.mark.slow
 @pytest.mark.thorough
 @given(traffic, st.integers(6, 12), st.integers(4, 40))
-@settings(max_examples=60 * THOROUGH, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100 * THOROUGH, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_traffic_over_a_full_pool(
     plan: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int
 ) -> None:

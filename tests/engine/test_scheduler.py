@@ -1115,7 +1115,7 @@ class TestRandomSchedules(SchedulerMachine.TestCase):
 @pytest.mark.thorough
 class TestManyRandomSchedules(ThoroughSchedulerMachine.TestCase):
     settings = settings(
-        max_examples=300 * THOROUGH,
+        max_examples=600 * THOROUGH,
         stateful_step_count=60,
         deadline=None,
         report_multiple_bugs=False,
