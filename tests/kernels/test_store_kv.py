@@ -59,8 +59,9 @@ def check_stored(cache: Tensor, before: Tensor, slots: Tensor, stored: Tensor) -
     assert torch.equal(flat.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 
+@pytest.mark.slow
 @each_store
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 6), st.integers(1, 16), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9),
     st.sampled_from(DTYPES), st.data(),
