@@ -4,6 +4,9 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
+# Two processes of one thread each: tests have work for one, or wait for a server.
+SPREAD := OMP_NUM_THREADS=1
+TWO := -n 2 --dist worksteal
 
 .PHONY: serve test check clients fuzz thorough lint rooms vast bench gpu image-check clean
 
@@ -11,24 +14,24 @@ serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
 
 test: lint rooms  ## everything that runs without a GPU
-	$(PYTHON) -m pytest
+	$(SPREAD) $(PYTHON) -m pytest $(TWO)
 	@$(MAKE) --no-print-directory clients
 
 check: lint  ## the fast core, for every save
-	$(PYTHON) -m pytest -m "not slow"
+	$(SPREAD) $(PYTHON) -m pytest $(TWO) -m "not slow"
 
-# The second call is the hub's client of the other release, the one that transformers needs.
+# The second call is the hub's client of the other release, the one that transformers needs. A file
+# stays in one process, for the servers that it starts.
 clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and embedded model
-	$(CLIENTS)/bin/python -m pytest clients
-	$(PYTHON) -m pytest clients/test_huggingface_hub.py
+	$(SPREAD) $(CLIENTS)/bin/python -m pytest -n 2 --dist loadfile clients
+	$(SPREAD) $(PYTHON) -m pytest $(TWO) clients/test_huggingface_hub.py
 
 fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
 
-thorough: $(READY) $(CLIENTS_READY)  ## more random schedules, longer faults, Vast's worker against the stand-in
-	THOROUGH=10 $(PYTHON) -m pytest --timeout=7200 tests/engine/test_scheduler.py
-	THOROUGH=1 $(PYTHON) -m pytest tests/vast/test_faults.py
-	THOROUGH=1 $(CLIENTS)/bin/python -m pytest clients/vast
+thorough: $(READY) $(CLIENTS_READY)  ## more random examples, longer faults, Vast's worker against the stand-in
+	THOROUGH=10 $(SPREAD) $(PYTHON) -m pytest $(TWO) --timeout=7200 -m thorough
+	THOROUGH=10 $(CLIENTS)/bin/python -m pytest clients/vast
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

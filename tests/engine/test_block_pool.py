@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.block_pool import BlockHash, BlockHasher, BlockPool
 from engine.config import BLOCK_SIZE
+from tests.thorough import THOROUGH
 
 
 def hash_of(number: int) -> BlockHash:
@@ -270,9 +271,10 @@ class ThoroughBlockPoolMachine(BlockPoolMachine):
 
 
 class TestRandomUse(BlockPoolMachine.TestCase):
-    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 class TestMuchRandomUse(ThoroughBlockPoolMachine.TestCase):
-    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=400 * THOROUGH, stateful_step_count=60, deadline=None)

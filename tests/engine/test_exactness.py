@@ -11,6 +11,7 @@ from engine.engine import Engine
 from engine.request import Request
 from tests.engine.driving import Answers, check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import FAMILIES, VOCAB_SIZE, family, reference
+from tests.thorough import THOROUGH
 
 NUM_TOKENS = 12
 
@@ -103,24 +104,13 @@ def _serve(engine: Engine, plan: list[tuple[int, int, int, int, int, int | None]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @given(traffic, st.integers(6, 12), st.integers(4, 40))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100 * THOROUGH, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_traffic_over_a_full_pool(
     plan: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int
 ) -> None:
     """A hit equals a miss, with the pool full and preemption going on."""
-    engine = make_engine(
-        family("llama"), num_blocks=num_blocks, max_batch_tokens=budget, max_sequences=4
-    )
-    _serve(engine, plan)
-
-
-@pytest.mark.slow
-@given(traffic, st.integers(6, 12), st.integers(4, 40))
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_much_random_traffic_over_a_full_pool(
-    plan: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int
-) -> None:
     engine = make_engine(
         family("llama"), num_blocks=num_blocks, max_batch_tokens=budget, max_sequences=4
     )

@@ -16,7 +16,7 @@ from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
 from tests.engine.models import FAMILIES, adopted, family, reference
 from tests.engine.test_failures import POISON, poisoned, sabotage
 
-FAST = ("llama", "gemma2")
+FAST = ("llama",)
 families = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FAMILIES],

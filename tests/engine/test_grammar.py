@@ -341,12 +341,12 @@ def test_there_are_sixty_schemas() -> None:
 
 
 def test_whatever_is_said_is_valid() -> None:
-    for name, said in generate_all(list(SCHEMAS), seed=0).items():
+    for name, said in generate_all(list(SCHEMAS)[::4], seed=0).items():
         check_valid(SCHEMAS[name], said)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", range(6))
 def test_whatever_is_said_is_valid_every_time(seed: int) -> None:
     for name, said in generate_all(list(SCHEMAS), seed).items():
         check_valid(SCHEMAS[name], said)

@@ -168,14 +168,15 @@ def decode_recording(num_layers: int) -> Recording:
     return recordings[0]
 
 
+@pytest.mark.slow
 def test_a_llama_layer_takes_nine_launches() -> None:
     few, many = (len(decode_recording(n).launches) for n in LAYERS)
     assert (many - few) / (LAYERS[1] - LAYERS[0]) == 9
 
 
 def test_a_decode_step_never_waits_for_the_device() -> None:
-    recording = decode_recording(2)  # raises where it would
-    assert len(recording.launches) > 18
+    recording = decode_recording(1)  # raises where it would
+    assert len(recording.launches) > 9
     on_host = [call for call in recording.calls if "_to_copy" in call.name]
     assert not any(call.kwargs.get("device") for call in on_host)
 

@@ -372,7 +372,11 @@ def test_a_sequence_draws_the_same_when_it_starts_over_in_another_slot() -> None
         SamplingParams(top_p=single(0.8)),
         SamplingParams(typical_p=single(0.6)),
         SamplingParams(temperature=0.8, top_k=10, top_p=single(0.9), typical_p=single(0.95)),
-        SamplingParams(repetition_penalty=2.0, frequency_penalty=single(0.5)),
+        pytest.param(
+            SamplingParams(repetition_penalty=2.0, frequency_penalty=single(0.5)),
+            marks=pytest.mark.slow,
+            id="repetition_penalty-frequency_penalty",
+        ),
     ],
     ids=lambda p: "-".join(n for n in STEPS if getattr(p, n) != getattr(NEUTRAL, n)),
 )

@@ -4,7 +4,6 @@ Each launch of the `Driver` checks the contents of every block that is read, and
 operation the invariants; a test adds only what is special about its case.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from engine.config import BLOCK_SIZE
 from engine.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from tests.engine.scheduling import END, MAX_IN_FLIGHT, Driver, next_token
+from tests.thorough import THOROUGH
 
 
 def prompt(num_tokens: int, stem: int = 0) -> list[int]:
@@ -1103,7 +1103,7 @@ class ThoroughSchedulerMachine(SchedulerMachine):
 
 class TestRandomSchedules(SchedulerMachine.TestCase):
     settings = settings(
-        max_examples=60,
+        max_examples=20,
         stateful_step_count=40,
         deadline=None,
         report_multiple_bugs=False,
@@ -1112,9 +1112,10 @@ class TestRandomSchedules(SchedulerMachine.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 class TestManyRandomSchedules(ThoroughSchedulerMachine.TestCase):
     settings = settings(
-        max_examples=600 * int(os.environ.get("THOROUGH", "1")),
+        max_examples=600 * THOROUGH,
         stateful_step_count=60,
         deadline=None,
         report_multiple_bugs=False,

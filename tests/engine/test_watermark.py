@@ -43,6 +43,7 @@ def z_score(request: Request, answers: Answers) -> float:
     return (count - GAMMA * len(pairs)) / (len(pairs) * GAMMA * (1 - GAMMA)) ** 0.5
 
 
+@pytest.mark.slow
 def test_it_can_be_told_from_sixty_tokens() -> None:
     """Tiny models repeat themselves less when sampled: those are the fair ones to judge."""
     engine = make_engine(family("llama"), watermark=(GAMMA, 4.0))

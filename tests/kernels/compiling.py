@@ -45,7 +45,7 @@ def compile_everywhere(
     in `divisible`, are taken as multiples of 16, as the launcher finds them for real shapes.
     """
     futures = {
-        target: _workers().submit(
+        target: workers().submit(
             _compile, target, kernel, arguments, constants, num_warps, num_stages, divisible
         )
         for target in TARGETS
@@ -54,8 +54,14 @@ def compile_everywhere(
 
 
 @cache
-def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+def workers() -> ProcessPoolExecutor:
+    """That compile from the start: they import Triton with the first kernel they are sent."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_do_not_interpret)
+
+
+def _do_not_interpret() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def _compile(
@@ -67,7 +73,6 @@ def _compile(
     num_stages: int,
     divisible: AbstractSet[str],
 ) -> Resources:
-    os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

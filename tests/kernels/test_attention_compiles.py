@@ -1,9 +1,5 @@
 """Attention for GPUs that are not there: it fits their registers and shared memory."""
 
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +74,7 @@ def strides(layer: Layer, dim: int) -> tuple[int, int, int, int]:
     return BLOCK_SIZE * layer.num_kv_heads * dim, layer.num_kv_heads * dim, dim, 1
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[ProcessPoolExecutor]:
-    """That compile from the start: they import Triton with the first variant they are sent."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-            yield pool
-
-
-def compiled(
-    workers: ProcessPoolExecutor, layer: Layer, variants: dict[int, Variant]
-) -> dict[int, Resources]:
+def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]:
     arguments = {
         "output": "*bf16",
         "query": "*bf16",
@@ -113,7 +98,7 @@ def compiled(
     arguments |= {name: kind for name, kind in optional.items() if kind is not None}
     absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
     futures = {
-        target: workers.submit(
+        target: compiling.workers().submit(
             compiling._compile,
             target,
             "paged_attention_triton._attend_kernel",
@@ -131,11 +116,9 @@ def compiled(
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "prefill"])
-def test_registers_and_shared_memory_suffice(
-    layer: Layer, is_decode: bool, workers: ProcessPoolExecutor
-) -> None:
+def test_registers_and_shared_memory_suffice(layer: Layer, is_decode: bool) -> None:
     variants = {target: variant_on(target, layer, is_decode) for target in TARGETS}
-    for target, resources in compiled(workers, layer, variants).items():
+    for target, resources in compiled(layer, variants).items():
         assert resources.stack <= layer.stack, (target, resources)
         assert resources.shared <= SHARED_LIMIT[target], (target, resources)
         if is_decode:

@@ -22,6 +22,7 @@ from kernels.fused_sampling import _gumbel, greedy, sample
 from kernels.sampling import GENERATED, ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
+from tests.thorough import THOROUGH
 
 pytestmark = (
     pytest.mark.slow
@@ -275,8 +276,8 @@ def test_rows_come_out_as_the_processors_have_them(entropy: int) -> None:
     patch.undo()
 
 
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=12 * THOROUGH, deadline=None)
 @given(entropies, st.sampled_from([(64, 8, 128), (256, 16, 64), (2048, 128, 4096)]))
 def test_many_rows_come_out_as_the_processors_have_them(
     entropy: int, sizes: tuple[int, int, int]

@@ -131,6 +131,7 @@ def test_the_place_of_the_rounding_shows(implementation: Norm) -> None:
     assert differing.float().mean() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 7, 64, 80, 128, 1000, 1024, 2304, 5000])

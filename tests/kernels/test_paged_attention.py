@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
 from kernels.store_kv import store_kv_torch
+from tests.thorough import THOROUGH
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = torch.tensor([math.nan, math.inf, -math.inf])
@@ -203,7 +204,8 @@ def test_any_batch_is_what_dense_attention_says(case: Case, seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=200 * THOROUGH, deadline=None)
 @given(cases(), st.integers(0, 2**16))
 def test_many_batches_are_what_dense_attention_says(case: Case, seed: int) -> None:
     check(case, seed)

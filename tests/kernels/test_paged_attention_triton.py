@@ -32,6 +32,7 @@ from kernels.paged_attention_triton import (
     plan_decode,
     plan_prefill,
 )
+from tests.thorough import THOROUGH
 
 pytestmark = pytest.mark.slow  # interpreted; the engine's own tests run the kernel in the fast core
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -655,16 +656,10 @@ def compare(case: Case, seed: int) -> None:
         assert error <= 2 * error_bound(case, ours.dtype)
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=20 * THOROUGH, deadline=None)
 @given(cases(), st.integers(0, 2**16))
 def test_any_batch_is_what_torch_says(case: Case, seed: int) -> None:
-    compare(case, seed)
-
-
-@slow
-@settings(max_examples=100, deadline=None)
-@given(cases(), st.integers(0, 2**16))
-def test_many_batches_are_what_torch_says(case: Case, seed: int) -> None:
     compare(case, seed)
 
 

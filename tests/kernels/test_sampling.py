@@ -137,6 +137,7 @@ def census() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["below", "above"])
 def test_tails_are_right_out_to_one_in_a_million(census: dict[str, Tensor], side: str) -> None:
     for p, count in zip(_TAILS, census[side].tolist(), strict=True):
@@ -146,6 +147,7 @@ def test_tails_are_right_out_to_one_in_a_million(census: dict[str, Tensor], side
         assert abs(count - mean) < _Z * math.sqrt(mean) + border, (p, count, mean)
 
 
+@pytest.mark.slow
 def test_the_highest_noises_hardly_ever_tie(census: dict[str, Tensor]) -> None:
     """The 335 above the 1e-5 quantile are those that decide draws; 23 bits leave 84 values."""
     highest = census["highest"]
@@ -153,6 +155,7 @@ def test_the_highest_noises_hardly_ever_tie(census: dict[str, Tensor]) -> None:
     assert len(highest.unique()) > 0.97 * len(highest)
 
 
+@pytest.mark.slow
 def test_no_token_id_is_favoured(census: dict[str, Tensor]) -> None:
     counts = torch.bincount(census["winners"] // 64, minlength=64)
     check_chi_square(counts, torch.full((64,), 8192 / 64))

@@ -59,6 +59,7 @@ def check_stored(cache: Tensor, before: Tensor, slots: Tensor, stored: Tensor) -
     assert torch.equal(flat.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 
+@pytest.mark.slow
 @each_store
 @settings(max_examples=40, deadline=None)
 @given(

@@ -39,11 +39,13 @@ def launched(where: str, cache: Path) -> dict[str, bool]:
 NAMES = {"_norm_kernel", "_greedy_chunk_kernel", "_greedy_row_kernel", "_mask_tokens_kernel"}
 
 
+@pytest.mark.slow
 def test_triton_s_driver_of_a_gpu_finds_what_was_compiled_for_it(tmp_path: Path) -> None:
     assert launched("stage", tmp_path) == dict.fromkeys(NAMES, False)
     assert launched("cuda", tmp_path) == dict.fromkeys(NAMES, True)
 
 
+@pytest.mark.slow
 def test_a_cache_that_has_moved_has_nothing(tmp_path: Path) -> None:
     """Why the image fills it where it will be used."""
     launched("stage", tmp_path / "here")

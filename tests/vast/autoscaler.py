@@ -519,7 +519,11 @@ class Listener:
         listening = socket.create_server(("127.0.0.1", self.port))
         self.port = listening.getsockname()[1]
         config = uvicorn.Config(
-            self._app, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            self._app,
+            log_level="error",
+            lifespan="off",
+            timeout_keep_alive=60,  # a connection that is closed as it is used fails a request
+            timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=[[listening]], daemon=True)

@@ -7,7 +7,6 @@ told done once.
 
 import asyncio
 import json
-import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +16,14 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.thorough import THOROUGH
 from tests.vast.autoscaler import Autoscaler, running
 from tests.vast.signing import Signer
 from tests.vast.worker import NUM_TOKENS, WorkerProcess, scripted_worker
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.thorough]
 READY_S = 30.0
-DOWN_S = 60 if "THOROUGH" in os.environ else 4
+DOWN_S = 60 if THOROUGH > 1 else 4
 PAYLOAD = {"inputs": "x", "parameters": {"max_new_tokens": NUM_TOKENS}}
 
 

@@ -377,6 +377,7 @@ async def close(served: Worker) -> None:
     served.sessions.close_all()
 
 
+@pytest.mark.slow
 def test_no_signed_request_makes_the_worker_fail() -> None:
     async def check(served: Worker, auth: Any, payload: Any, path: str) -> None:
         body = served.envelope(payload)
