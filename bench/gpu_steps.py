@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.device import Timer
+from engine.attention_plan import GraphShape
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.graphs import Capture, Graph
 from engine.kv_cache import AttentionCall
@@ -47,7 +48,7 @@ class Steps:
         device = loaded.model.device
         self.captures = capture is not None
         self.num_graphs = 0
-        self._captured: set[int | None] = set()  # sizes of which there are both graphs
+        self._captured: set[GraphShape | None] = set()  # shapes of which there are both graphs
         self._limits = limits
         self._timer = Timer(device)
         self._stream = make_stream(device)
@@ -72,9 +73,9 @@ class Steps:
             self._launch(_batch(sequences, start, 1, reset)).result()
         step = self._builder.build(_batch(sequences, start, 1))
         if self.num_graphs == num_graphs + 2:
-            self._captured.add(step.graph_size)
+            self._captured.add(step.graph)
         wall = self._wall_seconds(lambda i: _batch(sequences, start + i, 1), count)
-        in_graph = step.graph_size in self._captured
+        in_graph = step.graph in self._captured
         return StepSeconds(self._device_seconds(step, count), wall, fits, in_graph)
 
     def prefill(self, batch: int, length: int, before: int, count: int) -> StepSeconds:

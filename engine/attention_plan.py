@@ -8,7 +8,7 @@ list of work items made for each step. So a captured graph serves any step of it
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from kernels.paged_attention_triton import (
     PagedBatch,
     Work,
     block_q_for,
+    decode_capacity,
     num_counters,
     plan_decode,
     plan_prefill,
+    prefill_capacity,
 )
 
 
@@ -61,17 +63,38 @@ class StepSequences:
         return StepSequences(self.slots[keep], self.starts[keep], self.lengths[keep])
 
 
-MakeMetadata = Callable[[View], Any]
-"""What the kernels take, from the uploaded arrays."""
+class GraphShape(NamedTuple):
+    """What steps that one captured graph serves have in common.
+
+    rows      tokens of the packed row, the last ones nobody's, and rows that are sampled
+    prefills  whether there may be chunks of prompts; else each token is another sequence's
+    """
+
+    rows: int
+    prefills: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What attention needs of a step.
+
+    arrays         to upload with it
+    make_metadata  what the kernels take, from the uploaded arrays
+    capacity       rows of the last array that other steps of the same graph may have
+    """
+
+    arrays: dict[str, np.ndarray]
+    make_metadata: Callable[[View], Any]
+    capacity: int | None = None
 
 
 class AttentionPlanner(Protocol):
     def plan(
-        self, step: StepSequences, tables: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
-        """What to upload for a step, and what to make of it once it is on the device.
+        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
+    ) -> AttentionPlan:
+        """`tables` [max_sequences + 1, max_blocks] int64 are the block tables of all slots.
 
-        `tables` [max_sequences + 1, max_blocks] int64 are the block tables of all slots.
+        With `graph`, arrays are as large as those of any step of its shape, but for the last.
         """
 
     def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays | None:
@@ -96,7 +119,8 @@ class FixedTables:
     ):
         self._tables = tables
         self._device = device
-        self._planner = make_planner(ops, calls, (tables.shape[0], tables.shape[1]), device)
+        shape = tables.shape[0], tables.shape[1]
+        self._planner = make_planner(ops, calls, shape, shape[0], device)
         update = self._planner.update(np.arange(tables.size), tables.reshape(-1))
         if update is not None:
             self._planner.apply_update(self._uploaded(update))
@@ -105,33 +129,43 @@ class FixedTables:
         positions = step.positions
         blocks = self._tables[np.repeat(step.slots, step.lengths), positions // BLOCK_SIZE]
         slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        arrays, make_metadata = self._planner.plan(step, self._tables)
-        return make_metadata(self._uploaded(PackedArrays({"slot_mapping": slot_mapping} | arrays)))
+        plan = self._planner.plan(step, self._tables)
+        arrays = {"slot_mapping": slot_mapping} | plan.arrays
+        return plan.make_metadata(self._uploaded(PackedArrays(arrays)))
 
     def _uploaded(self, packed: PackedArrays) -> View:
         return partial(packed.view, packed.on(self._device))
 
 
 def make_planner(
-    ops: Ops, calls: Sequence[AttentionCall], tables_shape: tuple[int, int], device: torch.device
+    ops: Ops,
+    calls: Sequence[AttentionCall],
+    tables_shape: tuple[int, int],
+    max_rows: int,
+    device: torch.device,
 ) -> AttentionPlanner:
+    """`max_rows` are those of the largest graph, or of the most decodes in a step."""
     if ops.is_triton:
-        return TritonPlanner(calls, tables_shape, device)
+        return TritonPlanner(calls, tables_shape, max_rows, device)
     return TorchPlanner()
 
 
 class TorchPlanner:
     def plan(
-        self, step: StepSequences, tables: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
+        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
+    ) -> AttentionPlan:
+        del graph
         width = -(-int(step.ends.max()) // BLOCK_SIZE)
         context = tables[step.slots, :width]  # copied now: the tables change with the next step
-        return {}, lambda view: AttentionMetadata(
-            query_lens=step.lengths,
-            seq_lens=step.ends,
-            block_tables=context,
-            slot_mapping=view("slot_mapping"),
-            block_size=BLOCK_SIZE,
+        return AttentionPlan(
+            {},
+            lambda view: AttentionMetadata(
+                query_lens=step.lengths,
+                seq_lens=step.ends,
+                block_tables=context,
+                slot_mapping=view("slot_mapping"),
+                block_size=BLOCK_SIZE,
+            ),
         )
 
     def update(self, changed: np.ndarray, tables: np.ndarray) -> None:
@@ -145,26 +179,32 @@ class TritonPlanner:
     """Owns the block tables on the device, and the kernels' counters."""
 
     def __init__(
-        self, calls: Sequence[AttentionCall], tables_shape: tuple[int, int], device: torch.device
+        self,
+        calls: Sequence[AttentionCall],
+        tables_shape: tuple[int, int],
+        max_rows: int,
+        device: torch.device,
     ):
         self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
+        self._max_sequences = tables_shape[0]
         self._block_qs = sorted(
             {block_q_for(call.num_heads // call.num_kv_heads) for call in calls}
         )
+        items = decode_capacity(max_rows, self._max_sequences)
         self._counters = torch.zeros(
-            max(num_counters(tables_shape[0], c.num_heads, c.num_kv_heads) for c in calls),
+            max(num_counters(items, call.num_heads, call.num_kv_heads) for call in calls),
             dtype=torch.int32,
             device=device,
         )
 
     def plan(
-        self, step: StepSequences, tables: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], MakeMetadata]:
+        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
+    ) -> AttentionPlan:
         del tables
         rows = np.cumsum(step.lengths) - step.lengths
         decodes = step.lengths == 1
         prefills = ~decodes
-        block_qs = self._block_qs if prefills.any() else []
+        block_qs = self._block_qs if prefills.any() or (graph and graph.prefills) else []
         arrays: dict[str, np.ndarray] = {}
         for block_q in block_qs:
             items = plan_prefill(
@@ -174,16 +214,21 @@ class TritonPlanner:
                 rows[prefills],
                 block_q,
             )
-            arrays |= _work_arrays(f"prefill_{block_q}", items)
-        if decodes.any():  # last: its size varies between steps of one graph
+            capacity = prefill_capacity(graph.rows, block_q) if graph else len(items)
+            arrays |= _work_arrays(f"prefill_{block_q}", items, capacity)
+        if graph or decodes.any():  # last: its size varies between steps of one graph
             items = plan_decode(step.slots[decodes], step.starts[decodes], rows[decodes])
-            arrays |= _work_arrays("decode", items)
-        return arrays, lambda view: PagedBatch(
-            slot_mapping=view("slot_mapping"),
-            block_tables=self._block_tables,
-            decode=_work("decode", 1, view) if "decode" in arrays else None,
-            prefill={q: _work(f"prefill_{q}", q, view) for q in block_qs},
-            counters=self._counters,
+            arrays |= _work_arrays("decode", items, len(items))
+        return AttentionPlan(
+            arrays,
+            lambda view: PagedBatch(
+                slot_mapping=view("slot_mapping"),
+                block_tables=self._block_tables,
+                decode=_work("decode", 1, view) if "decode" in arrays else None,
+                prefill={q: _work(f"prefill_{q}", q, view) for q in block_qs},
+                counters=self._counters,
+            ),
+            graph and decode_capacity(graph.rows, self._max_sequences),
         )
 
     def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays:
@@ -194,8 +239,11 @@ class TritonPlanner:
         self._block_tables.view(-1).index_copy_(0, view("index"), view("blocks"))
 
 
-def _work_arrays(name: str, items: np.ndarray) -> dict[str, np.ndarray]:
-    return {f"num_{name}": np.array([len(items)], dtype=np.int32), name: items}
+def _work_arrays(name: str, items: np.ndarray, capacity: int) -> dict[str, np.ndarray]:
+    """With room for `capacity` items: the kernel looks at the first ones only."""
+    room = np.zeros((capacity - len(items), items.shape[1]), dtype=items.dtype)
+    padded = np.concatenate([items, room]) if len(room) else items
+    return {f"num_{name}": np.array([len(items)], dtype=np.int32), name: padded}
 
 
 def _work(name: str, block_q: int, view: View) -> Work:

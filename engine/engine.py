@@ -225,8 +225,8 @@ class Engine:
 
         For when there is no work: captures the largest graph that is missing.
         """
-        sizes = reversed(self._builder.graph_sizes)
-        missing = next((size for size in sizes if not self.runner.has_graph(size)), None)
+        shapes = reversed(self._builder.graph_shapes)
+        missing = next((shape for shape in shapes if not self.runner.has_graph(shape)), None)
         if missing is None:
             return False
         with self.cold_start.phase("graphs"):

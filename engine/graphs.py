@@ -1,8 +1,8 @@
 """Steps captured once and replayed: a launch for the whole of it, not one for each kernel.
 
-A CUDA graph repeats the same kernels on the same addresses. So each size has a buffer of
-its own that a step's arrays are copied into, and whatever varies between steps of a size
-is found there: nothing of it is a number in Python.
+A CUDA graph repeats the same kernels on the same addresses. So each shape of steps has a
+buffer of its own that a step's arrays are copied into, and whatever varies between steps
+of a shape is found there: nothing of it is a number in Python.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,19 +12,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.attention_plan import GraphShape
 from engine.step_inputs import HostStep, StepInputs
 
-_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
-"""Rows of the captured steps: a step of more than 8 fills at least half of its graph, one of
-more than 64 at least four fifths.
+_DECODES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
+"""Rows of the captured decode steps: a step of more than 8 fills at least half of its graph, one
+of more than 64 at least four fifths.
+"""
+_PREFILLS = (16, 32, 64, 128, 256)
+"""Rows of those with chunks of prompts: short prompts, and what a cached prefix leaves. With
+more tokens the device takes as long as the host does for launching kernel by kernel.
 """
 
 
 def sizes_for(max_sequences: int) -> tuple[int, ...]:
-    """Those that a step of so many sequences can need."""
+    """Rows of the graphs that decode steps of so many sequences can need."""
     return tuple(
-        size for size, less in zip(_SIZES, (0, *_SIZES), strict=False) if less < max_sequences
+        size for size, less in zip(_DECODES, (0, *_DECODES), strict=False) if less < max_sequences
     )
+
+
+def shapes_for(max_sequences: int, max_batch_tokens: int) -> tuple[GraphShape, ...]:
+    """Of the graphs that steps can need, the least needed ones first."""
+    prefills = (GraphShape(rows, prefills=True) for rows in _PREFILLS if rows <= max_batch_tokens)
+    return (*prefills, *map(GraphShape, sizes_for(max_sequences)))
 
 
 class Graph(Protocol):
@@ -53,42 +64,42 @@ class CudaCapture:
 
 
 @dataclass(slots=True)
-class _Size:
-    """One size: its buffer, the step's tensors as views of it, and what was captured on them."""
+class _Captured:
+    """Of one shape: the buffer, the step's tensors as views of it, and what runs on them."""
 
     buffer: Tensor
     inputs: StepInputs
-    captured: dict[Hashable, tuple[Graph, Any]] = field(default_factory=dict)
+    parts: dict[Hashable, tuple[Graph, Any]] = field(default_factory=dict)
 
 
 class StepGraphs:
-    """The captured parts of steps, by size. A part is captured when it is first needed."""
+    """The captured parts of steps, by shape. A part is captured when it is first needed."""
 
     def __init__(self, capture: Capture, device: torch.device):
         self._capture = capture
         self._device = device
-        self._sizes: dict[int, _Size] = {}
+        self._shapes: dict[GraphShape, _Captured] = {}
 
-    def load(self, step: HostStep, size: int) -> StepInputs:
-        """Copy the step's arrays to where the graphs of this size read them."""
-        if size not in self._sizes:
+    def load(self, step: HostStep, shape: GraphShape) -> StepInputs:
+        """Copy the step's arrays to where the graphs of this shape read them."""
+        if shape not in self._shapes:
             buffer = torch.zeros(step.arrays.max_bytes, dtype=torch.uint8, device=self._device)
-            self._sizes[size] = _Size(buffer, step.inputs(buffer))
-        step.arrays.copy_to(self._sizes[size].buffer)
-        return self._sizes[size].inputs
+            self._shapes[shape] = _Captured(buffer, step.inputs(buffer))
+        step.arrays.copy_to(self._shapes[shape].buffer)
+        return self._shapes[shape].inputs
 
-    def has(self, size: int, part: Hashable) -> bool:
-        return size in self._sizes and part in self._sizes[size].captured
+    def has(self, shape: GraphShape, part: Hashable) -> bool:
+        return shape in self._shapes and part in self._shapes[shape].parts
 
-    def capture(self, size: int, part: Hashable, work: Callable[[], Any]) -> None:
+    def capture(self, shape: GraphShape, part: Hashable, work: Callable[[], Any]) -> None:
         """Record `work`, which must have run before. Raises RuntimeError where it cannot be."""
-        self._sizes[size].captured[part] = self._capture(work)
+        self._shapes[shape].parts[part] = self._capture(work)
 
-    def result(self, size: int, part: Hashable) -> Any:
+    def result(self, shape: GraphShape, part: Hashable) -> Any:
         """Where a replay puts its result."""
-        return self._sizes[size].captured[part][1]
+        return self._shapes[shape].parts[part][1]
 
-    def replay(self, size: int, part: Hashable) -> Any:
-        graph, result = self._sizes[size].captured[part]
+    def replay(self, shape: GraphShape, part: Hashable) -> Any:
+        graph, result = self._shapes[shape].parts[part]
         graph.replay()
         return result

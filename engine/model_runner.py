@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.attention import StepContext
-from engine.attention_plan import AttentionPlanner, make_planner
+from engine.attention_plan import AttentionPlanner, GraphShape, make_planner
 from engine.config import BLOCK_SIZE
 from engine.fused_sampler import make_sampler
-from engine.graphs import Capture, StepGraphs, sizes_for
+from engine.graphs import Capture, StepGraphs, shapes_for
 from engine.kv_cache import bind_kv_cache, copy_blocks
 from engine.loader import LoadedModel
 from engine.packed_arrays import PackedArrays
@@ -43,9 +43,10 @@ def build_runner(
     sampler = make_sampler(
         loaded.ops, limits.max_sequences, model.config.get_text_config().vocab_size, device
     )
-    planner = make_planner(loaded.ops, loaded.calls, tables_shape, device)
-    graph_sizes = sizes_for(limits.max_sequences) if capture else ()
-    builder = StepBuilder(tables_shape, sampler, planner, graph_sizes, device)
+    shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
+    max_rows = max((limits.max_sequences, *(shape.rows for shape in shapes)))
+    planner = make_planner(loaded.ops, loaded.calls, tables_shape, max_rows, device)
+    builder = StepBuilder(tables_shape, sampler, planner, shapes, device)
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
     graphs = StepGraphs(capture, device) if capture else None
     runner = ModelRunner(
@@ -104,7 +105,7 @@ class ModelRunner:
         self._sampler = sampler
         self._planner = planner
         self._graphs = graphs
-        self._can_capture = True
+        self._refused: set[bool] = set()  # shapes with or without prefills: no graph of them
         self._watermark = watermark
         self._stream = stream
         # One more, for the rows of a graph that are nobody's.
@@ -142,10 +143,10 @@ class ModelRunner:
             self._sampler.start_counts(slot, token_ids, num_prompt_tokens)
         if step.update is not None:
             self._planner.apply_update(partial(step.update.view, self._on_device(step.update)))
-        if self._graphs is not None and step.graph_size is not None:
-            forward.inputs = self._graphs.load(step, step.graph_size)
-            if self._graphs.has(step.graph_size, _FORWARD):
-                forward.logits = self._graphs.replay(step.graph_size, _FORWARD)
+        if self._graphs is not None and step.graph is not None:
+            forward.inputs = self._graphs.load(step, step.graph)
+            if self._graphs.has(step.graph, _FORWARD):
+                forward.logits = self._graphs.replay(step.graph, _FORWARD)
                 return
         else:
             forward.inputs = step.inputs(self._on_device(step.arrays))
@@ -165,8 +166,8 @@ class ModelRunner:
         sampled = None
         if step.sampling is not None:
             kind = step.sampling.kind
-            if self._graphs is not None and step.graph_size is not None:
-                sampled = self._sample_graph(self._graphs, step.graph_size, logits, inputs, kind)
+            if self._graphs is not None and step.graph is not None:
+                sampled = self._sample_graph(self._graphs, step.graph, logits, inputs, kind)
             else:
                 sampled = self._sample(logits[: step.num_sampled], inputs, kind)
             sampled = sampled.to_host(step.num_sampled)
@@ -193,33 +194,43 @@ class ModelRunner:
         return to_host(chosen, len(chosen))
 
     def _sample_graph(
-        self, graphs: StepGraphs, size: int, logits: Tensor, inputs: StepInputs, kind: Hashable
+        self,
+        graphs: StepGraphs,
+        shape: GraphShape,
+        logits: Tensor,
+        inputs: StepInputs,
+        kind: Hashable,
     ) -> SampledTokens:
         """Captured apart from the forward, there being many kinds of sampling.
 
         What was not captured yet runs without a graph this time, and is captured after.
         """
-        if graphs.has(size, _FORWARD) and graphs.has(size, kind):
-            return graphs.replay(size, kind)
+        if graphs.has(shape, _FORWARD) and graphs.has(shape, kind):
+            return graphs.replay(shape, kind)
         sampled = self._sample(logits, inputs, kind)
-        if self._can_capture:
-            self._capture(graphs, size, inputs, kind)
+        if shape.prefills not in self._refused:
+            self._capture(graphs, shape, inputs, kind)
         return sampled
 
-    def _capture(self, graphs: StepGraphs, size: int, inputs: StepInputs, kind: Hashable) -> None:
+    def _capture(
+        self, graphs: StepGraphs, shape: GraphShape, inputs: StepInputs, kind: Hashable
+    ) -> None:
         """For the next step like this one. What cannot be captured once is not tried again."""
         try:
-            if not graphs.has(size, _FORWARD):
-                graphs.capture(size, _FORWARD, partial(self.forward, inputs))
-            logits = graphs.result(size, _FORWARD)
-            graphs.capture(size, kind, partial(self._sample, logits, inputs, kind))
+            if not graphs.has(shape, _FORWARD):
+                graphs.capture(shape, _FORWARD, partial(self.forward, inputs))
+            logits = graphs.result(shape, _FORWARD)
+            graphs.capture(shape, kind, partial(self._sample, logits, inputs, kind))
         except RuntimeError as error:
-            logger.warning("steps are launched kernel by kernel: no graph of them (%s)", error)
-            self._can_capture = False
+            steps = "steps with prompts" if shape.prefills else "decodes"
+            logger.warning("%s are launched kernel by kernel: no graph of them (%s)", steps, error)
+            self._refused.add(shape.prefills)
 
-    def has_graph(self, size: int) -> bool:
-        """Whether a step of this size needs no capturing any more."""
-        return not self._can_capture or self._graphs is None or self._graphs.has(size, _FORWARD)
+    def has_graph(self, shape: GraphShape) -> bool:
+        """Whether a step of this shape needs no capturing any more."""
+        if self._graphs is None or shape.prefills in self._refused:
+            return True
+        return self._graphs.has(shape, _FORWARD)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits of the rows to keep, [num_sampled + prompt rows, vocab_size]."""

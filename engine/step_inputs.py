@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention_plan import AttentionPlanner, StepSequences
+from engine.attention_plan import AttentionPlanner, GraphShape, StepSequences
 from engine.config import BLOCK_SIZE
 from engine.packed_arrays import PackedArrays, View
 from engine.sampler import Sampler, SamplerPlan
 from engine.scheduler import Batch
-from kernels.paged_attention_triton import MAX_SPLITS
 
 _ON_DEVICE = -1
 """In place of a token id that only the device knows yet."""
@@ -59,7 +58,7 @@ class HostStep:
     """A step on its way to the device.
 
     sampling     None when nothing is sampled
-    graph_size   rows of the captured graph that runs it, the last ones empty; None: no graph
+    graph        shape of the captured graph that runs it; None: no graph
     num_sampled  rows that are sampled, without those that only fill the graph
     update       block tables that changed, if the device has to know
     counts       what to count before sampling: slot, known tokens, how many of them a prompt
@@ -71,7 +70,7 @@ class HostStep:
     arrays: PackedArrays
     make_attention: Callable[[View], Any]
     sampling: SamplerPlan | None
-    graph_size: int | None
+    graph: GraphShape | None
     num_sampled: int
     update: PackedArrays | None
     counts: Counts
@@ -102,13 +101,14 @@ class StepBuilder:
         tables_shape: tuple[int, int],
         sampler: Sampler,
         planner: AttentionPlanner,
-        graph_sizes: tuple[int, ...],
+        graph_shapes: tuple[GraphShape, ...],
         device: torch.device,
     ):
         self._block_tables = np.zeros(tables_shape, dtype=np.int64)
         self._sampler = sampler
         self._planner = planner
-        self.graph_sizes = graph_sizes
+        self.graph_shapes = graph_shapes
+        self._nobody = tables_shape[0] - 1
         self._device = device
 
     def build(self, batch: Batch) -> HostStep:
@@ -119,24 +119,25 @@ class StepBuilder:
         input_ids = _token_ids(batch, int(lengths.sum()))
         num_sampled = int(np.count_nonzero(samples))
 
-        graph_size = self._graph_size(lengths, samples)
-        if graph_size is not None:
-            empty = graph_size - len(slots)
-            slots = _padded(slots, empty, len(self._block_tables) - 1)
+        graph = None if batch.prompted else self._graph_for(lengths, samples)
+        sampled_slots = slots[samples]
+        if graph is not None:
+            empty = graph.rows - len(input_ids)
+            slots = _padded(slots, empty, self._nobody)
             starts = _padded(starts, empty, -1)
             lengths = _padded(lengths, empty, 1)
-            samples = _padded(samples, empty, True)
+            samples = _padded(samples, empty, False)
             input_ids = _padded(input_ids, empty, 0)
         return self._pack(
             StepSequences(slots, starts, lengths),
             input_ids,
             samples,
             _prompt_rows(batch, lengths),
-            graph_size=graph_size,
+            graph=graph,
             num_sampled=num_sampled,
             update=update,
             counts=counts,
-            rare=self._rare_arrays(batch, slots[samples]),
+            rare=self._rare_arrays(batch, sampled_slots),
         )
 
     def _rare_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
@@ -150,17 +151,16 @@ class StepBuilder:
         }
         return PackedArrays({name: array for name, array in arrays.items() if array.size})
 
-    def empty(self, size: int) -> HostStep:
-        """A step for the graph of this size that computes nothing for anyone."""
-        nobody = np.full(size, len(self._block_tables) - 1)
-        step = StepSequences(nobody, np.full(size, -1), np.ones(size, dtype=np.int64))
-        sampled = np.ones(size, dtype=np.bool_)
+    def empty(self, graph: GraphShape) -> HostStep:
+        """A step for the graph of this shape that computes nothing for anyone."""
+        nobody = np.full(graph.rows, self._nobody)
+        step = StepSequences(nobody, np.full_like(nobody, -1), np.ones_like(nobody))
         return self._pack(
             step,
-            np.zeros(size, dtype=np.int64),
-            sampled,
+            np.zeros_like(nobody),
+            np.zeros(graph.rows, dtype=np.bool_),
             _NO_ROWS,
-            graph_size=size,
+            graph=graph,
             num_sampled=0,
             update=None,
             counts=[],
@@ -178,37 +178,42 @@ class StepBuilder:
         token_slots = np.repeat(step.slots, step.lengths)
         blocks = self._block_tables[token_slots, positions // BLOCK_SIZE]
         slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        graph_size = rest["graph_size"]
-        if graph_size is not None:
+        sampled_slots, sampled_ends = step.slots[samples], step.ends[samples]
+        kept_rows = np.cumsum(step.lengths)[samples] - 1
+        graph = rest["graph"]
+        if graph is not None:
             slot_mapping = np.where(positions < 0, _NO_SLOT, slot_mapping)
             positions = np.maximum(positions, 0)
-        for_attention, make_attention = self._planner.plan(step.with_tokens(), self._block_tables)
-        sampled_slots, sampled_ends = step.slots[samples], step.ends[samples]
+            empty = graph.rows - len(sampled_slots)
+            sampled_slots = _padded(sampled_slots, empty, self._nobody)
+            sampled_ends = _padded(sampled_ends, empty, 0)
+            kept_rows = _padded(kept_rows, empty, 0)
+        attention = self._planner.plan(step.with_tokens(), self._block_tables, graph)
         sampling = self._sampler.plan(sampled_slots, sampled_ends) if len(sampled_slots) else None
         arrays = {
             "input_ids": input_ids,
             "token_slots": token_slots,
             "position_ids": positions,
             "slot_mapping": slot_mapping,
-            "kept_rows": np.concatenate([np.cumsum(step.lengths)[samples] - 1, prompt_rows]),
+            "kept_rows": np.concatenate([kept_rows, prompt_rows]),
             "sampled_slots": sampled_slots,
             **({} if sampling is None else sampling.arrays),
-            **for_attention,
+            **attention.arrays,
         }
         return HostStep(
-            arrays=PackedArrays(arrays, graph_size and graph_size * MAX_SPLITS),
-            make_attention=make_attention,
+            arrays=PackedArrays(arrays, attention.capacity),
+            make_attention=attention.make_metadata,
             sampling=sampling,
             **rest,
         )
 
-    def _graph_size(self, lengths: np.ndarray, samples: np.ndarray) -> int | None:
-        """The smallest graph for a step that samples after each of its tokens; others vary too
-        much.
-        """
-        if not (self.graph_sizes and samples.all() and (lengths == 1).all()):
-            return None
-        return next((size for size in self.graph_sizes if size >= len(lengths)), None)
+    def _graph_for(self, lengths: np.ndarray, samples: np.ndarray) -> GraphShape | None:
+        """The smallest graph that serves the step."""
+        num_rows = max(int(lengths.sum()), len(samples))
+        prefills = not (samples.all() and (lengths == 1).all())
+        return next(
+            (g for g in self.graph_shapes if g.prefills == prefills and g.rows >= num_rows), None
+        )
 
     def _update_slots(self, batch: Batch) -> tuple[PackedArrays | None, Counts]:
         width = self._block_tables.shape[1]

@@ -146,11 +146,21 @@ def block_q_for(group_size: int) -> int:
     return max(_TILE_ROWS // group_size, 1)
 
 
-def num_counters(max_sequences: int, num_heads: int, num_kv_heads: int) -> int:
-    """Counters that steps of so many sequences may need."""
-    max_decode = max_sequences * MAX_SPLITS
-    max_prefill = STEP_QUERIES // block_q_for(num_heads // num_kv_heads)
-    return max(max_decode, max_prefill) * num_kv_heads
+def decode_capacity(num_rows: int, max_sequences: int) -> int:
+    """Items that so many rows may need, where no more than `max_sequences` are anybody's."""
+    return min(num_rows, max_sequences) * MAX_SPLITS + num_rows
+
+
+def prefill_capacity(num_tokens: int, block_q: int) -> int:
+    """Items that chunks of so many tokens in all may need, each of two at least."""
+    of_chunks = num_tokens // 2 * (CHUNK_QUERIES // block_q)
+    return min(of_chunks, STEP_QUERIES // block_q) + num_tokens
+
+
+def num_counters(max_decode_items: int, num_heads: int, num_kv_heads: int) -> int:
+    """Counters that steps of no more decode items may need."""
+    max_prefill_items = STEP_QUERIES // block_q_for(num_heads // num_kv_heads)
+    return max(max_decode_items, max_prefill_items) * num_kv_heads
 
 
 # -- the kernel ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ what a step bakes into Python, a recording would repeat wrongly just as a CUDA g
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -135,7 +136,7 @@ def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
     while ahead.prepare():
         pass
-    assert all(ahead.runner.has_graph(size) for size in ahead._builder.graph_sizes)
+    assert all(ahead.runner.has_graph(shape) for shape in ahead._builder.graph_shapes)
     request = greedy(PROMPTS[0], 3)
     check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
 
@@ -151,7 +152,44 @@ def test_a_step_that_cannot_be_captured_runs_all_the_same(
     request = greedy(PROMPTS[0], 3)
     answers = run(Engine(fused("llama"), config, capture=refuse), [(0, request)])
     check_greedy(reference("llama", num_hidden_layers=2), answers, request)
-    assert caplog.text.count("kernel by kernel") == 1
+    assert caplog.text.count("decodes are launched kernel by kernel") == 1
+    assert caplog.text.count("steps with prompts are launched kernel by kernel") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_prompts_that_come_while_others_decode_are_replayed_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short ones, and what a cached prefix has left of a long one."""
+    prepared = engine(fused(name), with_graphs=True)
+    while prepared.prepare():
+        pass
+    monkeypatch.setattr(prepared.runner, "forward", None)  # any step without a graph fails
+    long = list(range(60, 100))
+    prompts = [*PROMPTS, long, [*long, 1, 2], PROMPTS[1]]
+    requests = [greedy(prompt, 5) for prompt in prompts]
+    replayed = run(prepared, [(2 * i, request) for i, request in enumerate(requests)])
+    assert prepared.figures().num_prefix_hit_tokens > 0
+    for request in requests:
+        check_greedy(reference(name, num_hidden_layers=2), replayed, request)
+
+
+@pytest.mark.slow
+def test_forks_are_replayed_from_their_leaders_logits() -> None:
+    loaded = fused("llama")
+    sampling = SamplingParams(do_sample=True, seed=1, logprobs=True)
+    leader, *forks = (
+        Request(
+            f"fork-{i}", PROMPTS[1], replace(sampling, seed=i), StoppingParams(4, ignore_eos=True)
+        )
+        for i in range(3)
+    )
+    said = [
+        run(engine(loaded, with_graphs), [(0, [leader, *forks])]) for with_graphs in (False, True)
+    ]
+    for request in (leader, *forks):
+        assert said[0].ids(request) == said[1].ids(request) != []
 
 
 def decode_recording(num_layers: int) -> Recording:

@@ -27,10 +27,12 @@ from kernels.paged_attention_triton import (
     Target,
     Work,
     block_q_for,
+    decode_capacity,
     num_counters,
     paged_attention_triton,
     plan_decode,
     plan_prefill,
+    prefill_capacity,
 )
 from tests.thorough import THOROUGH
 
@@ -213,9 +215,7 @@ def make_batch(
         block_tables=torch.from_numpy(tables),
         decode=work(decode, 1) if len(decode) else None,
         prefill={block_q: work(prefill, block_q)} if len(prefill) else {},
-        counters=torch.zeros(
-            num_counters(len(slots) + dummies, num_heads, num_kv_heads), dtype=torch.int32
-        ),
+        counters=torch.zeros(num_counters(len(decode), num_heads, num_kv_heads), dtype=torch.int32),
     )
 
 
@@ -722,6 +722,25 @@ def test_long_chunks_and_short_contexts_are_not_split() -> None:
     assert (plan([(CHUNK_QUERIES, 40_000)], 32)[:, 5] == 1).all()
     assert (plan([(32, PREFILL_SPLIT - 32)], 32)[:, 5] == 1).all()
     assert (plan([(32, PREFILL_SPLIT - 31)], 32)[:, 5] == 2).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 256), st.integers(0, 40_000)), min_size=1, max_size=128),
+    st.sampled_from([1, 18, 32, 128]),
+)
+def test_a_graphs_items_fit_whatever_chunks_it_gets(
+    lens: list[tuple[int, int]], block_q: int
+) -> None:
+    num_tokens = sum(length for length, _ in lens)
+    assert len(plan(lens, block_q)) <= prefill_capacity(num_tokens, block_q)
+
+
+def test_a_graphs_items_fit_whatever_decodes_it_gets() -> None:
+    nobodys = np.full(9, -1)
+    for num_sequences in (1, 4, 7):
+        positions = np.concatenate([np.full(num_sequences, 10**6), nobodys])
+        items = plan_decode(positions, positions, positions)
+        assert len(items) <= decode_capacity(len(positions), max_sequences=num_sequences)
 
 
 def test_splits_of_a_decode_depend_on_its_position_alone() -> None:
