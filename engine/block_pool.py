@@ -11,21 +11,25 @@ An idle block is reused in this order: free ones first, then cached ones, least
 recently released first, so a prefix stays findable for as long as memory allows.
 """
 
-import hashlib
 import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
+from hashlib import blake2b
+from itertools import takewhile
+
+from engine.config import BLOCK_SIZE
 
 BlockHash = bytes
 
 
 class BlockHasher:
-    """Chained keyed hashes of full blocks.
+    """Chained hashes of full blocks.
 
     The hash of a block covers its tokens and, through its parent, everything before
-    it, so equal hashes mean equal prefixes. The key is drawn anew in each process and
-    each chain starts from the identity's salt: nobody can compute another's hashes.
+    it, so equal hashes mean equal prefixes. Each chain starts from the identity's salt under
+    a key drawn anew in each process: nobody can compute the first hash of another's chain,
+    nor, without it, any behind it.
     """
 
     def __init__(self, key: bytes | None = None):
@@ -33,13 +37,21 @@ class BlockHasher:
 
     def root(self, salt: bytes) -> BlockHash:
         """The parent of a sequence's first block."""
-        return self._digest(b"root" + salt)
+        return blake2b(salt, digest_size=16, key=self._key).digest()
 
-    def extend(self, parent: BlockHash, token_ids: Seq[int]) -> BlockHash:
-        return self._digest(parent + array("q", token_ids).tobytes())
+    def chain(self, parent: BlockHash, token_ids: Seq[int]) -> list[BlockHash]:
+        """Of the blocks that these tokens fill, one behind the other, the first behind `parent`.
 
-    def _digest(self, data: bytes) -> BlockHash:
-        return hashlib.blake2b(data, digest_size=16, key=self._key).digest()
+        A block's ids and its parent are what blake2b takes in at once: a long prompt that is
+        cached already costs little but this.
+        """
+        ids = array("I", token_ids)
+        data, size = ids.tobytes(), ids.itemsize * BLOCK_SIZE
+        hashes = []
+        for start in range(0, len(data) - size + 1, size):
+            parent = blake2b(parent + data[start : start + size], digest_size=16).digest()
+            hashes.append(parent)
+        return hashes
 
 
 class BlockPool:
@@ -83,12 +95,16 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
-    def find(self, block_hash: BlockHash) -> int | None:
-        """The block that holds this prefix, or None. Does not take a reference."""
-        return self._block_of.get(block_hash)
+    def find(self, hashes: Seq[BlockHash]) -> list[int]:
+        """The blocks that hold the first of these prefixes, up to one that none holds. Does not
+        take a reference.
+        """
+        blocks = map(self._block_of.get, hashes)
+        return list(takewhile(lambda block: block is not None, blocks))  # type: ignore[arg-type]
 
-    def is_idle(self, block: int) -> bool:
-        return self._ref_counts[block] == 0
+    def count_idle(self, blocks: Seq[int]) -> int:
+        """How many of these different blocks nobody references."""
+        return [self._ref_counts[block] for block in blocks].count(0)
 
     def share(self, blocks: list[int]) -> None:
         """Take one more reference to each of these findable blocks."""

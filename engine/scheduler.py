@@ -322,8 +322,7 @@ class Scheduler:
         """Blocks for every known token, shared where the prefix is known; all or nothing."""
         hits = self._find_prefix(seq)
         num_new = -(-seq.num_tokens // BLOCK_SIZE) - len(hits)
-        num_idle_hits = sum(self.pool.is_idle(block) for block in hits)
-        if num_new + num_idle_hits > self.pool.num_idle:
+        if num_new + self.pool.count_idle(hits) > self.pool.num_idle:
             return False
         self.pool.share(hits)
         seq.block_table = hits + self.pool.allocate(num_new)
@@ -337,21 +336,16 @@ class Scheduler:
         """The findable blocks of the longest known prefix; one token stays uncomputed."""
         if not self._prefix_caching or seq.wants_prompt_logprobs:
             return []
-        self._extend_hashes(seq, (seq.num_tokens - 1) // BLOCK_SIZE)
-        hits: list[int] = []
-        for block_hash in seq.block_hashes[: (seq.num_tokens - 1) // BLOCK_SIZE]:
-            block = self.pool.find(block_hash)
-            if block is None:
-                break
-            hits.append(block)
-        return hits
+        num_blocks = (seq.num_tokens - 1) // BLOCK_SIZE
+        self._extend_hashes(seq, num_blocks)
+        return self.pool.find(seq.block_hashes[:num_blocks])
 
     def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
         hashes = seq.block_hashes
-        while len(hashes) < num_blocks:
-            start = len(hashes) * BLOCK_SIZE
+        if len(hashes) < num_blocks:
             parent = hashes[-1] if hashes else self._hasher.root(seq.request.cache_salt)
-            hashes.append(self._hasher.extend(parent, seq.token_ids[start : start + BLOCK_SIZE]))
+            unhashed = seq.token_ids[len(hashes) * BLOCK_SIZE : num_blocks * BLOCK_SIZE]
+            hashes += self._hasher.chain(parent, unhashed)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -14,6 +14,16 @@ def hash_of(number: int) -> BlockHash:
     return number.to_bytes(16, "big")
 
 
+def found(pool: BlockPool, number: int) -> int | None:
+    blocks = pool.find([hash_of(number)])
+    return blocks[0] if blocks else None
+
+
+def extended(hasher: BlockHasher, parent: BlockHash, token_ids: list[int]) -> BlockHash:
+    (block_hash,) = hasher.chain(parent, token_ids)
+    return block_hash
+
+
 def cached(pool: BlockPool, *tables: list[int]) -> None:
     """Make each block findable by its own number and release the tables in this order."""
     for table in tables:
@@ -27,9 +37,9 @@ class TestBlockHasher:
     def test_equal_chains_have_equal_hashes(self) -> None:
         hasher = BlockHasher()
         tokens = list(range(BLOCK_SIZE))
-        first, second = (hasher.extend(hasher.root(b"salt"), tokens) for _ in range(2))
+        first, second = (extended(hasher, hasher.root(b"salt"), tokens) for _ in range(2))
         assert first == second
-        assert hasher.extend(first, tokens) == hasher.extend(second, tokens)
+        assert extended(hasher, first, tokens) == extended(hasher, second, tokens)
 
     @pytest.mark.parametrize("changed", range(BLOCK_SIZE))
     def test_every_token_counts(self, changed: int) -> None:
@@ -37,26 +47,34 @@ class TestBlockHasher:
         tokens = [7] * BLOCK_SIZE
         other = [8 if i == changed else 7 for i in range(BLOCK_SIZE)]
         root = hasher.root(b"")
-        assert hasher.extend(root, tokens) != hasher.extend(root, other)
+        assert extended(hasher, root, tokens) != extended(hasher, root, other)
 
     def test_token_ids_are_not_cut_to_fewer_bits(self) -> None:
         hasher = BlockHasher()
         root = hasher.root(b"")
-        seen = {hasher.extend(root, [1 << bit] * BLOCK_SIZE) for bit in range(33)}
-        assert len(seen) == 33
+        seen = {extended(hasher, root, [1 << bit] * BLOCK_SIZE) for bit in range(32)}
+        assert len(seen) == 32
 
     def test_what_comes_before_a_block_counts(self) -> None:
         hasher = BlockHasher()
         tokens, root = [7] * BLOCK_SIZE, hasher.root(b"")
-        second = hasher.extend(hasher.extend(root, tokens), tokens)
-        other = hasher.extend(hasher.extend(root, [8] * BLOCK_SIZE), tokens)
-        assert len({hasher.extend(root, tokens), second, other}) == 3
+        second = extended(hasher, extended(hasher, root, tokens), tokens)
+        other = extended(hasher, extended(hasher, root, [8] * BLOCK_SIZE), tokens)
+        assert len({extended(hasher, root, tokens), second, other}) == 3
+
+    def test_a_chain_goes_on_from_any_of_its_blocks(self) -> None:
+        hasher = BlockHasher()
+        tokens = list(range(3 * BLOCK_SIZE))
+        whole = hasher.chain(hasher.root(b""), [*tokens, 1, 2, 3])
+        assert len(whole) == 3
+        assert hasher.chain(whole[0], tokens[BLOCK_SIZE:]) == whole[1:]
+        assert hasher.chain(whole[0], tokens[: BLOCK_SIZE - 1]) == []
 
     def test_salts_never_share(self) -> None:
         hasher = BlockHasher()
         tokens = [7] * BLOCK_SIZE
         roots = [hasher.root(salt) for salt in (b"", b"a", b"b")]
-        assert len({hasher.extend(root, tokens) for root in roots}) == 3
+        assert len({extended(hasher, root, tokens) for root in roots}) == 3
 
     def test_nobody_computes_the_hashes_of_another_process(self) -> None:
         assert BlockHasher().root(b"") != BlockHasher().root(b"")
@@ -75,16 +93,16 @@ class TestBlockPool:
     def test_a_block_is_findable_only_once_registered(self) -> None:
         pool = BlockPool(1)
         (block,) = pool.allocate(1)
-        assert pool.find(hash_of(1)) is None
+        assert found(pool, 1) is None
         pool.register(block, hash_of(1))
-        assert pool.find(hash_of(1)) == block
+        assert found(pool, 1) == block
 
     def test_released_blocks_stay_findable(self) -> None:
         pool = BlockPool(3)
         cached(pool, pool.allocate(2))
         assert (pool.num_used, pool.num_idle, pool.num_cached) == (0, 3, 2)
-        assert pool.find(hash_of(0)) == 0
-        assert pool.is_idle(0)
+        assert found(pool, 0) == 0
+        assert pool.count_idle([0]) == 1
 
     def test_a_shared_block_is_used_until_its_last_owner_releases_it(self) -> None:
         pool = BlockPool(2)
@@ -93,7 +111,7 @@ class TestBlockPool:
         pool.share(table[:1])
         pool.release(table)
         assert pool.num_used == 1
-        assert not pool.is_idle(table[0])
+        assert pool.count_idle([table[0]]) == 0
         pool.release(table[:1])
         assert pool.num_used == 0
 
@@ -103,7 +121,7 @@ class TestBlockPool:
         pool.share([1])
         assert (pool.num_used, pool.num_cached) == (1, 1)
         assert pool.allocate(1) == [0], "the shared one is not idle"
-        assert pool.find(hash_of(1)) == 1
+        assert found(pool, 1) == 1
         pool.release([0])
         pool.release([1])
 
@@ -113,7 +131,7 @@ class TestBlockPool:
         cached(pool, first)
         pool.release(second)
         assert set(pool.allocate(2)) == set(second)
-        assert [pool.find(hash_of(block)) for block in first] == first
+        assert [found(pool, block) for block in first] == first
 
     def test_the_least_recently_released_is_evicted_first(self) -> None:
         pool = BlockPool(4)
@@ -133,15 +151,15 @@ class TestBlockPool:
         pool = BlockPool(3)
         cached(pool, pool.allocate(3))
         pool.allocate(2)
-        assert [pool.find(hash_of(block)) for block in range(3)] == [0, None, None]
+        assert [found(pool, block) for block in range(3)] == [0, None, None]
 
     def test_an_evicted_block_is_forgotten_and_can_be_registered_anew(self) -> None:
         pool = BlockPool(1)
         cached(pool, pool.allocate(1))
         (block,) = pool.allocate(1)
-        assert pool.find(hash_of(0)) is None
+        assert found(pool, 0) is None
         pool.register(block, hash_of(1))
-        assert pool.find(hash_of(1)) == block
+        assert found(pool, 1) == block
         pool.release([block])
         assert pool.num_cached == 1
 
@@ -150,7 +168,7 @@ class TestBlockPool:
         first, second = pool.allocate(2)
         pool.register(first, hash_of(9))
         pool.register(second, hash_of(9))
-        assert pool.find(hash_of(9)) == first
+        assert found(pool, 9) == first
         pool.release([first])
         pool.release([second])
         assert pool.num_cached == 1
@@ -163,7 +181,7 @@ class TestBlockPool:
             pool.register(block, hash_of(block))
         pool.release(table[1:])
         pool.forget_cached()
-        assert [pool.find(hash_of(block)) for block in table] == [None] * 3
+        assert [found(pool, block) for block in table] == [None] * 3
         assert (pool.num_used, pool.num_cached) == (1, 0)
         pool.check_integrity([table[:1]])
         pool.release(table[:1])
@@ -261,9 +279,9 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert pool.num_cached == len(self.cached)
         assert pool.num_idle == len(self.cached) + self.num_free()
         for number in range(21):
-            assert pool.find(hash_of(number)) == self.findable.get(hash_of(number))
+            assert found(pool, number) == self.findable.get(hash_of(number))
         for block in range(pool.num_blocks):
-            assert pool.is_idle(block) == (block not in self.used)
+            assert pool.count_idle([block]) == (block not in self.used)
 
 
 class ThoroughBlockPoolMachine(BlockPoolMachine):
