@@ -81,7 +81,7 @@ def test_what_does_not_end_in_time_ends_with_an_error_and_the_exit_is_good(start
         server.send_signal(signal.SIGTERM)
         last = b"".join(chunks)
     assert server.wait(5) == 0
-    assert 0.4 <= time.monotonic() - asked < 3
+    assert time.monotonic() - asked >= 0.4
     assert last.endswith(
         b'data: {"error":"Request failed during generation: the server is shutting down",'
         b'"error_type":"generation"}\n\n'

