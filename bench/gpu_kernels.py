@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.bounds import Attention, Rates, Work, visible
 from bench.device import Timer
+from bench.skinny_linear import MAX_ROWS, skinny_linear
 from engine.attention_plan import FixedTables, StepSequences
 from engine.config import BLOCK_SIZE
 from engine.fused_sampler import make_sampler
@@ -266,7 +267,9 @@ _OF_SAMPLING = (greedy, sample, sample_top_p)
 
 
 def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
-    """The library's own, which take most of a step: what the rest is to be seen beside."""
+    """The library's own, which take most of a step: what the rest is to be seen beside. Of few
+    rows there is a candidate of ours too.
+    """
     shape = setting.shape
     sizes = {
         "GEMM q, k, v": (shape.hidden, shape.qkv),
@@ -275,12 +278,26 @@ def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
         "GEMM down": (shape.intermediate, shape.hidden),
         "GEMM logits": (shape.hidden, shape.vocab_size),
     }
-    return [_matmul(name, setting, batch, *size) for name, size in sizes.items()]
+    by: dict[str, Callable[..., Tensor]] = {"": F.linear}
+    if batch <= MAX_ROWS and setting.ops.is_triton:
+        by[", candidate"] = skinny_linear
+    return [
+        _matmul(name + suffix, linear, setting, batch, *size)
+        for name, size in sizes.items()
+        for suffix, linear in by.items()
+    ]
 
 
-def _matmul(name: str, setting: Setting, batch: int, num_in: int, num_out: int) -> KernelCase:
+def _matmul(
+    name: str,
+    linear: Callable[..., Tensor],
+    setting: Setting,
+    batch: int,
+    num_in: int,
+    num_out: int,
+) -> KernelCase:
     def make() -> Callable[[], object]:
-        return partial(F.linear, setting.randn(batch, num_in), setting.randn(num_out, num_in))
+        return partial(linear, setting.randn(batch, num_in), setting.randn(num_out, num_in))
 
     num_bytes = (num_in * num_out + batch * (num_in + num_out)) * setting.dtype.itemsize
     return KernelCase(name, make, num_bytes, 2.0 * batch * num_in * num_out, {"batch": batch})

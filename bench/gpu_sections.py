@@ -207,7 +207,7 @@ def measure_kernels(run: Run, stage: Stage, cases: list[KernelCase]) -> None:
 
 
 def steady_sections(run: Run, stage: Stage) -> list[Section]:
-    """The first brings the engine with it: 24 graphs, and two kinds of sampling to compile. The
+    """The first brings the engine with it: 28 graphs, and two kinds of sampling to compile. The
     prompts of 256 sequences take 8 s.
     """
     return [

@@ -39,7 +39,7 @@ def compile_everywhere(
     num_stages: int = 3,
     divisible: AbstractSet[str] = frozenset(),
 ) -> dict[int, Resources]:
-    """Compile `kernel`, "module.function" in `kernels`, for each of `TARGETS`.
+    """Compile `kernel`, by its full name, for each of `TARGETS`.
 
     `arguments` are Triton types by name ("*bf16", "i32"); pointers, and the integers named
     in `divisible`, are taken as multiples of 16, as the launcher finds them for real shapes.
@@ -78,7 +78,7 @@ def _compile(
     from triton.compiler import ASTSource
 
     module, _, function = kernel.rpartition(".")
-    jitted = getattr(importlib.import_module(f"kernels.{module}"), function)
+    jitted = getattr(importlib.import_module(module), function)
     names = jitted.arg_names
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]

@@ -101,7 +101,7 @@ def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]
         target: compiling.workers().submit(
             compiling._compile,
             target,
-            "paged_attention_triton._attend_kernel",
+            "kernels.paged_attention_triton._attend_kernel",
             arguments,
             {"S": variant.spec, **absent},
             variant.num_warps,

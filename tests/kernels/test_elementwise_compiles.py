@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 def check(
     kernel: str, arguments: dict[str, str], constants: dict[str, Any], **options: Any
 ) -> None:
-    compiled = compile_everywhere(kernel, arguments, constants, **options)
+    compiled = compile_everywhere(f"kernels.{kernel}", arguments, constants, **options)
     for target, resources in compiled.items():
         assert resources.stack == 0, target
         assert resources.shared <= SHARED_LIMIT[target], target

@@ -25,7 +25,7 @@ def check(
     kernel: str, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
 ) -> None:
     compiled = compile_everywhere(
-        f"fused_sampling.{kernel}", arguments, constants, num_warps, divisible=DIVISIBLE
+        f"kernels.fused_sampling.{kernel}", arguments, constants, num_warps, divisible=DIVISIBLE
     )
     for target, resources in compiled.items():
         assert resources.stack == 0, (target, resources)
