@@ -2,13 +2,13 @@
 
 The torch kernels shape their work by numbers on the host. The Triton ones find theirs in
 device memory: the block table of every slot, kept there and updated by difference, and a
-list of work items made for each step. So a captured graph serves any step of its size.
+list of work items made for each step. So a captured graph serves any step of its shape.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -66,12 +66,16 @@ class StepSequences:
 class GraphShape(NamedTuple):
     """What steps that one captured graph serves have in common.
 
-    rows      tokens of the packed row, the last ones nobody's, and rows that are sampled
+    rows      of tokens, and of logits that are sampled; nobody's where the step has fewer
     prefills  whether there may be chunks of prompts; else each token is another sequence's
     """
 
     rows: int
     prefills: bool = False
+
+    @property
+    def steps(self) -> Literal["prefills", "decodes"]:
+        return "prefills" if self.prefills else "decodes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ class TritonPlanner:
         device: torch.device,
     ):
         self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
-        self._max_sequences = tables_shape[0]
+        self._max_sequences = tables_shape[0] - 1
         self._block_qs = sorted(
             {block_q_for(call.num_heads // call.num_kv_heads) for call in calls}
         )

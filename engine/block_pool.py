@@ -16,7 +16,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
-from itertools import takewhile
 
 from engine.config import BLOCK_SIZE
 
@@ -99,8 +98,13 @@ class BlockPool:
         """The blocks that hold the first of these prefixes, up to one that none holds. Does not
         take a reference.
         """
-        blocks = map(self._block_of.get, hashes)
-        return list(takewhile(lambda block: block is not None, blocks))  # type: ignore[arg-type]
+        blocks: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def count_idle(self, blocks: Seq[int]) -> int:
         """How many of these different blocks nobody references."""

@@ -50,6 +50,12 @@ Row = tuple[int, float | None, list[tuple[int, float]]]
 """What was drawn for a sequence: the token's id, its logprob, (id, logprob) of the best."""
 
 _MAX_IN_FLIGHT = 2
+_USUAL = (
+    SamplingParams(do_sample=True, logprobs=True),
+    SamplingParams(logprobs=True),
+    SamplingParams(),
+)
+"""Kinds of sampling of which graphs are captured ahead, the last ones first."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +121,7 @@ class Engine:
         limits: Limits | None = None,
         capture: Capture | None = None,
     ):
-        """`capture` records decode steps as graphs: CUDA's, where nothing else is said."""
+        """`capture` records steps as graphs: CUDA's, where nothing else is said."""
         if capture is None and config.cuda_graphs and loaded.model.device.type == "cuda":
             capture = CudaCapture()
         self.limits = limits or decide_limits(loaded, config)
@@ -131,6 +137,7 @@ class Engine:
         self._builder, self.runner = build_runner(
             loaded, limits, self._stream, capture, config.watermark
         )
+        self._ahead = [(shape, kind) for shape in self._builder.graph_shapes for kind in _USUAL]
         vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         self._masks = TokenMasks(vocab_size)
@@ -223,15 +230,15 @@ class Engine:
     def prepare(self) -> bool:
         """Do one thing ahead of the step that would need it; False when nothing is left to do.
 
-        For when there is no work: captures the largest graph that is missing.
+        For when there is no work: captures a graph that is missing, decodes first.
         """
-        shapes = reversed(self._builder.graph_shapes)
-        missing = next((shape for shape in shapes if not self.runner.has_graph(shape)), None)
-        if missing is None:
-            return False
-        with self.cold_start.phase("graphs"):
-            self.runner.launch(self._builder.empty(missing)).result()
-        return True
+        while self._ahead:
+            step = self._builder.empty(*self._ahead.pop())
+            if self.runner.needs_capture(step):
+                with self.cold_start.phase("graphs"):
+                    self.runner.launch(step).result()
+                return True
+        return False
 
     # -- one step ---------------------------------------------------------------------
 

@@ -57,9 +57,17 @@ class CudaCapture:
     def __call__(self, work: Callable[[], Any]) -> tuple[Graph, Any]:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile; only this one's calls are recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            # The stream is named because a capture that fails leaves its own in place. Other
+            # threads may use the device meanwhile; only this one's calls are recorded.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                result = work()
+        except RuntimeError:
+            self._pool = torch.cuda.graph_pool_handle()  # the old one may be left recording
+            raise
         return graph, result
 
 

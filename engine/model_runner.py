@@ -105,7 +105,7 @@ class ModelRunner:
         self._sampler = sampler
         self._planner = planner
         self._graphs = graphs
-        self._refused: set[bool] = set()  # shapes with or without prefills: no graph of them
+        self._captures = {"prefills", "decodes"} if graphs else set()
         self._watermark = watermark
         self._stream = stream
         # One more, for the rows of a graph that are nobody's.
@@ -208,7 +208,7 @@ class ModelRunner:
         if graphs.has(shape, _FORWARD) and graphs.has(shape, kind):
             return graphs.replay(shape, kind)
         sampled = self._sample(logits, inputs, kind)
-        if shape.prefills not in self._refused:
+        if shape.steps in self._captures:
             self._capture(graphs, shape, inputs, kind)
         return sampled
 
@@ -222,15 +222,17 @@ class ModelRunner:
             logits = graphs.result(shape, _FORWARD)
             graphs.capture(shape, kind, partial(self._sample, logits, inputs, kind))
         except RuntimeError as error:
-            steps = "steps with prompts" if shape.prefills else "decodes"
-            logger.warning("%s are launched kernel by kernel: no graph of them (%s)", steps, error)
-            self._refused.add(shape.prefills)
+            # Whatever decodes do that cannot be captured, prefills do too.
+            self._captures -= {"prefills"} if shape.prefills else {"prefills", "decodes"}
+            logger.warning("steps are launched kernel by kernel: no graph of them (%s)", error)
 
-    def has_graph(self, shape: GraphShape) -> bool:
-        """Whether a step of this shape needs no capturing any more."""
-        if self._graphs is None or shape.prefills in self._refused:
-            return True
-        return self._graphs.has(shape, _FORWARD)
+    def needs_capture(self, step: HostStep) -> bool:
+        """Whether a graph of it is missing that can be captured."""
+        if self._graphs is None or step.graph is None or step.graph.steps not in self._captures:
+            return False
+        has_forward = self._graphs.has(step.graph, _FORWARD)
+        has_sampling = step.sampling is None or self._graphs.has(step.graph, step.sampling.kind)
+        return not (has_forward and has_sampling)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits of the rows to keep, [num_sampled + prompt rows, vocab_size]."""

@@ -205,8 +205,8 @@ class Scheduler:
         return batch
 
     def _schedule_decodes(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
-        """Also sees to it that those further behind have blocks, before anything of this step
-        belongs to a sequence that would have to go.
+        """A token of each sequence that is one behind. Those further behind get their blocks here
+        too, before anything of this step belongs to a sequence that would have to go.
         """
         for seq in tuple(self.running):
             num_tokens = seq.num_tokens

@@ -21,7 +21,9 @@ from engine.probe import use_attention
 _CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
 _CUDA_BATCH_TOKENS = 4096
 _GRAPH_SHARE = 0.25
-"""What captured steps keep, of what the largest step needs: theirs are a sixteenth of it."""
+"""What captured steps keep, of what the largest step needs: they have a sixteenth of its tokens,
+but all their logits, and room for the partials of attention.
+"""
 
 
 @dataclass(frozen=True, slots=True)

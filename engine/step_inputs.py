@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.attention_plan import AttentionPlanner, GraphShape, StepSequences
 from engine.config import BLOCK_SIZE
 from engine.packed_arrays import PackedArrays, View
+from engine.request import SamplingParams
 from engine.sampler import Sampler, SamplerPlan
 from engine.scheduler import Batch
 
@@ -151,11 +152,12 @@ class StepBuilder:
         }
         return PackedArrays({name: array for name, array in arrays.items() if array.size})
 
-    def empty(self, graph: GraphShape) -> HostStep:
-        """A step for the graph of this shape that computes nothing for anyone."""
+    def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
+        """A step for the graph of this shape that computes nothing for anyone, and samples it."""
         nobody = np.full(graph.rows, self._nobody)
         step = StepSequences(nobody, np.full_like(nobody, -1), np.ones_like(nobody))
-        return self._pack(
+        self._sampler.set_parameters(self._nobody, sampling)
+        packed = self._pack(
             step,
             np.zeros_like(nobody),
             np.zeros(graph.rows, dtype=np.bool_),
@@ -165,6 +167,8 @@ class StepBuilder:
             update=None,
             counts=[],
         )
+        self._sampler.set_parameters(self._nobody, SamplingParams())
+        return packed
 
     def _pack(
         self,

@@ -18,15 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from engine.chat_template import ChatTemplate
 
 _ANCHOR = "a"
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_BYTE_TOKEN = re.compile("<0x..>")
 _CONTEXT_TOKENS = 5
 _CONTEXT_FREE_DECODERS = frozenset(
     ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip")
 )
-"""Decoders under which a token of whole characters is the same text behind whatever token. Not
-a `Strip` of the end, nor a `Replace` of what two tokens could make together, nor a `ByteLevel`
-of what was joined before.
-"""
+"""Decoders under which a token of whole characters is the same text behind whatever token."""
 _INCOMPLETE = "\ufffd"
 _MAX_UTF8_BYTES = 4
 
@@ -148,6 +145,9 @@ class WholeTexts(dict[int, str]):
 
 
 def _is_context_free(fast: FastTokenizer) -> bool:
+    """Not with a `Strip` of the end, a `Replace` of what two tokens could make together, or a
+    `ByteLevel` of what was joined before.
+    """
     if fast.decoder is None:
         return False
     decoder = json.loads(fast.decoder.__getstate__())

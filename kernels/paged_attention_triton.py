@@ -20,7 +20,7 @@ Partials of a tile that several programs share go through device memory; the pro
 comes last folds them.
 
 **Lists in device memory.** All that varies from step to step is read there by the kernel:
-a captured CUDA graph serves any step of its size.
+a captured CUDA graph serves any step of its shape.
 """
 
 import math
@@ -42,9 +42,10 @@ DECODE_SPLIT = 128
 """Keys in a split of a decode, as long as that makes no more than `MAX_SPLITS`."""
 PREFILL_SPLIT = 1024
 """Keys in a split of a prefill tile, at least."""
-CHUNK_QUERIES, STEP_QUERIES = 512, 16384
+CHUNK_QUERIES, STEP_QUERIES = 512, 4096
 """Times their splits, so many queries of a chunk are split, and so many of a step: what
-has more has tiles enough, and the second bounds the memory for partials."""
+has more has tiles enough, and the second bounds the memory for partials, and how many programs
+of a captured step find nothing to do."""
 _TILE_ROWS = 128
 """Of a prefill tile: queries times the heads that share keys."""
 
@@ -118,7 +119,7 @@ def plan_prefill(
     )
     num_splits = np.maximum(num_splits, 1)
     if num_splits[num_splits > 1].sum() * block_q > STEP_QUERIES:
-        num_splits[:] = 1
+        num_splits = np.minimum(num_splits, max(STEP_QUERIES // (len(chunk) * block_q), 1))
     order = np.lexsort((-positions, num_splits == 1))
     columns = (slots[chunk], rows[chunk] + start, num_queries, positions, num_splits)
     return _items(*(column[order] for column in columns))
@@ -153,8 +154,9 @@ def decode_capacity(num_rows: int, max_sequences: int) -> int:
 
 def prefill_capacity(num_tokens: int, block_q: int) -> int:
     """Items that chunks of so many tokens in all may need, each of two at least."""
-    of_chunks = num_tokens // 2 * (CHUNK_QUERIES // block_q)
-    return min(of_chunks, STEP_QUERIES // block_q) + num_tokens
+    max_chunks = num_tokens // 2
+    max_tiles = max_chunks + num_tokens // block_q
+    return min(max_chunks * (CHUNK_QUERIES // block_q), STEP_QUERIES // block_q) + max_tiles
 
 
 def num_counters(max_decode_items: int, num_heads: int, num_kv_heads: int) -> int:
@@ -768,6 +770,7 @@ def paged_attention_triton(
             num_warps=variant.num_warps,
             num_stages=variant.num_stages,
         )
+        del acc, stats  # before the next ones: a captured step keeps the most there ever was
     return output
 
 

@@ -27,7 +27,7 @@ async def client(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[httpx
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)
 

@@ -711,11 +711,12 @@ def test_split_tiles_come_first_and_are_bounded(lens: list[tuple[int, int]], blo
     assert (num_splits > 1).sum() * block_q <= STEP_QUERIES
 
 
-def test_a_step_of_many_split_chunks_splits_none() -> None:
+def test_the_more_chunks_a_step_has_the_fewer_are_the_splits_of_each() -> None:
     lens = [(32, 40_000)] * (STEP_QUERIES // CHUNK_QUERIES)
     assert (plan(lens, 32)[:, 5] == 16).all()
     assert plan([*lens, (4000, 0)], 32)[0, 5] == 16
-    assert (plan([*lens, (32, 40_000)], 32)[:, 5] == 1).all()
+    assert (plan([*lens, (32, 40_000)], 32)[:, 5] == 14).all()
+    assert (plan(lens * 16, 32)[:, 5] == 1).all()
 
 
 def test_long_chunks_and_short_contexts_are_not_split() -> None:
