@@ -223,8 +223,10 @@ class ModelRunner:
             graphs.capture(shape, kind, partial(self._sample, logits, inputs, kind))
         except RuntimeError as error:
             # Whatever decodes do that cannot be captured, prefills do too.
-            self._captures -= {"prefills"} if shape.prefills else {"prefills", "decodes"}
-            logger.warning("steps are launched kernel by kernel: no graph of them (%s)", error)
+            refused = self._captures & ({"prefills"} if shape.prefills else {"prefills", "decodes"})
+            self._captures -= refused
+            steps = " and ".join(sorted(refused))
+            logger.warning("%s are launched kernel by kernel: no graph of them (%s)", steps, error)
 
     def needs_capture(self, step: HostStep) -> bool:
         """Whether a graph of it is missing that can be captured."""

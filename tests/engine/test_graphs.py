@@ -143,17 +143,25 @@ def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        pytest.param(PROMPTS[0], ["prefills", "decodes"], id="a prefill first"),
+        pytest.param(PROMPTS[2], ["decodes and prefills"], id="a decode first"),
+    ],
+)
 def test_a_step_that_cannot_be_captured_runs_all_the_same(
-    caplog: pytest.LogCaptureFixture,
+    prompt: list[int], told: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(_):  # type: ignore[no-untyped-def]
         raise RuntimeError("operation not permitted when stream is capturing")
 
     config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
-    request = greedy(PROMPTS[0], 3)
+    request = greedy(prompt, 3)
     answers = run(Engine(fused("llama"), config, capture=refuse), [(0, request)])
     check_greedy(reference("llama", num_hidden_layers=2), answers, request)
-    assert caplog.text.count("kernel by kernel") == 1
+    warnings = [record.message for record in caplog.records if "kernel by kernel" in record.message]
+    assert [message.partition(" are launched ")[0] for message in warnings] == told
 
 
 @pytest.mark.slow
