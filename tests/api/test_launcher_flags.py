@@ -302,6 +302,7 @@ def launch(*argv: str, cwd: Path, launcher: Path = LAUNCHER) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_the_launcher_runs_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "api").mkdir()
     (tmp_path / "api" / "__main__.py").write_text("print('not this one')")
@@ -310,12 +311,14 @@ def test_the_launcher_runs_from_any_folder(tmp_path: Path) -> None:
     assert answer.stdout.startswith("usage: text-generation-launcher [--flag value ...]")
 
 
+@pytest.mark.slow
 def test_the_launcher_follows_links_to_itself(tmp_path: Path) -> None:
     link = tmp_path / "text-generation-launcher"
     link.symlink_to(LAUNCHER)
     assert launch("--help", cwd=tmp_path, launcher=link).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_launcher_refuses_what_is_no_flag(tmp_path: Path) -> None:
     answer = launch("--no-such-flag", cwd=tmp_path)
     assert answer.returncode == 2

@@ -107,6 +107,7 @@ async def test_a_success_is_counted_with_what_it_took() -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+@pytest.mark.slow
 async def test_failures_are_counted_by_their_class(path: str) -> None:
     invalid = {"inputs": ""}
     text = await scrape(ScriptedEngine(), invalid, path=path)

@@ -39,6 +39,7 @@ async def post(path: str, body: object, engine: ScriptedEngine | None = None) ->
         ("/v1/completions", {"prompt": "Say hello"}),
     ],
 )
+@pytest.mark.slow
 async def test_an_invocation_is_answered_as_the_route_of_its_body(
     path: str, body: dict[str, Any], stream: bool
 ) -> None:

@@ -71,6 +71,7 @@ def test_it_says_when_it_is_ready_and_drains_on_sigterm(start: Start) -> None:
     assert server.wait(5) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_end_in_time_ends_with_an_error_and_the_exit_is_good(start: Start) -> None:
     server = start("--graceful-termination-timeout", "1")
     body = {"inputs": "never ends"}
@@ -89,6 +90,7 @@ def test_what_does_not_end_in_time_ends_with_an_error_and_the_exit_is_good(start
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_it_can_be_told_to_stop_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
     server = start("--model-id", "slow")
     assert server.stdout is not None
@@ -99,6 +101,7 @@ def test_it_can_be_told_to_stop_while_the_model_loads(start: Start, sign: signal
     assert server.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_the_key_and_the_origins_are_those_of_the_flags(start: Start) -> None:
     url = url_of(start("--api-key", "k", "--cors-allow-origin", "https://a"))
     headers = {"origin": "https://a"}

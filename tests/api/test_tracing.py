@@ -59,6 +59,7 @@ async def test_a_failure_says_its_kind() -> None:
     assert span.attributes["error.type"] == "validation"
 
 
+@pytest.mark.slow
 def test_without_a_collector_nothing_of_it_is_imported() -> None:
     code = (
         "import sys; from tests.api.client import make_app; "

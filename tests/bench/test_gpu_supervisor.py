@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench.gpu_supervisor import see_through
 
 _CHILD = """
@@ -40,18 +42,21 @@ def seen_through(folder: Path, work: str) -> dict[str, Any]:
     return figures
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_the_section_it_was_in(tmp_path: Path) -> None:
     figures = seen_through(tmp_path, "die")
     assert figures["seconds"] == {"first": 0.1, "second": None, "third": 0.1}
     assert figures["errors"] == {"second": "its process ended with 9"}
 
 
+@pytest.mark.slow
 def test_a_section_that_hangs_is_ended(tmp_path: Path) -> None:
     figures = seen_through(tmp_path, "hang")
     assert figures["seconds"] == {"first": 0.1, "second": None, "third": 0.1}
     assert figures["errors"] == {"second": "it took far too long, and was ended"}
 
 
+@pytest.mark.slow
 def test_a_process_that_lost_the_device_is_followed_by_another(tmp_path: Path) -> None:
     figures = seen_through(tmp_path, "lose")
     assert figures["seconds"] == {"first": 0.1, "second": 0.1, "third": 0.1}

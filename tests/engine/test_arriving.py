@@ -74,6 +74,7 @@ def test_the_first_shard_is_loaded_while_the_last_one_is_downloaded(
     check_greedy(reference("llama"), run(make_engine(loaded), [(0, request)]), request)
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_off_goes_on_where_it_was(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

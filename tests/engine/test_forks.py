@@ -67,6 +67,7 @@ def check(answers: Answers, expected: Answers, requests: list[Request]) -> None:
         pytest.param({"max_sequences": 2}, id="with too few slots"),
     ],
 )
+@pytest.mark.slow
 def test_they_say_what_each_says_alone(name: str, config: dict[str, object]) -> None:
     for num_tokens in LENGTHS:
         engine = make_engine(family(name), **config)
@@ -102,6 +103,7 @@ def test_in_company_under_a_full_pool(name: str) -> None:
 
 @pytest.mark.parametrize("step", range(8))
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 16}])
+@pytest.mark.slow
 def test_they_outlive_their_leader(step: int, config: dict[str, object]) -> None:
     """Which is aborted while it waits, within its prompt, in flight, and later."""
     engine = make_engine(family("llama"), **config)
@@ -123,6 +125,7 @@ def test_a_fork_that_is_aborted_takes_nothing_from_the_others(step: int) -> None
 
 @pytest.mark.parametrize("step", range(7))
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 16}, {"num_blocks": 9}])
+@pytest.mark.slow
 def test_a_lost_step_changes_nothing(step: int, config: dict[str, object]) -> None:
     engine = make_engine(family("llama"), **({"max_total_tokens": 128} | config))
     sabotage(engine, lambda _: engine.num_steps == step, ValueError("once"))

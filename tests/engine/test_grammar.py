@@ -338,6 +338,7 @@ def test_there_are_sixty_schemas() -> None:
     assert len(SCHEMAS) >= 60
 
 
+@pytest.mark.slow
 def test_whatever_is_said_is_valid() -> None:
     for name, said in generate_all(list(SCHEMAS)[::4], seed=0).items():
         check_valid(SCHEMAS[name], said)
@@ -467,6 +468,7 @@ def check_same(answers: Answers, requests: list[Request]) -> None:
         pytest.param({"num_blocks": 9, "max_total_tokens": 144}, id="preemption"),
     ],
 )
+@pytest.mark.slow
 def test_the_same_is_said_alone_and_in_company(
     sampling: SamplingParams, config: dict[str, object]
 ) -> None:
@@ -492,6 +494,7 @@ def test_the_same_is_said_after_a_lost_step(sampling: SamplingParams, step: int)
     check_same(run(serving, [(0, r) for r in [free_request(FREE), *requests]]), requests)
 
 
+@pytest.mark.slow
 def test_sampling_that_fails_is_a_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     requests, serving = guided_requests(), engine()
     sample, calls = serving.runner._sample, count()
@@ -512,6 +515,7 @@ def test_forks_are_guided_each_for_itself() -> None:
     check_same(run(engine(), [(0, requests)]), requests)
 
 
+@pytest.mark.slow
 def test_who_is_not_guided_says_what_it_always_says() -> None:
     free = [free_request(sampling) for sampling in KINDS]
     answers = run(engine(), [(i, r) for i, r in enumerate([*guided_requests(), *free])])

@@ -220,6 +220,7 @@ def test_a_llama_layer_takes_nine_launches() -> None:
     assert (many - few) / (LAYERS[1] - LAYERS[0]) == 9
 
 
+@pytest.mark.slow
 def test_a_decode_step_never_waits_for_the_device() -> None:
     recording = decode_recording(1)  # raises where it would
     assert len(recording.launches) > 9

@@ -271,6 +271,7 @@ def literal_typical_p(row: Tensor, m: float) -> Tensor:
 )
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_the_same_tokens_are_kept_as_by_the_float32_definition(
     name: str, literal: Callable[[Tensor, float], Tensor], data: st.DataObject
 ) -> None:

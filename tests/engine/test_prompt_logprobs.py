@@ -78,6 +78,7 @@ def test_who_does_not_ask_gets_none() -> None:
         pytest.param({"num_blocks": 20, "max_total_tokens": 240}, id="preemption"),
     ],
 )
+@pytest.mark.slow
 def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, object]) -> None:
     """More rows than a step keeps of them, all together."""
     engine = make_engine(family(name), **config)

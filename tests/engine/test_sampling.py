@@ -42,6 +42,7 @@ def alone() -> list[list[int]]:
     return answers
 
 
+@pytest.mark.slow
 def test_in_company(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     company = [greedy([i, i + 1, i + 2], 9) for i in range(4)]

@@ -188,6 +188,7 @@ def test_truncate_keeps_what_stands_behind_the_text_too(limit: int) -> None:
 
 
 @every_tokenizer
+@pytest.mark.slow
 def test_encode_from_many_threads_at_once(name: str) -> None:
     """Each call with a truncation of its own, or none."""
     tokenizer = ours(name)
@@ -389,6 +390,7 @@ def test_a_stray_byte_after_a_character_ends_no_generation(name: str) -> None:
 @every_tokenizer
 @examples
 @given(data=st.data())
+@pytest.mark.slow
 def test_generated_text_is_decoded_behind_one_prompt_token(name: str, data: st.DataObject) -> None:
     prompt_ids = theirs(name)(data.draw(texts) or "a")["input_ids"]
     token_ids = data.draw(generated(name))

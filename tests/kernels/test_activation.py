@@ -37,6 +37,7 @@ def every_finite(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_every_number_of_16_bits_is_activated_as_transformers_does(
     activation: str, dtype: torch.dtype
 ) -> None:

@@ -103,6 +103,7 @@ def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Norm
 @pytest.mark.parametrize("implementation", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_module_of_each_family(implementation: Norm, dtype: torch.dtype, family: str) -> None:
     module, form = a_module(family, 900, dtype)
     x = (torch.randn(1, 7, 900) * 3 + 0.5).to(dtype)

@@ -208,6 +208,7 @@ def test_float8_holds_each_head_over_its_scale(store_kv: StoreKV, dtype: torch.d
 
 @each_store
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_every_number_of_16_bits_is_rounded_to_float8_as_torch_does(
     store_kv: StoreKV, dtype: torch.dtype
 ) -> None:
@@ -285,6 +286,7 @@ def make_tables(form: dict[str, Any], num_tokens: int, rotary_dim: int) -> tuple
 @each_rotary_store
 @each_family
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_the_rotation_of_each_family(
     rotary_store_kv: RotaryStoreKV, family: tuple[str, dict[str, Any], bool, float], dtype: Any
 ) -> None:

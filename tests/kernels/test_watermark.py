@@ -43,6 +43,7 @@ def test_green_tokens_rise_and_the_others_stay(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("delta", [0.3, -1.7, 5.01])
+@pytest.mark.slow
 def test_both_give_the_same_to_the_last_bit(dtype: torch.dtype, gamma: float, delta: float) -> None:
     """Also where the addition has to be rounded."""
     logits = torch.randn(3, 2000).to(dtype)

@@ -16,6 +16,8 @@ from tests.vast.signing import Signer
 from tests.vast.signing_requests import rsa_key, signing_request
 from tests.vast.test_books import IDLE
 
+pytestmark = pytest.mark.slow
+
 Json = dict[str, Any]
 ENTRY = {
     "request_idx": 1,

@@ -78,6 +78,7 @@ async def test_a_wake_up_of_the_same_worker_skips_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["model", "device", "version", "settings"])
+@pytest.mark.slow
 async def test_any_other_worker_measures_anew(field: str, tmp_path: Path) -> None:
     await max_perf(engine_for(), KEY, tmp_path, 60)
     other = engine_for()

@@ -202,6 +202,7 @@ async def test_what_cannot_be_loaded_is_reported_again_and_again(config: WorkerC
     assert not any(is_loaded(report) for report in platform.reports)
 
 
+@pytest.mark.slow
 async def test_an_error_of_the_engine_is_taken_back_when_it_is_over(config: WorkerConfig) -> None:
     platform, engine = Platform(), ScriptedEngine(as_many_as_asked)
     async with running(config, platform, loading(engine)):
