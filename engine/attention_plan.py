@@ -190,11 +190,11 @@ class TritonPlanner:
         device: torch.device,
     ):
         self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
-        self._max_sequences = tables_shape[0] - 1
+        self._num_slots = tables_shape[0]
         self._block_qs = sorted(
             {block_q_for(call.num_heads // call.num_kv_heads) for call in calls}
         )
-        items = decode_capacity(max_rows, self._max_sequences)
+        items = decode_capacity(max_rows, self._num_slots)
         self._counters = torch.zeros(
             max(num_counters(items, call.num_heads, call.num_kv_heads) for call in calls),
             dtype=torch.int32,
@@ -232,7 +232,7 @@ class TritonPlanner:
                 prefill={q: _work(f"prefill_{q}", q, view) for q in block_qs},
                 counters=self._counters,
             ),
-            graph and decode_capacity(graph.rows, self._max_sequences),
+            graph and decode_capacity(graph.rows, self._num_slots),
         )
 
     def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays:

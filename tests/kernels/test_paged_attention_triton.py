@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.attention_plan import FixedTables, StepSequences
+from engine.kv_cache import AttentionCall
 from kernels import paged_attention_triton as module
+from kernels.ops import TRITON
 from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
 from kernels.paged_attention_triton import (
     CHUNK_QUERIES,
@@ -742,6 +745,16 @@ def test_a_graphs_items_fit_whatever_decodes_it_gets() -> None:
         positions = np.concatenate([np.full(num_sequences, 10**6), nobodys])
         items = plan_decode(positions, positions, positions)
         assert len(items) <= decode_capacity(len(positions), max_sequences=num_sequences)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 5, 8, 31])
+def test_fixed_tables_have_counters_for_all_their_sequences(num_sequences: int) -> None:
+    call = AttentionCall(torch.nn.Identity(), 32, 8, 128, 128, MaskSpec())
+    tables = np.zeros((num_sequences, 256), dtype=np.int64)
+    ones = np.ones(num_sequences, dtype=np.int64)
+    step = StepSequences(np.arange(num_sequences), ones * 4095, ones)
+    batch = FixedTables(TRITON, [call], tables, torch.device("cpu")).metadata(step)
+    assert len(batch.counters) >= len(batch.decode.items) * call.num_kv_heads
 
 
 def test_splits_of_a_decode_depend_on_its_position_alone() -> None:
