@@ -40,7 +40,7 @@ lint: $(READY)
 	$(VENV)/bin/hadolint Dockerfile.cuda
 
 rooms:  ## the size of each room, in lines
-	@wc -l kernels/*.py engine/*.py api/*.py rehearsal/*.py bench/*.py | sort -k2
+	@git ls-files 'api/*.py' 'engine/*.py' 'kernels/*.py' 'precompile/*.py' 'bench/*.py' | xargs wc -l
 
 vast: $(READY)  ## a stand-in for Vast's autoscaler, to try a worker against; --help says how
 	@$(PYTHON) -m tests.vast.autoscaler
@@ -54,7 +54,7 @@ gpu: $(READY)  ## the GPU suite and its benchmark, on a machine with a CUDA devi
 
 # One GPU and one type of all those that the image is made for: each takes a minute or two.
 image-check: $(READY)  ## Dockerfile.cuda done and served in a clean root; Linux, as root
-	$(PYTHON) -m tests.image.in_a_root --build-arg "REHEARSAL=--targets 90 --dtypes float32"
+	$(PYTHON) -m tests.image.in_a_root --build-arg "PRECOMPILE=--targets 90 --dtypes float32"
 
 clean:
 	rm -rf $(VENV) $(CLIENTS)

@@ -14,18 +14,23 @@ import psutil
 import uvicorn
 
 from api.app import create_app
-from api.config import ConfigError, Settings, platform_identity, read_settings
-from api.launcher_flags import flag_of
-from api.logs import configure_logging, connected
-from api.runtime_info import runtime_info
+from api.generation.state import AppState, build_state
 from api.server import CannotListen, Server, check_port, server_config
-from api.state import AppState, build_state
+from api.settings.config import (
+    ConfigError,
+    Settings,
+    platform_identity,
+    read_settings,
+)
+from api.settings.launcher_flags import flag_of
+from api.settings.runtime_info import runtime_info
+from api.telemetry.logs import configure_logging, connected
 from api.vast import pyworker
 from api.vast.worker import AlreadyRunning, report_failure
 from api.vast.worker import run as run_worker
 from engine.async_engine import AsyncEngine
-from engine.errors import DownloadFailed, LoadError
-from engine.metrics import ColdStart
+from engine.core.errors import DownloadFailed, LoadError
+from engine.core.metrics import ColdStart
 
 logger = logging.getLogger("api")
 

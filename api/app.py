@@ -9,10 +9,15 @@ from fastapi import FastAPI
 from starlette.routing import Match
 from starlette.types import Scope
 
-from api import errors, openai, openapi, platforms, prometheus, tgi, tokenize
-from api.auth import ApiKey
-from api.cors import Cors
-from api.state import AppState
+from api import platforms, tokenize
+from api.generation.contract import TGI_VERSION
+from api.generation.state import AppState
+from api.http import errors, openapi
+from api.http.auth import ApiKey
+from api.http.cors import Cors
+from api.openai import routes as openai
+from api.tgi import prometheus
+from api.tgi import routes as tgi
 
 _ROOMS = (tgi, openai, tokenize, platforms)
 """Each has a router, and the bodies of its POST routes for the OpenAPI document."""
@@ -21,7 +26,7 @@ _ROOMS = (tgi, openai, tokenize, platforms)
 def create_app(state: AppState) -> FastAPI:
     app = FastAPI(
         title="Skiff",
-        version=tgi.TGI_VERSION,
+        version=TGI_VERSION,
         openapi_url="/api-doc/openapi.json",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

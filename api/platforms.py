@@ -7,29 +7,30 @@ from pydantic import BaseModel, Field, RootModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from api.body import read_body
-from api.chat import answer_chat
-from api.chat_prompt import prepare
-from api.completions import answer_completion
-from api.disconnect import all_together, until_disconnect
-from api.errors import REQUEST_ERRORS, Refused
-from api.headers import caller_of
-from api.inference import Answer
-from api.observation import Caller
-from api.openai_requests import ChatRequest, CompletionRequest
-from api.openai_responses import ChatCompletion, Completion, VertexResponse
-from api.responses import json_response
-from api.schemas import (
+from api.generation.contract import ERRORS
+from api.generation.headers import caller_of
+from api.generation.inference import Answer
+from api.generation.request import (
     CompatGenerateRequest,
     GenerateParameters,
     GenerateRequest,
-    GenerateResponse,
     WireRequest,
 )
-from api.serde import untagged
-from api.state import AppState, state_of
-from api.tgi import ERRORS, answer_compat
-from api.validation import NO_EXTRAS, Extras
+from api.generation.state import AppState, state_of
+from api.generation.validation import NO_EXTRAS, Extras
+from api.http.body import read_body
+from api.http.disconnect import all_together, until_disconnect
+from api.http.errors import REQUEST_ERRORS, Refused
+from api.http.responses import json_response
+from api.http.serde import untagged
+from api.openai.chat import answer_chat
+from api.openai.chat_prompt import prepare
+from api.openai.completions import answer_completion
+from api.openai.requests import ChatRequest, CompletionRequest
+from api.openai.responses import ChatCompletion, Completion, VertexResponse
+from api.telemetry.observation import Caller
+from api.tgi.routes import answer_compat
+from api.tgi.schemas import GenerateResponse
 
 
 class SagemakerRequest(RootModel):

@@ -7,7 +7,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from api.logs import stopping
+from api.telemetry.logs import stopping
 from engine.async_engine import AsyncEngine
 
 _LAST_WORDS_S = 0.5

@@ -8,15 +8,15 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from api.body import read_body
-from api.chat_prompt import prepare
-from api.errors import ValidationError
-from api.openai_requests import ChatRequest
-from api.openai_responses import ChatTokenizeResponse, SimpleToken
-from api.responses import json_response
-from api.schemas import GenerateRequest
-from api.state import state_of
-from api.tgi import ERRORS
+from api.generation.contract import ERRORS
+from api.generation.request import GenerateRequest
+from api.generation.state import state_of
+from api.http.body import read_body
+from api.http.errors import ValidationError
+from api.http.responses import json_response
+from api.openai.chat_prompt import prepare
+from api.openai.requests import ChatRequest
+from api.openai.responses import ChatTokenizeResponse, SimpleToken
 
 BODIES: dict[str, type[BaseModel]] = {"/tokenize": GenerateRequest, "/chat_tokenize": ChatRequest}
 

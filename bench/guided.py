@@ -10,10 +10,16 @@ import statistics
 import time
 from itertools import count
 
-from engine.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
+from engine.core.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
+from engine.core.request import (
+    Failed,
+    Finished,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from engine.engine import Engine
-from engine.loader import load
-from engine.request import Failed, Finished, Request, SamplingParams, StoppingParams
+from engine.loading.loader import load
 
 _SCHEMA = {
     "type": "object",

@@ -21,8 +21,15 @@ import uvloop
 
 from bench.bare_server import serving_bare
 from bench.http_engine import serving_engine
-from engine.metrics import ColdStart, EngineFigures, ModelInfo
-from engine.request import Event, Finished, FinishReason, Request, Token, TokenOutput
+from engine.core.metrics import ColdStart, EngineFigures, ModelInfo
+from engine.core.request import (
+    Event,
+    Finished,
+    FinishReason,
+    Request,
+    Token,
+    TokenOutput,
+)
 
 _PATHS = {
     "tgi": ("/generate_stream", lambda n: {"inputs": "x", "parameters": {"max_new_tokens": n}}),

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 from uvicorn.config import LifespanType
 
 from api.app import create_app
-from api.config import read_settings
-from api.state import build_state
+from api.generation.state import build_state
+from api.settings.config import read_settings
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 

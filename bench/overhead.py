@@ -13,13 +13,13 @@ import time
 
 import torch
 
-from engine.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
+from engine.core.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
+from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.engine import Engine
-from engine.loader import load
-from engine.model_runner import StepResult
-from engine.request import Request, SamplingParams, StoppingParams
-from engine.sampler import SampledTokens
-from engine.step_inputs import HostStep
+from engine.loading.loader import load
+from engine.sampling.sampler import SampledTokens
+from engine.step.builder import HostStep
+from engine.step.runner import StepResult
 
 _TOKEN = 260  # an ordinary word piece of the default model
 

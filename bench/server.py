@@ -38,13 +38,13 @@ from transformers import AutoModelForCausalLM
 
 from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
-from engine.attention import ATTENTION_NAME
-from engine.attention_plan import FixedTables, StepSequences
-from engine.checkpoint import locate
-from engine.config import BLOCK_SIZE, DEFAULT_MODEL_ID, LoadConfig
-from engine.kv_cache import bind_kv_cache
-from engine.loader import LoadedModel, load
-from engine.probe import use_attention
+from engine.attention.interface import ATTENTION_NAME
+from engine.attention.kv_cache import bind_kv_cache
+from engine.attention.plan import FixedTables, StepSequences
+from engine.core.config import BLOCK_SIZE, DEFAULT_MODEL_ID, LoadConfig
+from engine.loading.checkpoint import locate
+from engine.loading.loader import LoadedModel, load
+from engine.loading.probe import use_attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
-from api.config import read_settings
-from api.state import AppState, build_state
-from api.vast.variables import Identity, WorkerConfig
+from api.generation.state import AppState, build_state
+from api.settings.config import read_settings
+from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast.worker import Worker
 from bench.http_cost import FixedSource
 from engine.async_engine import AsyncEngine

@@ -15,14 +15,25 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from engine.errors import EngineDead
-from engine.metrics import ColdStart, EngineFigures, EngineStatus, ModelInfo, StepFigures
-from engine.request import Event, Failed, Request, TokenOutput
+from engine.core.errors import EngineDead
+from engine.core.metrics import (
+    ColdStart,
+    EngineFigures,
+    EngineStatus,
+    ModelInfo,
+    StepFigures,
+)
+from engine.core.request import (
+    Event,
+    Failed,
+    Request,
+    TokenOutput,
+)
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Events
-    from engine.grammar import GrammarCompiler
-    from engine.tokenizer import Tokenizer
+    from engine.text.grammar import GrammarCompiler
+    from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.config import EngineConfig, LoadConfig
-from engine.errors import EngineDead, GrammarError, LoadError
-from engine.grammar import GrammarCompiler, TokenMasks
-from engine.graphs import Capture, CudaCapture
-from engine.loader import LoadedModel, freeze_rotary, load
-from engine.metrics import ColdStart, EngineFigures, StepFigures
-from engine.model_runner import Forward, StepResult, build_runner
-from engine.output import SequenceOutput
-from engine.packed_arrays import PackedArrays
-from engine.request import (
+from engine.core.config import EngineConfig, LoadConfig
+from engine.core.errors import EngineDead, GrammarError, LoadError
+from engine.core.metrics import ColdStart, EngineFigures, StepFigures
+from engine.core.request import (
     Event,
     Failed,
     Finished,
@@ -37,11 +31,17 @@ from engine.request import (
     StoppingParams,
     TokenOutput,
 )
-from engine.sampler import SampledTokens
-from engine.scheduler import Batch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
-from engine.sizing import Limits, decide_limits, with_smaller_cache
-from engine.stream import Pending, in_passing_thread, make_stream
+from engine.core.scheduler import Batch, Scheduler
+from engine.core.sequence import Sequence, SequenceStatus
+from engine.device.packed_arrays import PackedArrays
+from engine.device.stream import Pending, in_passing_thread, make_stream
+from engine.loading.loader import LoadedModel, freeze_rotary, load
+from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
+from engine.output import SequenceOutput
+from engine.sampling.sampler import SampledTokens
+from engine.step.graphs import Capture, CudaCapture
+from engine.step.runner import Forward, StepResult, build_runner
+from engine.text.grammar import GrammarCompiler, TokenMasks
 
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""

@@ -2,10 +2,16 @@
 
 from math import inf, isfinite
 
-from engine.request import FinishReason, Token, TokenOutput, new_token, new_token_output
-from engine.sampler import TIE_MARGIN
-from engine.sequence import Sequence
-from engine.tokenizer import TextStream, Tokenizer
+from engine.core.request import (
+    FinishReason,
+    Token,
+    TokenOutput,
+    new_token,
+    new_token_output,
+)
+from engine.core.sequence import Sequence
+from engine.sampling.sampler import TIE_MARGIN
+from engine.text.tokenizer import TextStream, Tokenizer
 
 _STOP_WINDOW = 200
 """Characters of running text kept for stop sequences, as Text Generation Inference does."""

@@ -19,7 +19,7 @@ def leak_detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test, in every scheduler made by it: free + cached + used = all blocks,
     nothing is used, and no sequence is left.
     """
-    from engine.scheduler import Scheduler
+    from engine.core.scheduler import Scheduler
 
     made: list[Scheduler] = []
     init = Scheduler.__init__

@@ -1,4 +1,6 @@
-"""The direction of dependencies, read from the imports: api -> engine -> kernels."""
+"""The direction of dependencies, read from the imports: api -> engine -> kernels, and within
+each of them from folder to folder.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -12,77 +14,98 @@ FILES = sorted(
     for room in ("api", "engine", "kernels")
     for path in ROOT.glob(f"{room}/**/*.py")
 )
-# What must stay drivable without a device: pure bookkeeping.
-TORCH_FREE = {
-    f"engine/{name}.py"
-    for name in (
-        "async_engine",
-        "block_pool",
-        "config",
-        "errors",
-        "metrics",
-        "request",
-        "scheduler",
-        "sequence",
-    )
-}
+IN_FOLDERS = [path for path in FILES if path.parts[0] != "kernels" and len(path.parts) > 2]
 FORBIDDEN = {
     "kernels": {"engine", "api", "transformers", "fastapi", "pydantic", "asyncio"},
     "engine": {"api", "fastapi", "starlette", "pydantic", "uvicorn", "triton"},
     "api": {"torch", "transformers", "kernels", "triton"},
 }
+# From the ground up: a folder imports what stands before it, never what stands after it. Files
+# outside these folders import any of them; `api.vast` may import those files, too.
+FLOORS = {
+    "engine": ("core", "device", "text", "fusion", "attention", "loading", "sampling", "step"),
+    "api": ("http", "settings", "telemetry", "generation", "tgi", "openai", "vast"),
+}
+TORCH_FREE = ("engine.core", "engine.async_engine")
+"""What the HTTP side may import, and what the scheduler's tests drive without a device."""
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Packages and modules that a file imports when it runs, wherever in it."""
+    """Names of the modules, packages and members that a file imports when it runs."""
     return _imports(ast.parse((ROOT / path).read_text()))
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
     if isinstance(node, ast.ImportFrom) and node.module:
-        names = [node.module]
-    for name in names:
-        yield from {name, name.split(".")[0]}
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
     for child in ast.iter_child_nodes(node):
         yield from _imports(child)
 
 
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def folder_of(path: Path) -> str | None:
+    """`engine/core/request.py` is in `core`; `engine/engine.py` is in none."""
+    return path.parts[1] if len(path.parts) > 2 else None
+
+
+def starts_with(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def test_every_folder_has_its_floor() -> None:
+    found = {path.parts[:2] for path in FILES if len(path.parts) > 2 and path.parts[0] in FLOORS}
+    assert found == {(room, folder) for room, floors in FLOORS.items() for folder in floors}
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_one_way(path: Path) -> None:
-    assert not (FORBIDDEN[path.parts[0]] | {"rehearsal"}) & set(imports(path))
+    assert not (FORBIDDEN[path.parts[0]] | {"precompile"}) & packages(path)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parts[1] != "vast"], ids=str)
-def test_a_platform_s_words_are_known_to_who_starts_the_server_alone(path: Path) -> None:
-    knows = any(name.startswith("api.vast") for name in imports(path))
-    assert not knows or str(path) in ("api/__main__.py", "api/config.py")
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if folder_of(p) and p.parts[0] in FLOORS], ids=str
+)
+def test_a_folder_imports_only_folders_below_it(path: Path) -> None:
+    room, folder = path.parts[0], folder_of(path)
+    assert folder is not None
+    floors = FLOORS[room]
+    below = tuple(f"{room}.{name}" for name in floors[: floors.index(folder) + 1])
+    inner = [name for name in imports(path) if starts_with(name, (room,))]
+    assert folder == "vast" or all(starts_with(name, below) for name in inner)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if str(p) in TORCH_FREE], ids=str)
-def test_bookkeeping_needs_no_torch(path: Path) -> None:
-    found = set(imports(path))
-    assert not found & {"torch", "transformers", "numpy"}
-    inner = {f"{name.replace('.', '/')}.py" for name in found if name.startswith("engine.")}
-    assert inner <= TORCH_FREE
+@pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) != "vast"], ids=str)
+def test_only_the_entry_point_imports_the_vast_worker(path: Path) -> None:
+    knows = any(starts_with(name, ("api.vast",)) for name in imports(path))
+    assert not knows or path == Path("api/__main__.py")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) == "core"], ids=str)
+def test_the_engine_s_core_needs_no_torch_and_no_numpy(path: Path) -> None:
+    assert not packages(path) & {"torch", "transformers", "numpy", "kernels"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "engine"], ids=str)
 def test_only_the_async_shell_knows_asyncio(path: Path) -> None:
-    assert "asyncio" not in set(imports(path)) or path.name == "async_engine.py"
+    assert "asyncio" not in packages(path) or path.name == "async_engine.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_the_environment_is_read_in_one_file(path: Path) -> None:
     source = (ROOT / path).read_text()
     reads = any(word in source for word in ("os.environ", "os.getenv", "getenv("))
-    assert not reads or path == Path("api/config.py")
+    assert not reads or path == Path("api/settings/config.py")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "api"], ids=str)
-def test_the_http_side_imports_the_engine_by_its_torch_free_rooms(path: Path) -> None:
-    """`__main__` alone loads the engine itself, when it is about to run it."""
-    inner = {f"{n.replace('.', '/')}.py" for n in imports(path) if n.startswith("engine.")}
-    assert inner <= TORCH_FREE or path.name == "__main__.py"
+def test_the_http_side_imports_only_the_torch_free_part_of_the_engine(path: Path) -> None:
+    """`__main__` alone imports the engine itself, when it is about to run it."""
+    inner = [name for name in imports(path) if starts_with(name, ("engine",))]
+    assert path.name == "__main__.py" or all(starts_with(name, TORCH_FREE) for name in inner)

@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 
 from api.app import create_app
-from api.config import Settings
-from api.state import build_state
+from api.generation.state import build_state
+from api.settings.config import Settings
 from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine

@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from api.state import AppState
+from api.generation.state import AppState
 from engine.async_engine import AsyncEngine
-from engine.request import (
+from engine.core.request import (
     Event,
     Failed,
     Request,

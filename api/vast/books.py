@@ -31,7 +31,8 @@ class Outcome(StrEnum):
 class Job:
     """A request, or an open session, from its arrival to its end.
 
-    The application is told nothing of it but that it meters what it does: see `api.observation`.
+    The application is told nothing of it but that it meters what it does: see
+    `api.telemetry.observation`.
     A job in a session is not `listed`, since the session is; and a session `is_work` for nobody:
     what it owes is served by its having been open.
     """

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.disconnect import first_of
+from api.http.disconnect import first_of
 from api.vast import envelope as envelopes
 from api.vast.books import Books, Job, Outcome, workload_of
 from api.vast.envelope import ENVELOPE_BYTES, Envelope, Malformed, Plain, refusal

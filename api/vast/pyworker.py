@@ -8,12 +8,9 @@ import asyncio
 import sys
 from pathlib import Path
 
-from api.logs import connected
+from api.telemetry.logs import connected
 from engine.async_engine import AsyncEngine
 
-HOSTNAME = "127.0.0.1"
-"""Nobody else may come past the one who looks at signatures."""
-PORT = 5001
 _REPEAT_S = 15.0
 
 

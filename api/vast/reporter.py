@@ -16,9 +16,9 @@ from itertools import islice
 
 import httpx2
 
+from api.settings.vast_variables import Identity
 from api.vast.books import Books, Ended
 from api.vast.errors import Errors
-from api.vast.variables import Identity
 
 VERSION = "1.1.0"
 """Of the protocol. The autoscaler takes a worker of another for a broken one."""

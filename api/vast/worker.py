@@ -20,9 +20,10 @@ import psutil
 import uvloop
 
 from api.app import create_app
-from api.config import ConfigError
+from api.generation.state import AppState
 from api.server import CannotListen, Server, check_port, server_config
-from api.state import AppState
+from api.settings.config import ConfigError
+from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import benchmark
 from api.vast.books import Books
 from api.vast.certificate import CertificateFiles, NotSigned, have_signed
@@ -32,8 +33,7 @@ from api.vast.gate import Gate, Rules
 from api.vast.public_key import PublicKeys
 from api.vast.reporter import Readiness, Reporter
 from api.vast.sessions import Sessions
-from api.vast.variables import Identity, WorkerConfig
-from engine.errors import LoadError
+from engine.core.errors import LoadError
 
 _HEALTH_S = 1.0
 _PREPARED_S = 0.05

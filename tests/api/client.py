@@ -10,8 +10,8 @@ import orjson
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.config import Settings
-from api.state import build_state
+from api.generation.state import build_state
+from api.settings.config import Settings
 from tests.api.scripted import ScriptedEngine
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from api.config import Settings
+from api.settings.config import Settings
 from tests.api.scripted import ScriptedEngine
 
 

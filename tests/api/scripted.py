@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 from engine.async_engine import Overloaded
-from engine.errors import EngineDead, GrammarError
-from engine.metrics import (
+from engine.core.errors import EngineDead, GrammarError
+from engine.core.metrics import (
     ColdStart,
     EngineFigures,
     EngineState,
@@ -22,7 +22,15 @@ from engine.metrics import (
     ModelInfo,
     StepFigures,
 )
-from engine.request import Event, Failed, Finished, FinishReason, Request, Token, TokenOutput
+from engine.core.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    Token,
+    TokenOutput,
+)
 
 HOLD: list[Event] = []
 BOS = 1

@@ -7,8 +7,8 @@ import types
 from collections.abc import AsyncIterator
 
 from api import __main__ as server
-from engine.config import LoadConfig
-from engine.request import Event, Request
+from engine.core.config import LoadConfig
+from engine.core.request import Event, Request
 from tests.api import scripted
 
 

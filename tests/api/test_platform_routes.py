@@ -7,8 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from engine.errors import TemplateError
-from engine.request import Event, Failed, Request
+from engine.core.errors import TemplateError
+from engine.core.request import Event, Failed, Request
 from tests.api.client import Connection, client, make_app, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 

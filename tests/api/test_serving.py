@@ -14,9 +14,10 @@ import httpx2
 import pytest
 
 from api.__main__ import main
-from engine.errors import DownloadFailed, LoadError
+from engine.core.errors import DownloadFailed, LoadError
 
-SCRIPT = Path(__file__).parent / "serve_scripted.py"
+ROOT = Path(__file__).parents[2]
+SERVER = "tests.api.serve_scripted"
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -29,11 +30,11 @@ def start() -> Iterator[Start]:
 
     def start(*flags: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--hostname", "127.0.0.1", "--port", "0", *flags],
+            [sys.executable, "-m", SERVER, "--hostname", "127.0.0.1", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={"PYTHONPATH": str(SCRIPT.parents[2])},
+            env={"PYTHONPATH": str(ROOT)},
         )
         started.append(process)
         return process

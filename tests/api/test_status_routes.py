@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.metrics import EngineState
+from engine.core.metrics import EngineState
 from tests.api.client import client, make_app
 from tests.api.scripted import ScriptedEngine
 

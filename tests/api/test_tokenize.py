@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.errors import TemplateError
+from engine.core.errors import TemplateError
 from tests.api.client import client
 from tests.api.scripted import ScriptedEngine
 

@@ -10,11 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.loader import LoadedModel
-from engine.probe import use_attention
-from engine.request import (
+from engine.core.config import EngineConfig
+from engine.core.request import (
     Event,
     Failed,
     Finished,
@@ -23,6 +20,9 @@ from engine.request import (
     StoppingParams,
     TokenOutput,
 )
+from engine.engine import Engine
+from engine.loading.loader import LoadedModel
+from engine.loading.probe import use_attention
 
 LOGPROB_TOLERANCE = 1e-4
 

@@ -29,9 +29,9 @@ from transformers import (
     Starcoder2Config,
 )
 
-from engine.checkpoint import Checkpoint
-from engine.loader import LoadedModel, adopt
-from engine.tokenizer import Tokenizer
+from engine.loading.checkpoint import Checkpoint
+from engine.loading.loader import LoadedModel, adopt
+from engine.text.tokenizer import Tokenizer
 from kernels.ops import TORCH, Ops
 
 VOCAB_SIZE = 258

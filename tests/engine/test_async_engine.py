@@ -9,10 +9,16 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine.async_engine import AsyncEngine, Overloaded
+from engine.core.errors import EngineDead
+from engine.core.request import (
+    Event,
+    Failed,
+    Finished,
+    Request,
+    TokenOutput,
+)
 from engine.engine import Engine
-from engine.errors import EngineDead
-from engine.request import Event, Failed, Finished, Request, TokenOutput
-from engine.step_inputs import StepInputs
+from engine.step.builder import StepInputs
 from tests.engine.driving import greedy, make_engine
 from tests.engine.models import family
 from tests.engine.test_failures import sabotage

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.core.request import Request
 from engine.engine import Engine
-from engine.request import Request
 from tests.engine.driving import Answers, check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import FAMILIES, VOCAB_SIZE, family, reference
 from tests.thorough import THOROUGH

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from engine.core.errors import EngineDead
+from engine.core.request import Failed, Finished, Request
 from engine.engine import Engine
-from engine.errors import EngineDead
-from engine.request import Failed, Finished, Request
-from engine.step_inputs import StepInputs
+from engine.step.builder import StepInputs
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
 from tests.engine.models import family, reference
 

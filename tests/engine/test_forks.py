@@ -8,9 +8,15 @@ from functools import cache
 import pytest
 import torch
 
-from engine.loader import LoadedModel
-from engine.request import Failed, Finished, Request, SamplingParams, StoppingParams
-from engine.step_inputs import StepInputs
+from engine.core.request import (
+    Failed,
+    Finished,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
+from engine.loading.loader import LoadedModel
+from engine.step.builder import StepInputs
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
 from tests.engine.models import FAMILIES, adopted, family, reference

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.output import SequenceOutput
-from engine.request import (
+from engine.core.request import (
     FinishReason,
     Request,
     SamplingParams,
@@ -26,9 +25,10 @@ from engine.request import (
     Token,
     TokenOutput,
 )
-from engine.sampler import SampledTokens, Sampler
-from engine.sequence import Sequence
-from engine.tokenizer import Tokenizer
+from engine.core.sequence import Sequence
+from engine.output import SequenceOutput
+from engine.sampling.sampler import SampledTokens, Sampler
+from engine.text.tokenizer import Tokenizer
 
 LENGTH, EOS, STOP = FinishReason.LENGTH, FinishReason.EOS_TOKEN, FinishReason.STOP_SEQUENCE
 PROMPT = "prompt"

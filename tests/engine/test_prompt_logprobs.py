@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.request import Finished, Request, SamplingParams
-from engine.scheduler import PROMPT_LOGPROB_ROWS
+from engine.core.request import Finished, Request, SamplingParams
+from engine.core.scheduler import PROMPT_LOGPROB_ROWS
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
 from tests.engine.models import FAMILIES, adopted, byte_tokenizer, family, reference
 from tests.engine.test_failures import sabotage

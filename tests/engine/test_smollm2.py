@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.checkpoint import locate
-from engine.config import DEFAULT_MODEL_ID, LoadConfig
-from engine.loader import LoadedModel, load
+from engine.core.config import DEFAULT_MODEL_ID, LoadConfig
+from engine.loading.checkpoint import locate
+from engine.loading.loader import LoadedModel, load
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
 
 pytestmark = pytest.mark.slow

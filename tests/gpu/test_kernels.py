@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention_plan import FixedTables, StepSequences
-from engine.config import BLOCK_SIZE
-from engine.fused_sampler import FusedSampler
-from engine.kv_cache import AttentionCall, copy_blocks
-from engine.request import SamplingParams
-from engine.sampler import Sampler
+from engine.attention.kv_cache import AttentionCall, copy_blocks
+from engine.attention.plan import FixedTables, StepSequences
+from engine.core.config import BLOCK_SIZE
+from engine.core.request import SamplingParams
+from engine.sampling.sampler import Sampler
+from engine.sampling.triton_sampler import FusedSampler
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import TORCH, TRITON
 from kernels.store_kv import Rotary

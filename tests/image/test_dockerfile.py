@@ -70,7 +70,7 @@ def test_requirements_come_before_the_model_the_model_before_kernels_and_code_la
 
 def test_every_room_that_the_server_imports_is_copied_and_in_the_context() -> None:
     copies = {path for step in layers() if step.name == "COPY" for path in copied(step)}
-    needed, seen = ["api", "rehearsal"], set()
+    needed, seen = ["api", "precompile"], set()
     while needed:
         room = needed.pop()
         seen.add(room)

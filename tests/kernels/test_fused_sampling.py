@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.logits_processors import Penalties, Temperature, TopK, TopP, TypicalP, select_rows
+from engine.sampling.logits_processors import (
+    Penalties,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+    select_rows,
+)
 from kernels import fused_sampling
 from kernels.fused_sampling import _gumbel, greedy, sample
 from kernels.sampling import GENERATED, ROW_PARAMETERS, gumbel_noise, noise_keys

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.attention_plan import FixedTables, StepSequences
-from engine.kv_cache import AttentionCall
+from engine.attention.kv_cache import AttentionCall
+from engine.attention.plan import FixedTables, StepSequences
 from kernels import paged_attention_triton as module
 from kernels.ops import TRITON
 from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention

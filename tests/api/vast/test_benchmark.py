@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.vast.benchmark import BenchmarkFailed, Key, max_perf, measure
-from engine.request import Event, Failed, Request
+from engine.core.request import Event, Failed, Request
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from api.vast.books import Books
-from engine.request import Failed
+from engine.core.request import Failed
 from tests.api.client import Connection, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 from tests.api.vast.worker import PAYLOAD, Worker, worker

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from api.logs import configure_logging, connected
+from api.telemetry.logs import configure_logging, connected
 from api.vast import pyworker
 
 LOADED = (
@@ -49,7 +49,8 @@ def test_a_log_that_is_cut_goes_on_at_its_new_end(tmp_path: Path) -> None:
 def test_each_line_is_there_once_where_the_output_goes_to_the_log_already(tmp_path: Path) -> None:
     log = tmp_path / "infer.log"
     program = (
-        "from pathlib import Path; import sys; from api.vast import pyworker; from api import logs;"
+        "from pathlib import Path; import sys; from api.vast import pyworker;"
+        "from api.telemetry import logs;"
         "logs.configure_logging(True, 'info', False, pyworker.log_file(Path(sys.argv[1])));"
         "logs.connected()"
     )

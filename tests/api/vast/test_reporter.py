@@ -10,10 +10,10 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
+from api.settings.vast_variables import Identity
 from api.vast.books import Books, Outcome
 from api.vast.errors import Errors
 from api.vast.reporter import Readiness, Reporter
-from api.vast.variables import Identity
 from tests.api.vast.clock import EPOCH, TIME, VirtualLoop, now
 from tests.api.vast.worker import TOKEN, URL, Autoscaler
 

@@ -6,9 +6,9 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from api.config import Settings
-from api.state import AppState, build_state
-from api.vast.variables import Identity, WorkerConfig
+from api.generation.state import AppState, build_state
+from api.settings.config import Settings
+from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast.worker import Worker
 from tests.api.client import make_app, until
 from tests.api.scripted import ScriptedEngine

@@ -22,13 +22,13 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
-from api.config import Settings
+from api.generation.state import AppState, build_state
 from api.server import CannotListen
-from api.state import AppState, build_state
+from api.settings.config import Settings
+from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import public_key, reporter
-from api.vast.variables import Identity, WorkerConfig
 from api.vast.worker import AlreadyRunning, Worker, _only_worker
-from engine.errors import LoadError
+from engine.core.errors import LoadError
 from tests.api.scripted import ScriptedEngine
 from tests.api.vast.test_benchmark import as_many_as_asked
 from tests.api.vast.test_certificate import signed

@@ -1,0 +1,79 @@
+"""A request's `grammar` becomes a compiled one, or a `ValidationError` in TGI's words.
+
+Compiled in threads of its own, so that no grammar holds up who does not use any.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pydantic_core
+from pydantic import JsonValue
+
+from api.generation.request import GrammarType
+from api.http.errors import ValidationError
+from engine.core.errors import GrammarError
+
+if TYPE_CHECKING:
+    from engine.text.grammar import Grammar, GrammarCompiler
+
+_TIMEOUT_S = 10.0
+"""The compiler's own limits stop it long before, unless the machine is overloaded."""
+_MAX_DETAIL = 500  # characters
+
+
+class GrammarValidator:
+    """`compiler` is None where grammars are not supported."""
+
+    def __init__(self, compiler: "GrammarCompiler | None") -> None:
+        self._compiler = compiler
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+
+    def close(self) -> None:
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def validate(self, grammar: GrammarType, any_schema: bool) -> "Grammar":
+        """`any_schema`: also one without `properties`."""
+        if self._compiler is None:
+            raise ValidationError("grammar is not supported")
+        if grammar.type == "regex":
+            if not isinstance(grammar.value, str):
+                raise ValidationError("grammar is not supported")
+            return await self._compile(self._compiler.regex, grammar.value)
+        schema = _schema(grammar.type, grammar.value)
+        if not any_schema and "properties" not in schema:
+            raise _not_valid("Grammar must have a 'properties' field")
+        return await self._compile(self._compiler.json_schema, schema)
+
+    async def _compile(self, compile: "Callable[[Any], Grammar]", source: object) -> "Grammar":
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await loop.run_in_executor(self._workers, compile, source)
+        except GrammarError as error:
+            raise _not_valid(str(error)) from None
+        except TimeoutError:
+            raise _not_valid("it takes too long to compile") from None
+
+
+def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
+    if type == "json_schema":
+        if not isinstance(value, dict) or "schema" not in value:
+            raise _not_valid("missing field `schema`")
+        value = value["schema"]
+    if isinstance(value, str):
+        try:
+            value = pydantic_core.from_json(value, allow_inf_nan=False)
+        except ValueError as error:
+            raise _not_valid(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValidationError("grammar is not supported")
+    return value
+
+
+def _not_valid(detail: str) -> ValidationError:
+    """The compiler may repeat the whole grammar in what it says of it."""
+    if len(detail) > _MAX_DETAIL:
+        detail = detail[:_MAX_DETAIL] + "..."
+    return ValidationError(f"grammar is not valid: {detail}")

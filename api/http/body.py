@@ -1,0 +1,74 @@
+"""An HTTP body becomes a request model, or is rejected in plain text as axum does."""
+
+import json
+from typing import TypeVar
+
+import pydantic
+import pydantic_core
+from starlette.requests import ClientDisconnect, Request
+
+from api.http.disconnect import ClientGone
+from api.http.errors import BodyRejected
+from api.http.serde import first_refusal
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+
+async def read_body(request: Request, model: type[Model], limit: int) -> Model:
+    """The body as `model`, read no further than `limit` bytes."""
+    if not _is_json(request.headers.get("content-type", "")):
+        raise BodyRejected(415, "Expected request with `Content-Type: application/json`")
+    return parse_body(await _read(request, limit), model)
+
+
+def parse_body(raw: bytes, model: type[Model]) -> Model:
+    try:
+        return model.model_validate(_parse_json(raw))
+    except pydantic.ValidationError as error:
+        # Of an untagged enum, serde has no position to tell.
+        where = "" if issubclass(model, pydantic.RootModel) else f" {_end_of(raw)}"
+        raise BodyRejected(
+            422,
+            "Failed to deserialize the JSON body into the target type: "
+            f"{first_refusal(error)}{where}",
+        ) from None
+
+
+def _is_json(content_type: str) -> bool:
+    kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return kind == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    raw = bytearray()
+    try:
+        async for chunk in request.stream():
+            raw += chunk
+            if len(raw) > limit:
+                raise BodyRejected(413, "Failed to buffer the request body: length limit exceeded")
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(raw)
+
+
+def _parse_json(raw: bytes) -> object:
+    """pydantic's parser because it fails in serde_json's words."""
+    try:
+        return pydantic_core.from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("trailing characters"):
+            return _first_value(raw)
+        text = f"Failed to parse the request body as JSON: {error}"
+        raise BodyRejected(400, text) from None
+
+
+def _first_value(raw: bytes) -> object:
+    """axum 0.7 does not look behind the first value."""
+    value: object = json.JSONDecoder().raw_decode(raw.decode(errors="replace").lstrip())[0]
+    return value
+
+
+def _end_of(raw: bytes) -> str:
+    """Where serde would be when it has seen everything; its exact column is not imitated."""
+    column = len(raw) - (raw.rfind(b"\n") + 1)
+    return f"at line {raw.count(10) + 1} column {column}"

@@ -1,0 +1,71 @@
+"""Server-sent events as TGI frames them, and the response that carries them.
+
+Frames are bytes made once; the response adds no work per event beyond one `send`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.http.disconnect import ClientGone, until_disconnect
+
+KEEP_ALIVE = b":\n\n"
+DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's streams, whatever came before."""
+
+
+def event(payload: object) -> bytes:
+    return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends what `frames` yields, and a comment where it is silent for long.
+
+    Closes `frames` when the client goes away, whatever it is waiting for.
+    """
+
+    keep_alive_s = 15.0
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        # Not Response.__init__, which would announce an empty body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers(
+            {"content-type": "text/event-stream", "cache-control": "no-cache", **headers}
+        )
+        self._frames = frames
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        with suppress(ClientGone):
+            await until_disconnect(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        keeper = asyncio.create_task(self._keep_alive(send))
+        try:
+            async with aclosing(self._frames) as frames:
+                async for frame in frames:
+                    await self._write(send, frame)
+        finally:
+            keeper.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, chunk: bytes) -> None:
+        self._last_sent = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """One timer per silence, not per event."""
+        loop = asyncio.get_running_loop()
+        self._last_sent = loop.time()
+        while True:
+            silent_s = loop.time() - self._last_sent
+            if silent_s >= self.keep_alive_s:
+                await self._write(send, KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self.keep_alive_s - silent_s)

@@ -1,0 +1,112 @@
+"""A chat's answer, on whatever route it came: in words, or as the call of a tool."""
+
+from typing import NamedTuple
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from api.generation.headers import answer_headers, caller_of, stream_headers
+from api.generation.inference import Answer
+from api.generation.state import AppState, state_of
+from api.http import sse
+from api.http.disconnect import until_disconnect
+from api.http.errors import REQUEST_ERRORS
+from api.http.responses import json_response
+from api.openai.chat_prompt import ChatPrompt, prepare, prepare_without_tools
+from api.openai.chat_stream import chat_frames
+from api.openai.payloads import (
+    FINISH_REASONS,
+    SYSTEM_FINGERPRINT,
+    envelope,
+    logprobs,
+    usage,
+)
+from api.openai.requests import ChatRequest
+from api.openai.responses import ChatCompletion, TextMessage, ToolMessage
+from api.openai.tools import NO_TOOL, Call, parse_call
+from api.telemetry.observation import Caller
+
+
+class ChatAnswer(NamedTuple):
+    prompt: ChatPrompt
+    answer: Answer
+    call: Call | None
+
+
+async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
+    """Template and tools are refused by status even where a stream was asked for."""
+    state = state_of(http)
+    caller = caller_of(http, "chat_completions")
+    state.observer.arrived()
+    try:
+        prompt = await prepare(state.engine.tokenizer, chat)
+    except REQUEST_ERRORS as problem:
+        state.observer.refused(caller, problem)
+        raise
+    if chat.stream:
+        frames = chat_frames(state, chat, prompt, caller)
+        return sse.EventStream(frames, stream_headers(state, prompt.request))
+    work = _answer(state, chat, prompt, caller)
+    said = await until_disconnect(http.receive, work)
+    headers = answer_headers(state, said.prompt.request, said.answer)
+    return json_response(_chat_completion(state, chat, said), headers)
+
+
+async def _answer(
+    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
+) -> ChatAnswer:
+    """Where the model wants none of the tools, it is asked again without, and all that is
+    told is of that second generation.
+    """
+    answer = await _complete(state, chat, prompt, caller)
+    if not prompt.uses_tools:
+        return ChatAnswer(prompt, answer, None)
+    call = parse_call(answer.best.end.generated_text)
+    if call.name != NO_TOOL:
+        return ChatAnswer(prompt, answer, call)
+    prompt = await prepare_without_tools(state.engine.tokenizer, chat)
+    return ChatAnswer(prompt, await _complete(state, chat, prompt, caller), None)
+
+
+async def _complete(
+    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
+) -> Answer:
+    return await state.inference.complete(
+        prompt.request, caller, prompt.extras, logprobs=bool(chat.logprobs)
+    )
+
+
+def _chat_completion(state: AppState, chat: ChatRequest, said: ChatAnswer) -> ChatCompletion:
+    created, model = envelope(state, chat.model)
+    best = said.answer.best
+    return {
+        "object": "chat.completion",
+        "id": "",
+        "created": created,
+        "model": model,
+        "system_fingerprint": SYSTEM_FINGERPRINT,
+        "choices": [
+            {
+                "index": 0,
+                "message": _message(best.end.generated_text, said.call),
+                "logprobs": logprobs(best.outputs) if chat.logprobs else None,
+                "finish_reason": FINISH_REASONS[best.end.reason],
+            }
+        ],
+        "usage": usage(best.end),
+    }
+
+
+def _message(text: str, call: Call | None) -> TextMessage | ToolMessage:
+    if call is None:
+        return {"role": "assistant", "content": text}
+    return {
+        "role": "assistant",
+        "tool_calls": [
+            {
+                "id": "0",
+                "type": "function",
+                "function": {"description": None, "name": call.name, "arguments": call.arguments},
+            }
+        ],
+    }

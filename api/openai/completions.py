@@ -1,0 +1,91 @@
+"""Completions of one prompt or several, each a generation of its own."""
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from api.generation.headers import caller_of, stream_headers, summed_headers
+from api.generation.inference import Answer
+from api.generation.request import GenerateRequest
+from api.generation.state import AppState, state_of
+from api.http import sse
+from api.http.disconnect import all_together, until_disconnect
+from api.http.errors import Refused
+from api.http.responses import json_response
+from api.openai.completion_stream import completion_frames
+from api.openai.parameters import extras, generate_parameters
+from api.openai.payloads import (
+    FINISH_REASONS,
+    SYSTEM_FINGERPRINT,
+    envelope,
+    usage,
+)
+from api.openai.requests import CompletionRequest
+from api.openai.responses import Completion
+from api.telemetry.observation import Caller
+
+
+async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Response:
+    """Raises Refused for what is looked at before any generation begins."""
+    state = state_of(http)
+    state.observer.arrived()
+    _check(body, state.settings.max_client_batch_size)
+    requests = _requests(body)
+    caller = caller_of(http, "completions")
+    if body.stream:
+        frames = completion_frames(state, body, requests, caller)
+        return sse.EventStream(frames, stream_headers(state, *requests))
+    answers = await until_disconnect(http.receive, _answers(state, body, requests, caller))
+    headers = summed_headers(state, requests, answers)
+    return json_response(_completion(state, answers), headers)
+
+
+def _check(body: CompletionRequest, max_prompts: int) -> None:
+    if body.suffix is not None:
+        raise Refused(
+            422,
+            "Suffix is not supported and can be achieved by preprocessing the prompt.",
+            "suffix not supported",
+        )
+    if len(body.prompt) > max_prompts:
+        raise Refused(
+            422,
+            f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}",
+            "batch size exceeded",
+        )
+
+
+def _requests(body: CompletionRequest) -> list[GenerateRequest]:
+    parameters = generate_parameters(body, repetition_penalty=body.repetition_penalty)
+    return [GenerateRequest(inputs=prompt, parameters=parameters) for prompt in body.prompt]
+
+
+async def _answers(
+    state: AppState, body: CompletionRequest, requests: list[GenerateRequest], caller: Caller
+) -> list[Answer]:
+    """In the order of the prompts, where TGI has them in that of their ends."""
+    special = extras(body, add_special_tokens=True)
+    return await all_together(
+        state.inference.complete(request, caller, special, logprobs=False) for request in requests
+    )
+
+
+def _completion(state: AppState, answers: list[Answer]) -> Completion:
+    created, model = envelope(state)
+    ends = [answer.best.end for answer in answers]
+    return {
+        "object": "text_completion",
+        "id": "",
+        "created": created,
+        "model": model,
+        "system_fingerprint": SYSTEM_FINGERPRINT,
+        "choices": [
+            {
+                "index": index,
+                "text": end.generated_text,
+                "logprobs": None,
+                "finish_reason": FINISH_REASONS[end.reason],
+            }
+            for index, end in enumerate(ends)
+        ],
+        "usage": usage(*ends),
+    }

@@ -1,0 +1,56 @@
+"""OpenAI's routes, as TGI answers them: chats, completions and the one model."""
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from api.generation.contract import ERRORS
+from api.generation.state import state_of
+from api.http.body import read_body
+from api.http.responses import json_response
+from api.openai.chat import answer_chat
+from api.openai.completions import answer_completion
+from api.openai.requests import ChatRequest, CompletionRequest
+from api.openai.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ModelsInfo,
+)
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion | ChatCompletionChunk,
+    responses=ERRORS,
+)
+async def chat_completions(http: HttpRequest) -> Response:
+    """Answer a chat, with a server-sent event for each token if `stream` is true."""
+    limit = state_of(http).settings.payload_limit
+    return await answer_chat(http, await read_body(http, ChatRequest, limit))
+
+
+@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+async def completions(http: HttpRequest) -> Response:
+    """Complete one prompt or several, with server-sent events if `stream` is true."""
+    limit = state_of(http).settings.payload_limit
+    return await answer_completion(http, await read_body(http, CompletionRequest, limit))
+
+
+async def models(http: HttpRequest) -> Response:
+    """The model that is served."""
+    served = state_of(http).engine.model.model_id
+    model = {"id": served, "object": "model", "created": 0, "owned_by": served}
+    return json_response({"object": "list", "data": [model]})
+
+
+router.add_api_route("/v1/models", models, methods=["GET"], response_model=ModelsInfo)
+router.add_api_route("/v1/models", models, methods=["HEAD"], include_in_schema=False)

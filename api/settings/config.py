@@ -1,0 +1,299 @@
+"""Every setting, as a flag and as an environment variable: the only reader of either.
+
+Names are those of TGI's launcher: `--max-best-of 4` is `MAX_BEST_OF=4`. A flag wins
+over the environment. What can be set, and to what, is in `served_flags.py`; what
+TGI's launcher takes besides, in `launcher_flags.py`.
+"""
+
+import ipaddress
+import logging
+import os
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import (
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from api.settings.launcher_flags import CheckpointFormat, LauncherFlags, flag_of
+from api.settings.served_flags import ServedFlags
+from api.settings.vast_variables import (
+    PYWORKER_BACKEND,
+    Identity,
+    MissingVariable,
+    VastVariables,
+    WorkerConfig,
+    identity_in,
+    is_behind_pyworker,
+)
+from engine.core.config import (
+    EngineConfig,
+    LoadConfig,
+    Quantization,
+    RopeScaling,
+)
+
+MAX_COUNTED_NEW_TOKENS = 1024
+"""TGI holds at most this many new tokens against the context's length."""
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(Exception):
+    """A setting that cannot be honoured; the message names its flag and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for, as validation needs it."""
+
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int
+    max_total_tokens: int
+    prefill_logprobs: bool
+
+
+# Fields of the last base come first in --help: what does something, before what does not.
+class Settings(LauncherFlags, VastVariables, ServedFlags):
+    """Serve one model as Text Generation Inference does. Every flag is an environment variable
+    too: --max-best-of 4 is MAX_BEST_OF=4; a flag wins. HF_TOKEN opens gated models.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags="toggle",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_shortcuts={"port": "p", "graceful-termination-timeout": "g", "env": "e"},
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Not ENV, which is many a container's own; TGI reads it as a flag only. Nor PORT behind
+        a PyWorker, who does not look where an image would have it.
+        """
+        assert isinstance(env_settings, EnvSettingsSource)
+        ignored = {"env", "port"} if is_behind_pyworker(os.environ) else {"env"}
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if name not in ignored
+        }
+        return init_settings, env_settings
+
+    @field_validator("cors_allow_origin", "cuda_graphs", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("log_colorize", mode="before")
+    @classmethod
+    def _colours_unless_one(cls, value: object) -> object:
+        return value.lower() not in ("1", "false") if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        """A header is of printable ASCII, and arrives without the space around it."""
+        key = "x" if value is None else value.get_secret_value()
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ValueError("must be of printable ASCII, without space around it")
+        return value
+
+    @field_validator("hostname")
+    @classmethod
+    def _bindable(cls, value: str) -> str:
+        """Containers set HOSTNAME to their own name, which is nothing to listen on."""
+        if value == "localhost":
+            return "127.0.0.1"
+        try:
+            return str(ipaddress.ip_address(value))
+        except ValueError:
+            logger.warning("hostname %r is not an IP address: listening on 0.0.0.0", value)
+            return "0.0.0.0"
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> "Settings":
+        """As far as they are known before the model is; in TGI's words."""
+        if self.max_input_tokens is not None and self.max_input_length is not None:
+            raise ValueError(
+                f"Both `max_input_tokens` ({self.max_input_tokens}) and `max_input_length` "
+                f"({self.max_input_length}) are set. Please define only `max_input_tokens` as "
+                "`max_input_length` is deprecated for naming consistency."
+            )
+        total, batch = self.max_total_tokens, self.max_batch_total_tokens
+        if total is not None and batch is not None and total > batch:
+            raise ValueError(
+                "`max_total_tokens` must be <= `max_batch_total_tokens`. "
+                f"Given: {total} and {batch}"
+            )
+        return self
+
+    def notes(self) -> Iterator[str]:
+        """What its user should know of settings that do not what they say."""
+        yield from self.unused()
+        if self.quantize == "eetq":
+            yield "--quantize (QUANTIZE) eetq: 8 bits of bitsandbytes stand in for those of EETQ"
+        if self.quantize in get_args(CheckpointFormat):
+            yield (
+                f"--quantize (QUANTIZE) {self.quantize}: a checkpoint that is quantised is taken "
+                "as it is, and one that is not stays so"
+            )
+        if self.cuda_graphs is not None and any(self.cuda_graphs):
+            yield "--cuda-graphs (CUDA_GRAPHS): graphs are captured, of sizes that are not set"
+
+    def export_hub_settings(self) -> None:
+        """huggingface_hub takes them from the environment, when it is first imported."""
+        if self.huggingface_hub_cache is not None:
+            os.environ["HF_HUB_CACHE"] = self.huggingface_hub_cache
+        for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # TGI's order
+            if token := os.environ.get(name):
+                os.environ["HF_TOKEN"] = token
+                break
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+    def load_config(self) -> LoadConfig:
+        return LoadConfig(
+            model_id=self.model_id,
+            revision=self.revision,
+            dtype=self.dtype,
+            quantize=self._quantization(),
+            rope=self._rope(),
+            trust_remote_code=self.trust_remote_code,
+            tokenizer_config_path=self.tokenizer_config_path,
+        )
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            max_sequences=self.max_batch_size,
+            max_batch_tokens=self.max_batch_prefill_tokens,
+            max_total_tokens=self.max_total_tokens,
+            memory_fraction=self.cuda_memory_fraction * self.tgi_wiggle_room,
+            kv_cache_dtype=self.kv_cache_dtype,
+            prefix_caching=self.prefix_caching,
+            cuda_graphs=self.cuda_graphs is None or any(self.cuda_graphs),
+            watermark=(self.watermark_gamma, self.watermark_delta),
+        )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where to listen, unless as a worker."""
+        if self.vast_mode != "behind pyworker":
+            return self.hostname, self.port
+        hostname, port = PYWORKER_BACKEND
+        return hostname, self.port if "port" in self.model_fields_set else port
+
+    def vast_worker(self) -> WorkerConfig:
+        """Raises ConfigError, naming the variable that is missing."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "skiff"
+        try:
+            return self.worker_config(os.environ, home)
+        except MissingVariable as error:
+            raise ConfigError(str(error)) from None
+
+    def limits(self, max_total_tokens: int) -> Limits:
+        """The limits, once the engine knows how long a sequence may be."""
+        max_input = self.max_input_tokens or self.max_input_length or max_total_tokens - 1
+        if max_input >= max_total_tokens:
+            raise ConfigError(
+                "`max_input_tokens` must be < `max_total_tokens`. "
+                f"Given: {max_input} and {max_total_tokens}"
+            )
+        return Limits(
+            max_best_of=self.max_best_of,
+            max_stop_sequences=self.max_stop_sequences,
+            max_top_n_tokens=self.max_top_n_tokens,
+            max_input_tokens=max_input,
+            max_total_tokens=max_total_tokens,
+            prefill_logprobs=self.enable_prefill_logprobs or self.request_logprobs,
+        )
+
+    def _rope(self) -> tuple[RopeScaling, float] | None:
+        if self.rope_scaling is None and self.rope_factor is None:
+            return None
+        return self.rope_scaling or "linear", self.rope_factor or 1.0
+
+    def _quantization(self) -> Quantization | None:
+        """What to do to the weights as they load."""
+        match self.quantize:
+            case "bitsandbytes" | "bitsandbytes-nf4" | "bitsandbytes-fp4":
+                return self.quantize
+            case "eetq":
+                return "bitsandbytes"
+        return None
+
+
+def platform_identity() -> Identity | None:
+    """Who is to report that the settings are wrong, if this is one of Vast's workers."""
+    return identity_in(os.environ)
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """From flags and environment. Raises `ConfigError` on a value that is not allowed."""
+    try:
+        source = CliSettingsSource[Any](Settings, root_parser=_parser())
+        settings = CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+    if settings.api_key is None and _names_an_empty_key(argv):
+        raise ConfigError(f"{flag_of('api_key')}: is empty; leave it out to serve everyone")
+    if settings.max_total_tokens is not None:
+        settings.limits(settings.max_total_tokens)  # told now, not when the model has loaded
+    return settings
+
+
+def _names_an_empty_key(argv: Sequence[str]) -> bool:
+    """Of a shell's variable that was not set, say: it must not open the server to everyone."""
+    given = "--api-key=" in argv or ("--api-key", "") in pairwise(argv)
+    return given or os.environ.get("API_KEY") == ""
+
+
+def _parser() -> ArgumentParser:
+    """With a usage of one line: that of sixty flags hides what was wrong with one."""
+    name = "text-generation-launcher"
+    return ArgumentParser(
+        name, f"{name} [--flag value ...]", description=Settings.__doc__, allow_abbrev=False
+    )
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    problem = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return problem
+    name = str(detail["loc"][0])
+    flag = flag_of(name)
+    if Settings.model_fields[name].annotation == SecretStr | None:
+        return f"{flag}: {problem}"
+    match detail["type"]:
+        case "value_error":
+            return f"{flag} {detail['input']}: {problem}"
+        case "greater_than":  # in TGI's words
+            problem = f"`{name}` must be > {detail['ctx']['gt']}"
+    return f"{flag}: {problem}, not {detail['input']!r}"

@@ -1,0 +1,133 @@
+"""How much `bench.gpu` measures: all of it, a quick part, or shapes small enough for a try."""
+
+from dataclasses import dataclass, replace
+
+from bench.gpu.kernel_cases import LLAMA_8B, KernelShape
+from bench.gpu.workloads import Workload, mixed, uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Steps of a model: decode at each batch and context; prefill of (prompts, tokens of each,
+    tokens before them). What is longer than the model can be is cut to that.
+    """
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[tuple[int, int, int], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence."""
+        return max(*self.contexts, *(length + before for _, length, before in self.prompts))
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured, and in what time.
+
+    model          which gets everything; `others` get their steps alone
+    count          steps that are timed of each kind
+    steady         (batch, context) of the engine's own decode, and the steps timed of each
+    cached_prompt  tokens of the prompt whose first token is timed when it is cached
+    single         one request, which `generate` gets too
+    peer           what transformers' continuous batching gets too
+    starts         of the server, the last of which counts
+    """
+
+    name: str
+    seconds: float
+    model: str
+    others: tuple[str, ...]
+    points: Points
+    other_points: Points
+    count: int
+    copy_bytes: int
+    gemm_size: int
+    kernels: KernelShape
+    kernel_batches: tuple[int, ...]
+    kernel_contexts: tuple[int, ...]
+    kernel_prompts: tuple[tuple[int, int, int], ...]
+    steady: tuple[tuple[int, int], ...]
+    steady_count: int
+    cached_prompt: int
+    offline: tuple[Workload, ...]
+    http: Workload
+    single: Workload
+    peer: Workload
+    starts: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of any sequence of the first model; a prompt's text may be one more than was
+        asked for.
+        """
+        workloads = [w.longest for w in (*self.offline, self.http, self.single, self.peer)]
+        return max(self.points.longest + self.count, self.cached_prompt, *workloads) + 16
+
+
+FULL = Scale(
+    name="full",
+    seconds=465,
+    model="Llama-3.1-8B",
+    others=("Qwen3-8B", "Gemma-2-9B", "Mixtral-8x7B-8-layers", "Phi-3-mini", "gpt2-xl"),
+    points=Points(
+        batches=(1, 8, 32, 128, 256),
+        contexts=(1024, 8192),
+        prompts=((1, 8192, 0), (1, 512, 0), (8, 512, 0), (1, 4096, 0)),
+    ),
+    other_points=Points(batches=(1, 32, 256), contexts=(1024,), prompts=((4, 1024, 0),)),
+    count=12,
+    copy_bytes=4 << 30,
+    gemm_size=8192,
+    kernels=LLAMA_8B,
+    kernel_batches=(32, 1, 256),
+    kernel_contexts=(4096, 1024),
+    kernel_prompts=((1, 4096, 0), (1, 4096, 4096), (8, 512, 0)),
+    steady=((1, 1024), (32, 1024), (256, 1024)),
+    steady_count=64,
+    cached_prompt=32768,
+    offline=(uniform(256, 1000, 1000),),
+    http=uniform(256, 1000, 1000),
+    single=uniform(1, 1000, 128),
+    peer=uniform(64, 1000, 128),
+    starts=2,
+)
+QUICK = replace(
+    FULL,
+    name="quick",
+    seconds=170,
+    others=(),
+    points=Points((1, 32, 256), (1024,), ((1, 8192, 0),)),
+    kernel_contexts=(4096,),
+    kernel_prompts=((1, 4096, 0),),
+    count=6,
+    offline=(mixed(64, 256),),
+    http=uniform(64, 200, 200),
+    peer=uniform(64, 200, 64),
+    starts=1,
+)
+_FEW = Points(batches=(1, 3), contexts=(20, 50), prompts=((2, 24, 0), (1, 300, 20)))
+TINY = Scale(
+    name="tiny",
+    seconds=600,
+    model="tiny",
+    others=("tiny-experts", "tiny-gpt2"),
+    points=_FEW,
+    other_points=Points(batches=(2,), contexts=(80,), prompts=((1, 24, 0),)),
+    count=2,
+    copy_bytes=1 << 20,
+    gemm_size=64,
+    kernels=KernelShape(64, 128, 4, 2, 16, 512),
+    kernel_batches=(1, 3),
+    kernel_contexts=(40,),
+    kernel_prompts=((2, 24, 0), (1, 16, 20)),
+    steady=((1, 40), (3, 40)),
+    steady_count=4,
+    cached_prompt=96,
+    offline=(mixed(4, 24), uniform(4, 12, 6)),
+    http=uniform(4, 12, 6),
+    single=uniform(1, 12, 4),
+    peer=uniform(3, 12, 4),
+    starts=1,
+)

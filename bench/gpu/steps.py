@@ -1,0 +1,147 @@
+"""Steps of a model as the engine runs them, of batches that no scheduler made.
+
+The runner, its graphs, the paged cache and the sampler are the engine's own. Sequences are
+made up: their tokens count as computed, and the cache holds noise, which takes as long.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.gpu.device import Timer
+from engine.attention.kv_cache import AttentionCall
+from engine.attention.plan import GraphShape
+from engine.core.config import BLOCK_SIZE, EngineConfig
+from engine.core.request import Request, SamplingParams, StoppingParams
+from engine.core.scheduler import Batch, ScheduledSequence
+from engine.core.sequence import Sequence
+from engine.device.stream import Pending, make_stream
+from engine.loading.loader import LoadedModel
+from engine.loading.sizing import Limits
+from engine.step.builder import HostStep
+from engine.step.graphs import Capture, Graph
+from engine.step.runner import StepResult, build_runner
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """on_device  of a step, one queued behind the other
+    wall       of a step that the host builds and launches while the one before it runs
+    fits       whether the cache had a block for each that the sequences read; if it had not,
+               some are read by several, in no order that a cache could use
+    in_graph   whether the forward and the sampling were replayed from graphs
+    """
+
+    on_device: float
+    wall: float
+    fits: bool
+    in_graph: bool = False
+
+
+class Steps:
+    """Owns a runner, and with it the model's cache and graphs, until closed."""
+
+    def __init__(self, loaded: LoadedModel, limits: Limits, capture: Capture | None):
+        device = loaded.model.device
+        self.captures = capture is not None
+        self.num_graphs = 0
+        self._captured: set[GraphShape | None] = set()  # shapes of which there are both graphs
+        self._limits = limits
+        self._timer = Timer(device)
+        self._stream = make_stream(device)
+        self._builder, self._runner = build_runner(
+            loaded,
+            limits,
+            self._stream,
+            capture and self._counted(capture),
+            EngineConfig().watermark,
+        )
+        fill_cache(loaded.calls)
+        self._rng = np.random.default_rng(0)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def decode(self, batch: int, context: int, count: int) -> StepSeconds:
+        """Of a token for each of `batch` sequences, `context` tokens long and a few more."""
+        sequences, fits = self._sequences(batch, context, context + count + 1)
+        start, num_graphs = context - 1, self.num_graphs
+        for reset in (True, False):  # one that runs and is captured, and the first replayed
+            self._launch(_batch(sequences, start, 1, reset)).result()
+        step = self._builder.build(_batch(sequences, start, 1))
+        if self.num_graphs == num_graphs + 2:
+            self._captured.add(step.graph)
+        wall = self._wall_seconds(lambda i: _batch(sequences, start + i, 1), count)
+        in_graph = step.graph in self._captured
+        return StepSeconds(self._device_seconds(step, count), wall, fits, in_graph)
+
+    def prefill(self, batch: int, length: int, before: int, count: int) -> StepSeconds:
+        """Of `length` more tokens of each of `batch` prompts."""
+        sequences, fits = self._sequences(batch, before + length, before + length)
+        self._launch(_batch(sequences, before, length, reset=True)).result()
+        wall = self._wall_seconds(lambda _: _batch(sequences, before, length), count)
+        step = self._builder.build(_batch(sequences, before, length))
+        return StepSeconds(self._device_seconds(step, count), wall, fits)
+
+    def _counted(self, capture: Capture) -> Capture:
+        def record(work: Callable[[], Any]) -> tuple[Graph, Any]:
+            captured = capture(work)
+            self.num_graphs += 1
+            return captured
+
+        return record
+
+    def _launch(self, batch: Batch) -> Pending[StepResult]:
+        return self._runner.launch(self._builder.build(batch))
+
+    def _wall_seconds(self, make_batch: Callable[[int], Batch], count: int) -> float:
+        """Launched ahead by one, as the engine does."""
+        pending = self._launch(make_batch(0))
+        started = time.perf_counter()
+        for i in range(1, count + 1):
+            following = self._launch(make_batch(i))
+            pending.result()
+            pending = following
+        pending.result()
+        return (time.perf_counter() - started) / (count + 1)
+
+    def _device_seconds(self, step: HostStep, count: int) -> float:
+        return self._timer.launched(lambda: self._runner.launch(step), count)
+
+    def _sequences(
+        self, batch: int, num_known: int, num_tokens: int
+    ) -> tuple[list[Sequence], bool]:
+        """In slots 0 and on, over blocks that lie in no order."""
+        width, num_blocks = -(-num_tokens // BLOCK_SIZE), self._limits.num_blocks
+        fits = batch * width <= num_blocks
+        if fits:
+            blocks = self._rng.permutation(num_blocks)[: batch * width]
+        else:
+            blocks = self._rng.integers(num_blocks, size=batch * width)
+        sequences = []
+        for slot, table in enumerate(blocks.reshape(batch, width).tolist()):
+            prompt = self._rng.integers(256, size=num_known).tolist()
+            stopping = StoppingParams(num_tokens, ignore_eos=True)
+            sequence = Sequence(Request(str(slot), prompt, SamplingParams(), stopping))
+            sequence.slot, sequence.block_table = slot, table
+            sequences.append(sequence)
+        return sequences, fits
+
+
+def _batch(sequences: list[Sequence], start: int, length: int, reset: bool = False) -> Batch:
+    return Batch(
+        scheduled=[ScheduledSequence(s, s.slot, start, length, True, 0) for s in sequences],
+        reset=list(sequences) if reset else [],
+    )
+
+
+def fill_cache(calls: list[AttentionCall]) -> None:
+    """With noise: memory that was never written may hold NaN, and zeros take less power."""
+    for call in calls:
+        for cache in call.module.paged_attention._calls:  # type: ignore[union-attr]
+            if cache.writes and cache.key.dtype.itemsize > 1:
+                cache.key.normal_()
+                cache.value.normal_()

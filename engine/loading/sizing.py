@@ -1,0 +1,163 @@
+"""How much fits: the limits of the engine, each decided once and with its reason.
+
+What a step needs beside the weights and the cache is not guessed: the largest one is run,
+over a cache of a few blocks, and the device says how much memory it took.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.attention.interface import ATTENTION_NAME
+from engine.attention.kv_cache import bind_kv_cache, bytes_per_block, cache_dtype
+from engine.attention.plan import FixedTables, StepSequences
+from engine.core.config import BLOCK_SIZE, EngineConfig
+from engine.core.errors import LoadError
+from engine.device.memory import DeviceMemory, device_memory
+from engine.loading.loader import LoadedModel
+from engine.loading.probe import use_attention
+
+_CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
+_CUDA_BATCH_TOKENS = 4096
+_GRAPH_SHARE = 0.25
+"""What captured steps keep, of what the largest step needs: they have a sixteenth of its tokens,
+but all their logits, and room for the partials of attention.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The effective limits; `reasons` has one line for each, to be shown at start."""
+
+    max_sequences: int
+    max_batch_tokens: int
+    max_total_tokens: int
+    num_blocks: int
+    cache_dtype: torch.dtype
+    reasons: tuple[str, ...]
+
+
+def decide_limits(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    memory: DeviceMemory | None = None,
+    why_blocks: str = "set",
+) -> Limits:
+    """Raises LoadError where what is asked for does not fit, naming what would."""
+    memory = memory or device_memory(loaded.model.device, config.memory_fraction)
+    kind = loaded.model.device.type
+    max_batch_tokens = config.max_batch_tokens or (
+        _CUDA_BATCH_TOKENS if kind == "cuda" else _CPU_BATCH_TOKENS
+    )
+    max_sequences = min(config.max_sequences, max_batch_tokens)
+    dtype = cache_dtype(config, loaded.model.dtype)
+    block_bytes = bytes_per_block(loaded.calls, dtype)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        cache_bytes, why_blocks = _cache_bytes(loaded, memory, max_batch_tokens, max_sequences)
+        longest = config.max_total_tokens or loaded.max_positions
+        num_blocks = _useful_blocks(cache_bytes // block_bytes, max_sequences, longest)
+    capacity = num_blocks * BLOCK_SIZE
+    max_total_tokens = _max_total_tokens(loaded, config, capacity)
+    return Limits(
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        max_total_tokens=max_total_tokens,
+        num_blocks=num_blocks,
+        cache_dtype=dtype,
+        reasons=(
+            f"max_total_tokens {max_total_tokens}: " + _why_total(loaded, config, max_total_tokens),
+            f"KV cache {capacity} tokens ({num_blocks * block_bytes / 2**30:.2f} GiB): "
+            + why_blocks,
+            f"max_batch_tokens {max_batch_tokens}: "
+            + ("set" if config.max_batch_tokens else f"default for {kind}"),
+            f"max_sequences {max_sequences}: at most one token of the budget each",
+        ),
+    )
+
+
+def with_smaller_cache(loaded: LoadedModel, config: EngineConfig, limits: Limits) -> Limits:
+    """Where these ran out of memory all the same. Raises LoadError when there is no less."""
+    num_blocks = limits.num_blocks * 9 // 10
+    if config.num_blocks is not None or num_blocks < 1:
+        raise LoadError(
+            f"out of memory with a KV cache of {limits.num_blocks * BLOCK_SIZE} tokens: "
+            "ask for a smaller one, a smaller step or a quantised model"
+        )
+    return decide_limits(
+        loaded, replace(config, num_blocks=num_blocks), why_blocks="a tenth less than ran out"
+    )
+
+
+def _max_total_tokens(loaded: LoadedModel, config: EngineConfig, capacity: int) -> int:
+    wanted = config.max_total_tokens
+    if wanted is None:
+        wanted = min(capacity, loaded.max_positions)
+    if wanted > capacity:
+        raise LoadError(
+            f"Not enough memory to handle `max_total_tokens={wanted}`: "
+            f"the KV cache has room for {capacity}"
+        )
+    if wanted < 2:
+        raise LoadError("no room for a prompt token and a generated one in the KV cache")
+    return wanted
+
+
+def _why_total(loaded: LoadedModel, config: EngineConfig, chosen: int) -> str:
+    if config.max_total_tokens is not None:
+        return "set"
+    return "the model's maximum" if chosen == loaded.max_positions else "all of the KV cache"
+
+
+def _useful_blocks(fitting: int, max_sequences: int, longest: int) -> int:
+    """No more than every sequence at its longest could use, plus as much again to cache."""
+    return min(fitting, 2 * max_sequences * -(-longest // BLOCK_SIZE))
+
+
+def _cache_bytes(
+    loaded: LoadedModel, memory: DeviceMemory, max_batch_tokens: int, max_sequences: int
+) -> tuple[int, str]:
+    """What is left for the cache beside the largest step and the graphs, and why.
+
+    Raises LoadError, in TGI's words, where there is no memory for that step.
+    """
+    try:
+        step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"Not enough memory to handle {max_batch_tokens} prefill tokens. "
+            "You need to decrease `--max-batch-prefill-tokens`"
+        ) from error
+    available = memory.available()
+    graphs = int(step * _GRAPH_SHARE)
+    left = max(available - step - graphs, 0)
+    gib = 1 << 30
+    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB free"
+    if step:
+        reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept"
+    return left, reason
+
+
+@torch.inference_mode()
+def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> None:
+    """One prefill of the whole token budget with as many logits as there can be sequences.
+
+    The cache has a few blocks only, that all positions share: what is in it is of no interest.
+    """
+    model, num_blocks = loaded.model, 8
+    use_attention(model, ATTENTION_NAME)
+    context = bind_kv_cache(loaded.calls, num_blocks, model.dtype, model.device, loaded.ops)
+    tables = np.arange(-(-num_tokens // BLOCK_SIZE))[None] % num_blocks
+    attention = FixedTables(loaded.ops, loaded.calls, tables, model.device)
+    step = StepSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([num_tokens]))
+    context.metadata = attention.metadata(step)
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    logits = model(
+        input_ids=ids,
+        position_ids=torch.from_numpy(step.positions)[None].to(model.device),
+        use_cache=False,
+        logits_to_keep=ids[0, :num_sampled],
+    ).logits[0]
+    scores = logits.float().log_softmax(-1)
+    torch.empty(scores.shape, dtype=torch.int32, device=scores.device)  # counts, for penalties

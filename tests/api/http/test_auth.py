@@ -1,0 +1,116 @@
+"""With an API key: who has it is served, who has not learns nothing, new routes are guarded."""
+
+from collections.abc import Iterable
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from starlette.routing import BaseRoute
+
+from api.http.auth import OPEN
+from tests.api.client import Connection, client, make_app
+from tests.api.scripted import ScriptedEngine
+
+pytestmark = pytest.mark.anyio
+
+KEY = "Sesame-42"
+BODY = {"inputs": "x"}
+
+OPEN_IN_TGI = {
+    "GET /",
+    "GET /health",
+    "GET /ping",
+    "GET /info",
+    "GET /metrics",
+    "GET /v1/models",
+    "GET /docs",
+    "GET /api-doc/openapi.json",
+    "POST /chat_tokenize",
+}
+
+
+def routes_of(routes: Iterable[BaseRoute]) -> set[tuple[str, str]]:
+    """Every method and path, those of included routers among them."""
+    found = set()
+    for route in routes:
+        if inner := getattr(route, "original_router", None):
+            found |= routes_of(inner.routes)
+        else:
+            methods = getattr(route, "methods", None)
+            assert methods, f"{route!r} is of a kind that this test does not know"
+            found |= {(method, route.path) for method in methods}  # type: ignore[attr-defined]
+    return found
+
+
+async def statuses(app: FastAPI) -> dict[str, int]:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(app), base_url="http://skiff"
+    ) as http:
+        return {
+            f"{method} {path}": (await http.request(method, path)).status_code
+            for method, path in routes_of(app.routes)
+        }
+
+
+async def test_every_route_but_tgis_open_ones_asks_for_the_key() -> None:
+    app = make_app(ScriptedEngine(), api_key=KEY)
+    answers = await statuses(app)
+    assert len(answers) > 10
+    opened = {route for route, status in answers.items() if status != 401}
+    assert {route.replace("HEAD ", "GET ") for route in opened} <= OPEN_IN_TGI
+    assert {f"{method} {path}" for method, path in OPEN} == OPEN_IN_TGI
+
+
+async def test_a_route_that_is_added_is_guarded() -> None:
+    app = make_app(ScriptedEngine(), api_key=KEY)
+    app.add_api_route("/new", lambda: "secret", methods=["GET"])
+    assert (await statuses(app))["GET /new"] == 401
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", KEY, "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer  {KEY}", "é"],
+)
+async def test_without_the_key_the_answer_is_401_and_empty(given: str | None) -> None:
+    engine = ScriptedEngine()
+    headers = {} if given is None else {"authorization": given.encode()}
+    async with client(engine, api_key=KEY) as http:
+        for body in (b'{"inputs":"x"}', b"no json"):
+            answer = await http.post("/generate", content=body, headers=headers)
+            assert (answer.status_code, answer.content) == (401, b"")
+            assert "content-type" not in answer.headers
+    assert not engine.requests
+
+
+@pytest.mark.parametrize("given", [f"Bearer {KEY}", f"bearer {KEY.lower()}", f"BEARER {KEY}"])
+async def test_with_the_key_in_any_case_requests_are_served(given: str) -> None:
+    async with client(ScriptedEngine(), api_key=KEY) as http:
+        for path in ("/generate", "/generate_stream", "/"):
+            answer = await http.post(path, json=BODY, headers={"authorization": given})
+            assert answer.status_code == 200
+
+
+async def test_the_body_is_not_read_before_the_key() -> None:
+    app = make_app(ScriptedEngine(), api_key=KEY)
+    connection = Connection(app, "/generate", BODY, partial=True)
+    await connection.finished()
+    assert connection.sent[0]["status"] == 401
+
+
+async def test_unknown_paths_are_404_with_and_without_the_key() -> None:
+    async with client(ScriptedEngine(), api_key=KEY) as http:
+        for path in ("/nowhere", "/generate/", "/docs/oauth2-redirect"):
+            answer = await http.post(path, json=BODY)
+            assert (answer.status_code, answer.content) == (404, b"")
+
+
+async def test_a_wrong_method_is_not_told_without_the_key() -> None:
+    async with client(ScriptedEngine(), api_key=KEY) as http:
+        assert (await http.get("/generate")).status_code == 401
+        answer = await http.get("/generate", headers={"authorization": f"Bearer {KEY}"})
+        assert answer.status_code == 405
+
+
+async def test_without_a_setting_no_key_is_asked_for() -> None:
+    async with client(ScriptedEngine()) as http:
+        assert (await http.post("/generate", json=BODY)).status_code == 200

@@ -1,0 +1,151 @@
+"""From a name to a served model, and the refusals that say what to do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelInfo
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    Phi3Config,
+)
+
+from engine.core.config import EngineConfig, LoadConfig
+from engine.core.errors import DownloadFailed, LoadError
+from engine.engine import Engine
+from engine.loading import checkpoint
+from engine.loading.checkpoint import Checkpoint
+from engine.loading.loader import _scale_rotary, adopt, load
+from tests.engine.driving import check_greedy, greedy, make_engine, run
+from tests.engine.models import build, byte_tokenizer, family, reference
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    reference("llama").save_pretrained(tmp_path)
+    byte_tokenizer()._hf.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_local_folder_is_served(saved: Path) -> None:
+    loaded = load(LoadConfig(str(saved)))
+    request = greedy([1, 2, 3], 5)
+    check_greedy(reference("llama"), run(make_engine(loaded), [(0, request)]), request)
+    assert loaded.info.model_id == str(saved)
+    assert loaded.max_positions == 256
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
+    loaded = load(LoadConfig(str(saved), dtype=dtype))
+    assert loaded.model.dtype == getattr(torch, dtype)
+    request = greedy([1, 2, 3], 5)
+    assert len(run(make_engine(loaded), [(0, request)]).ids(request)) == 5
+
+
+def test_rotary_positions_are_stretched_as_asked_for(saved: Path) -> None:
+    loaded = load(LoadConfig(str(saved), rope=("linear", 4.0)))
+    model_config = AutoConfig.from_pretrained(saved)
+    model_config.rope_parameters |= {"rope_type": "linear", "factor": 4.0}
+    expected = AutoModelForCausalLM.from_pretrained(saved, config=model_config, dtype=torch.float32)
+    request = greedy([1, 2, 3], 20)
+    check_greedy(expected.eval(), run(make_engine(loaded), [(0, request)]), request)
+    own = load(LoadConfig(str(saved))).model.model.rotary_emb
+    torch.testing.assert_close(4 * loaded.model.model.rotary_emb.inv_freq, own.inv_freq)
+
+
+def test_each_kind_of_layer_keeps_its_own_base() -> None:
+    config = Gemma3TextConfig()
+    bases = {kind: own["rope_theta"] for kind, own in config.rope_parameters.items()}
+    _scale_rotary(config, "dynamic", 2.0)
+    assert config.rope_parameters == {
+        kind: {"rope_theta": base, "rope_type": "dynamic", "factor": 2.0}
+        for kind, base in bases.items()
+    }
+    assert len(set(bases.values())) == 2
+
+
+def test_a_model_without_rotary_positions_has_none_to_stretch() -> None:
+    with pytest.raises(LoadError, match="leave out --rope-scaling"):
+        _scale_rotary(GPT2Config(), "linear", 2.0)
+
+
+def test_the_chat_template_is_that_of_the_file_named(saved: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}')
+    loaded = load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
+    assert loaded.tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "<hi>"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]"])
+def test_a_file_without_a_chat_template_is_refused(
+    saved: Path, tmp_path: Path, content: str | None
+) -> None:
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_text(content)
+    with pytest.raises(LoadError, match=r"no chat template can be read from .*other\.json"):
+        load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="cannot be loaded"):
+        load(LoadConfig(str(tmp_path)))
+
+
+def test_a_missing_gguf_file_is_refused() -> None:
+    with pytest.raises(DownloadFailed, match="there is no file"):
+        load(LoadConfig("/nowhere/model.gguf"))
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(DownloadFailed, match=r"^org/nothing is not in the local cache and the hub"):
+        load(LoadConfig("org/nothing"))
+
+
+def test_a_download_that_breaks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def model_info(self, *_: object, **__: object) -> ModelInfo:
+            return ModelInfo(id="org/model", sha="abc")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "HfApi", Hub)
+    monkeypatch.setattr(checkpoint, "snapshot_download", full)
+    with pytest.raises(DownloadFailed, match="org/model could not be downloaded: No space left"):
+        load(LoadConfig("org/model"))
+
+
+def test_a_sequence_longer_than_the_cache_is_refused() -> None:
+    config = EngineConfig(num_blocks=4, max_total_tokens=65)
+    with pytest.raises(LoadError, match=r"max_total_tokens=65.*room for 64"):
+        Engine(family("llama"), config)
+
+
+def test_limits_say_where_they_come_from() -> None:
+    summary = "\n".join(make_engine(family("llama")).summary())
+    assert "max_total_tokens 256: the model's maximum" in summary
+    assert "max_batch_tokens 64: set" in summary
+
+
+def test_longrope_does_not_change_with_the_neighbours() -> None:
+    """One long request would otherwise switch every other to the long frequencies."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    model = build(
+        Phi3Config,
+        rope_parameters=rope | factors,
+        original_max_position_embeddings=64,
+        max_position_embeddings=256,
+    )
+    loaded = adopt(model, byte_tokenizer(), Checkpoint(Path("/nowhere"), "tiny-phi3"))
+    alone, neighbour = greedy([1, 2, 3], 12), greedy(range(100), 12)
+    expected = run(make_engine(loaded), [(0, alone)]).ids(alone)
+    in_company = greedy([1, 2, 3], 12)
+    answers = run(make_engine(loaded), [(0, in_company), (0, neighbour)])
+    assert answers.ids(in_company) == expected

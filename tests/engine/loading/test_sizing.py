@@ -1,0 +1,144 @@
+"""The cache is what is left beside the largest step, which is run to see what it takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from engine import engine as engine_module
+from engine.attention.kv_cache import bytes_per_block
+from engine.core.config import BLOCK_SIZE, EngineConfig, LoadConfig
+from engine.core.errors import LoadError
+from engine.engine import Engine
+from engine.loading.loader import LoadedModel
+from engine.loading.sizing import decide_limits, run_largest_step
+from tests.engine.driving import check_greedy, greedy, run
+from tests.engine.models import family, reference
+
+MIB = 1 << 20
+
+
+@dataclass
+class ScriptedMemory:
+    """A device with so much free, on which a step takes so much."""
+
+    free: int
+    step: int
+    ran: list[object] = field(default_factory=list)
+
+    def available(self) -> int:
+        return self.free
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        self.ran.append(work())
+        return self.step
+
+
+def config(**options: object) -> EngineConfig:
+    return EngineConfig(**({"max_batch_tokens": 64, "max_sequences": 8} | options))  # type: ignore[arg-type]
+
+
+def test_the_largest_step_and_the_graphs_are_kept_free() -> None:
+    loaded = family("llama")
+    per_block = bytes_per_block(loaded.calls, torch.float32)
+    memory = ScriptedMemory(free=100 * per_block, step=40 * per_block)
+    limits = decide_limits(loaded, config(), memory)
+    assert len(memory.ran) == 1
+    assert limits.num_blocks == 100 - 40 - 10
+    assert any("kept" in line and "tokens" in line for line in limits.reasons)
+
+
+def test_no_more_is_taken_than_could_be_used() -> None:
+    loaded = family("llama")
+    limits = decide_limits(loaded, config(), ScriptedMemory(free=1 << 40, step=MIB))
+    assert limits.num_blocks == 2 * 8 * loaded.max_positions // BLOCK_SIZE
+
+
+def test_a_step_that_does_not_fit_is_refused_in_tgis_words() -> None:
+    class FullMemory(ScriptedMemory):
+        def peak_of(self, work: Callable[[], object]) -> int:
+            work()
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(LoadError) as caught:
+        decide_limits(family("llama"), config(), FullMemory(free=MIB, step=0))
+    assert str(caught.value) == (
+        "Not enough memory to handle 64 prefill tokens. "
+        "You need to decrease `--max-batch-prefill-tokens`"
+    )
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    memory = ScriptedMemory(free=MIB, step=2 * MIB)
+    with pytest.raises(LoadError, match="no room"):
+        decide_limits(family("llama"), config(), memory)
+    loaded = family("llama")
+    some = ScriptedMemory(free=8 * bytes_per_block(loaded.calls, torch.float32), step=0)
+    with pytest.raises(LoadError, match="has room for 128"):
+        decide_limits(loaded, config(max_total_tokens=200), some)
+
+
+def test_a_number_of_blocks_that_was_asked_for_needs_no_measuring() -> None:
+    memory = ScriptedMemory(free=MIB, step=0)
+    assert decide_limits(family("llama"), config(num_blocks=33), memory).num_blocks == 33
+    assert memory.ran == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_the_largest_step_can_be_run_on_a_few_blocks(name: str) -> None:
+    run_largest_step(family(name), num_tokens=200, num_sampled=8)
+
+
+# -- the first guess was too large ---------------------------------------------------------
+
+
+def load_with_room_for(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, room: int, **options: object
+) -> Engine:
+    """`Engine.load` on a device that runs out of memory beyond `room` blocks."""
+    build = engine_module.build_runner
+
+    def build_within(loaded, limits, *rest):  # type: ignore[no-untyped-def]
+        if limits.num_blocks > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(loaded, limits, *rest)
+
+    monkeypatch.setattr(engine_module, "load", lambda *_: loaded)
+    monkeypatch.setattr(engine_module, "build_runner", build_within)
+    return Engine.load(LoadConfig("tiny"), config(**options))
+
+
+def test_a_guess_that_runs_out_of_memory_is_made_smaller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = load_with_room_for(monkeypatch, family("llama"), room=200)
+    assert 180 <= engine.limits.num_blocks <= 200
+    assert "out of memory" in caplog.text
+    assert any("ran out" in line for line in engine.limits.reasons)
+    request = greedy(b"once upon", 4)
+    check_greedy(reference("llama"), run(engine, [(0, request)]), request)
+
+
+def test_a_size_that_was_asked_for_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadError, match="smaller"):
+        load_with_room_for(monkeypatch, family("llama"), room=200, num_blocks=201)
+
+
+def test_when_nothing_fits_it_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadError):
+        load_with_room_for(monkeypatch, family("llama"), room=0)
+
+
+def test_running_out_in_the_warm_up_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up, attempts = Engine.warm_up, []
+
+    def fail_once(engine: Engine) -> None:
+        attempts.append(engine.limits.num_blocks)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        warm_up(engine)
+
+    monkeypatch.setattr(Engine, "warm_up", fail_once)
+    load_with_room_for(monkeypatch, family("llama"), room=1 << 30)
+    assert attempts[1] == attempts[0] * 9 // 10

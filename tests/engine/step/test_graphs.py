@@ -1,0 +1,248 @@
+"""A step repeats as a graph: the same operations on the same memory, no Python.
+
+Without a GPU the graph is a recording of the step's operations, which replays those alone:
+what a step bakes into Python, a recording would repeat wrongly just as a CUDA graph would.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from engine.core.config import EngineConfig
+from engine.core.request import (
+    Finished,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
+from engine.engine import Engine
+from engine.loading.loader import LoadedModel
+from engine.sampling import triton_sampler
+from engine.text.grammar import GrammarCompiler
+from kernels.ops import TRITON
+from tests.engine.driving import Answers, check_greedy, greedy, run
+from tests.engine.models import VOCAB_SIZE, adopted, reference
+from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
+
+LAYERS = (1, 2)
+PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), list(b"a")]
+
+
+@cache
+def fused(name: str, num_layers: int = 2) -> LoadedModel:
+    """A model on the Triton kernels, each of them one operation of a recording."""
+    return adopted(name, recorded(TRITON), num_hidden_layers=num_layers)
+
+
+@pytest.fixture(autouse=True)
+def recorded_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("greedy", "sample"):
+        kernel = getattr(triton_sampler.fused_sampling, name)
+        monkeypatch.setattr(triton_sampler.fused_sampling, name, recorded_kernel(kernel))
+
+
+def engine(loaded: LoadedModel, with_graphs: bool) -> Engine:
+    config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
+    return Engine(loaded, config, capture=capture if with_graphs else None)
+
+
+def mixed_requests() -> list[Request]:
+    """Every kind of sampling, in one batch."""
+    kinds = [
+        SamplingParams(logprobs=True),
+        SamplingParams(do_sample=True, temperature=0.8, seed=7, logprobs=True),
+        SamplingParams(do_sample=True, top_k=9, top_p=0.9, seed=8, top_n_tokens=3, logprobs=True),
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
+        SamplingParams(presence_penalty=1.5, logprobs=True),
+    ]
+    return [
+        Request(
+            f"mixed-{i}", list(b"say it again, say it"), kind, StoppingParams(6, ignore_eos=True)
+        )
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def answers(loaded: LoadedModel, requests: list[Request], with_graphs: bool) -> Answers:
+    return run(engine(loaded, with_graphs), [(2 * i, r) for i, r in enumerate(requests)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_replayed_steps_give_the_models_own_tokens(name: str) -> None:
+    requests = [greedy(prompt, 6) for prompt in PROMPTS]
+    replayed = answers(fused(name), requests, with_graphs=True)
+    for request in requests:
+        check_greedy(reference(name, num_hidden_layers=2), replayed, request)
+
+
+@pytest.mark.slow
+def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
+    loaded, requests = fused("llama"), mixed_requests()
+    eager = answers(loaded, requests, with_graphs=False)
+    replayed = answers(loaded, requests, with_graphs=True)
+    for request in requests:
+        assert isinstance(replayed.last(request), Finished)
+        assert replayed.ids(request) == eager.ids(request)
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+
+
+def guided(loaded: LoadedModel) -> list[Request]:
+    """Beside one that is not; the forced words are taken in slices, in no graph."""
+    grammars = GrammarCompiler(loaded.tokenizer, VOCAB_SIZE, loaded.eos_token_ids)
+    sampling = SamplingParams(do_sample=True, seed=3, logprobs=True)
+    patterns = ["[a-f]{6}", "[0-9]{2} is the answer, [xyz]{3}"]
+    return [
+        *(
+            Request(p, PROMPTS[0], sampling, StoppingParams(40), grammar=grammars.regex(p))
+            for p in patterns
+        ),
+        greedy(PROMPTS[1], 10),
+    ]
+
+
+def watermarked(_: LoadedModel) -> list[Request]:
+    kinds = [
+        SamplingParams(watermark=True, logprobs=True),
+        SamplingParams(watermark=True, do_sample=True, seed=5, top_k=9, logprobs=True),
+        SamplingParams(logprobs=True),
+    ]
+    return [
+        Request(f"marked-{i}", PROMPTS[0], kind, StoppingParams(4, ignore_eos=True))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [guided, watermarked])
+def test_what_few_steps_have_is_done_around_replayed_ones(
+    make: Callable[[LoadedModel], list[Request]],
+) -> None:
+    """Masks and watermarks change a graph's own logits, which the next replay writes anew."""
+    loaded, requests = fused("llama", 1), make(fused("llama", 1))
+    eager = answers(loaded, requests, with_graphs=False)
+    replayed = answers(loaded, requests, with_graphs=True)
+    for request in requests:
+        assert replayed.ids(request) == eager.ids(request) != []
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+        if request.grammar is not None:
+            finished = replayed.last(request)
+            assert isinstance(finished, Finished)
+            assert re.fullmatch(request.request_id, finished.generated_text)
+    check_greedy(reference("llama", num_hidden_layers=1), replayed, requests[-1])
+
+
+@pytest.mark.slow
+def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
+    ahead = engine(fused("llama"), with_graphs=True)
+    while ahead.prepare():
+        pass
+    steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
+    assert not any(ahead.runner.needs_capture(step) for step in steps)
+    request = greedy(PROMPTS[0], 3)
+    check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        pytest.param(PROMPTS[0], ["prefills", "decodes"], id="a prefill first"),
+        pytest.param(PROMPTS[2], ["decodes and prefills"], id="a decode first"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_runs_all_the_same(
+    prompt: list[int], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_):  # type: ignore[no-untyped-def]
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
+    request = greedy(prompt, 3)
+    answers = run(Engine(fused("llama"), config, capture=refuse), [(0, request)])
+    check_greedy(reference("llama", num_hidden_layers=2), answers, request)
+    warnings = [record.message for record in caplog.records if "kernel by kernel" in record.message]
+    assert [message.partition(" are launched ")[0] for message in warnings] == told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_prompts_that_come_while_others_decode_are_replayed_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short ones, and what a cached prefix has left of a long one."""
+    prepared = engine(fused(name), with_graphs=True)
+    while prepared.prepare():
+        pass
+    monkeypatch.setattr(prepared.runner, "forward", None)  # any step without a graph fails
+    long = list(range(60, 100))
+    prompts = [*PROMPTS, long, [*long, 1, 2], PROMPTS[1]]
+    requests = [greedy(prompt, 5) for prompt in prompts]
+    replayed = run(prepared, [(2 * i, request) for i, request in enumerate(requests)])
+    assert prepared.figures().num_prefix_hit_tokens > 0
+    for request in requests:
+        check_greedy(reference(name, num_hidden_layers=2), replayed, request)
+
+
+@pytest.mark.slow
+def test_forks_are_replayed_from_their_leaders_logits() -> None:
+    loaded = fused("llama")
+    sampling = SamplingParams(do_sample=True, seed=1, logprobs=True)
+    leader, *forks = (
+        Request(
+            f"fork-{i}", PROMPTS[1], replace(sampling, seed=i), StoppingParams(4, ignore_eos=True)
+        )
+        for i in range(3)
+    )
+    said = [
+        run(engine(loaded, with_graphs), [(0, [leader, *forks])]) for with_graphs in (False, True)
+    ]
+    for request in (leader, *forks):
+        assert said[0].ids(request) == said[1].ids(request) != []
+
+
+def decode_recording(num_layers: int) -> Recording:
+    """The forward of one decode step, as it is captured."""
+    recordings = []
+
+    def remember(work):  # type: ignore[no-untyped-def]
+        recording, result = capture(work)
+        recordings.append(recording)
+        return recording, result
+
+    config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=64)
+    assert Engine(fused("llama", num_layers), config, capture=remember).prepare()
+    return recordings[0]
+
+
+@pytest.mark.slow
+def test_a_llama_layer_takes_nine_launches() -> None:
+    few, many = (len(decode_recording(n).launches) for n in LAYERS)
+    assert (many - few) / (LAYERS[1] - LAYERS[0]) == 9
+
+
+@pytest.mark.slow
+def test_a_decode_step_never_waits_for_the_device() -> None:
+    recording = decode_recording(1)  # raises where it would
+    assert len(recording.launches) > 9
+    on_host = [call for call in recording.calls if "_to_copy" in call.name]
+    assert not any(call.kwargs.get("device") for call in on_host)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_a_recording_notices_what_waits(wait) -> None:  # type: ignore[no-untyped-def]
+    x = torch.arange(4)
+    with pytest.raises(HostWaits), Recording():
+        wait(x)

@@ -1,0 +1,63 @@
+"""`python -m tests.precompile.launching stage|cuda`: launches kernels on a GPU that is not there,
+and prints, for each, whether Triton's cache had it.
+
+A process of its own: Triton decides when it is imported whether it compiles, and remembers what
+it has compiled. `cuda` takes Triton's own driver for NVIDIA's GPUs, as far as that asks what the
+GPU is; to launch and to load takes one.
+"""
+
+import json
+import sys
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.nvidia.driver import CudaDriver
+
+from kernels import fused_sampling
+from kernels.norm import NormForm, norm_triton
+from kernels.token_mask import mask_tokens_triton
+from precompile.fake_driver import TARGETS, stage
+
+TARGET = TARGETS[90]
+
+
+def cuda_driver() -> CudaDriver:
+    driver = CudaDriver.__new__(CudaDriver)
+    driver.get_current_device = lambda: 0
+    driver.get_current_stream = lambda _: 0
+    driver.get_device_capability = lambda _: divmod(TARGET.capability, 10)
+    driver.utils = Mock()
+    driver.utils.get_device_properties.return_value = {"max_shared_mem": TARGET.shared_bytes}
+    driver.utils.load_binary.return_value = 0, 0, 0, 0, 1024
+    driver.launcher_cls = Mock()
+    return driver
+
+
+def launch() -> None:
+    norm_triton(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(64), None, NormForm(1e-5))
+    logits = torch.zeros(2, 5000, dtype=torch.bfloat16)
+    fused_sampling.greedy(logits, want_logprobs=False)
+    mask_tokens_triton(logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 157).int())
+
+
+def main(where: str) -> None:
+    found: dict[str, bool] = {}
+
+    def listen(src: Any, cache_hit: bool, **_: object) -> None:
+        found[src.name] = cache_hit
+
+    knobs.compilation.listener = listen
+    if where == "stage":
+        with stage(TARGET):
+            launch()
+    else:
+        triton.runtime.driver.set_active(cuda_driver())
+        launch()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,92 @@
+"""What is compiled without a GPU is what Triton looks for on one."""
+
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.runtime import build
+from triton.runtime.cache import get_cache_manager
+
+import kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments: str, cache: Path) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=env | {"TRITON_CACHE_DIR": str(cache)},
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+
+
+def launched(where: str, cache: Path) -> dict[str, bool]:
+    """By kernel, whether Triton's cache had it."""
+    return json.loads(python("tests.precompile.launching", where, cache=cache))
+
+
+NAMES = {"_norm_kernel", "_greedy_chunk_kernel", "_greedy_row_kernel", "_mask_tokens_kernel"}
+
+
+@pytest.mark.slow
+def test_triton_s_driver_of_a_gpu_finds_what_was_compiled_for_it(tmp_path: Path) -> None:
+    assert launched("stage", tmp_path) == dict.fromkeys(NAMES, False)
+    assert launched("cuda", tmp_path) == dict.fromkeys(NAMES, True)
+
+
+@pytest.mark.slow
+def test_a_cache_that_has_moved_has_nothing(tmp_path: Path) -> None:
+    """Why the image fills it where it will be used."""
+    launched("stage", tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert not any(launched("cuda", tmp_path / "there").values())
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+@pytest.mark.parametrize("linkage", ["", "ELF"], ids=["without file", "with file"])
+def test_triton_s_own_library_is_found_on_either_platform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkage: str
+) -> None:
+    from precompile.fake_driver import build_launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    build_launcher()
+    looked_for: list[str | None] = []
+
+    def remember(key: str) -> object:
+        cache = get_cache_manager(key)
+        looked_for.append(
+            cache.get_file(f"cuda_utils{build.sysconfig.get_config_var('EXT_SUFFIX')}")
+        )
+        return cache
+
+    monkeypatch.setattr(platform, "architecture", lambda: ("64bit", linkage))
+    monkeypatch.setattr(build, "get_cache_manager", remember)
+    monkeypatch.setattr(build, "_load_module_from_path", lambda *_: None)
+    build.platform_key.cache_clear()
+    source = Path(build.__file__).parents[1] / "backends/nvidia/driver.c"
+    build.compile_module_from_src(source.read_text(), "cuda_utils")
+    build.platform_key.cache_clear()
+    assert looked_for[0] is not None
+
+
+@pytest.mark.slow
+def test_every_kernel_is_played(tmp_path: Path) -> None:
+    python("precompile", "--targets", "90", "--dtypes", "bfloat16", cache=tmp_path)
+    compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
+    modules = [
+        importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
+    ]
+    launchable = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert compiled == launchable
