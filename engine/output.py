@@ -75,9 +75,9 @@ class SequenceOutput:
         seq, stopping = self._seq, self._seq.request.stopping
         if len(seq.token_ids) >= seq.max_tokens:
             return FinishReason.LENGTH
-        if token_id in self._eos_token_ids and not (stopping.ignore_eos and seq.grammar is None):
+        if token_id in self._eos_token_ids and not (stopping.ignore_eos and seq.constraint is None):
             return FinishReason.EOS_TOKEN
-        if seq.grammar is not None and seq.grammar.is_finished and not self._eos_token_ids:
+        if seq.constraint is not None and seq.constraint.is_finished and not self._eos_token_ids:
             return FinishReason.EOS_TOKEN
         if stopping.stop and self._reached_stop(text, stopping.stop):
             return FinishReason.STOP_SEQUENCE

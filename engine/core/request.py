@@ -9,10 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
-
-if TYPE_CHECKING:
-    from engine.text.grammar import Grammar
+from typing import NamedTuple, Protocol, cast
 
 
 class FinishReason(StrEnum):
@@ -54,6 +51,37 @@ class StoppingParams:
     ignore_eos: bool = False
 
 
+class ConstraintState(Protocol):
+    """How far one sequence has followed its `TokenConstraint`."""
+
+    def accept(self, token_id: int) -> None:
+        """The sequence goes on with this token."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; empty where the constraint leaves a choice."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end of the sequence may follow."""
+
+    @property
+    def error(self) -> str:
+        """Why the constraint cannot be followed any further; empty while it can."""
+
+
+class TokenConstraint(Protocol):
+    """What the tokens of a sequence have to follow, such as a compiled grammar.
+
+    `warnings` say which parts of it are not enforced.
+    """
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+    def start(self) -> ConstraintState:
+        """The state of a sequence that has generated nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation. `prompt_ids` is not empty and leaves room for one token.
@@ -67,7 +95,7 @@ class Request:
     sampling: SamplingParams
     stopping: StoppingParams
     cache_salt: bytes = b""
-    grammar: "Grammar | None" = None
+    grammar: TokenConstraint | None = None
     prompt_logprobs: bool = False
 
 

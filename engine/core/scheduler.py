@@ -172,8 +172,8 @@ class Scheduler:
         self._orphan(seq.forks, place)
         seq.forks = []
 
-    def skip_ahead(self, seq: Sequence) -> None:
-        """Its last tokens were not sampled: what a step in flight draws for it is not to be."""
+    def drop_in_flight(self, seq: Sequence) -> None:
+        """Ignore what steps in flight sample: the host has appended forced tokens instead."""
         seq.num_tokens = len(seq.token_ids)
         if seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)  # its slot counts other tokens

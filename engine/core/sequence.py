@@ -11,13 +11,9 @@ tensors. Positions, as half-open ranges over one sequence:
 
 import time
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from engine.core.block_pool import BlockHash
-from engine.core.request import Request
-
-if TYPE_CHECKING:
-    from engine.text.grammar import GrammarState
+from engine.core.request import ConstraintState, Request
 
 
 class SequenceStatus(Enum):
@@ -38,9 +34,9 @@ class Sequence:
         "arrival_time",
         "block_hashes",
         "block_table",
+        "constraint",
         "first_scheduled_time",
         "forks",
-        "grammar",
         "leader",
         "max_tokens",
         "num_completed",
@@ -59,9 +55,9 @@ class Sequence:
         self.request = request
         self.leader = leader
         self.forks: list[Sequence] = []
-        self.grammar: GrammarState | None = None
+        self.constraint: ConstraintState | None = None
         if request.grammar is not None:
-            self.grammar = request.grammar.start()
+            self.constraint = request.grammar.start()
         self.token_ids = list(request.prompt_ids)
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens

@@ -123,7 +123,7 @@ def test_every_token_is_the_models_own(name: str) -> None:
 
 def test_every_graph_can_be_captured_ahead() -> None:
     ahead = engine(loaded("llama", torch.bfloat16))
-    while ahead.prepare():
+    while ahead.capture_next_graph():
         pass
     steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
     assert not any(ahead.runner.needs_capture(step) for step in steps)
