@@ -81,7 +81,7 @@ class Engine:
         limits: Limits | None = None,
         capture: Capture | None = None,
     ):
-        """`capture` records steps as graphs: CUDA's, where nothing else is said."""
+        """`capture` records steps as graphs. None: CUDA graphs on CUDA, no graphs on a CPU."""
         if capture is None and config.cuda_graphs and loaded.model.device.type == "cuda":
             capture = CudaCapture()
         self.limits = limits or decide_limits(loaded, config)
@@ -109,10 +109,9 @@ class Engine:
         self.cold_start = ColdStart()
 
     def warm_up(self) -> None:
-        """Run the largest prefill and a few sampled decodes, so that no user is the first.
+        """Run the largest prefill and a few sampled decodes before the first request does.
 
-        Raises LoadError when even that does not work, torch.OutOfMemoryError when there is
-        not the memory for it.
+        Raises LoadError if that fails, torch.OutOfMemoryError if there is too little memory.
         """
         length = min(self.limits.max_batch_tokens, self.limits.max_total_tokens - 4)
         self.add(
@@ -132,7 +131,7 @@ class Engine:
         self.scheduler.pool.forget_cached()
 
     def summary(self) -> list[str]:
-        """What is served and under which limits, a line each, with where they come from."""
+        """Return the model and the limits in effect, a line each, with where they come from."""
         info = self.info
         weights = f"{info.weight_bytes / 2**30:.2f} GiB of weights"
         if info.quantization is not None:
@@ -145,9 +144,9 @@ class Engine:
     # -- requests ---------------------------------------------------------------------
 
     def add(self, request: Request, forks: Seq[Request] = ()) -> None:
-        """Accept a request; it will get exactly one `Finished` or `Failed`.
+        """Accept a request. It gets exactly one `Finished` or `Failed`.
 
-        `forks` are others of the same prompt, which is computed once for all of them.
+        `forks` are requests with the same prompt, which is computed once for all of them.
         """
         leader = Sequence(request)
         for seq in (leader, *(Sequence(fork, leader) for fork in forks)):
@@ -156,13 +155,13 @@ class Engine:
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request at once, in whatever phase it is; no event follows. Idempotent."""
+        """Drop a request at once, in any phase. No event follows. Idempotent."""
         entry = self._live.pop(request_id, None)
         if entry is not None:
             self.scheduler.finish(entry[0])
 
     def fail_all(self, message: str) -> Events:
-        """Give up on every request."""
+        """Fail every request."""
         self._events = []
         for seq, _ in list(self._live.values()):
             self.pipeline.fail(seq, message)
