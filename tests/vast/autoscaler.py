@@ -34,8 +34,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
-from tests.vast.books import Attempt, Books, Deletion, Report
 from tests.vast.certificates import Authority, RequestRefused
+from tests.vast.ledger import Attempt, Deletion, Ledger, Report
 from tests.vast.signing import SIGNED_FIELDS, Signer
 
 Json = dict[str, Any]
@@ -155,7 +155,7 @@ class Autoscaler:
         signer: Signer | None = None,
     ) -> None:
         self.form = form
-        self.books = Books()
+        self.books = Ledger()
         self.workers: dict[int, Worker] = {}
         self.certificate_requests: list[int] = []
         self.listeners: list[Listener] = []
