@@ -1,7 +1,7 @@
 """Vast's autoscaler, console and web server in one small program, to try a worker against.
 
 It knows a worker by its reports, sends clients to it when it is loaded, signs as Vast signs, and
-keeps books of all that it was told (`tests/vast/books.py`). In a test:
+keeps books of all that it was told (`tests/vast/ledger.py`). In a test:
 
     with running() as autoscaler:
         start_a_worker(report_addr=autoscaler.url, console_url=autoscaler.url)
