@@ -28,7 +28,7 @@ from engine.core.request import (
 )
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
-from engine.device.stream import in_passing_thread, make_stream
+from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
@@ -59,12 +59,12 @@ class Engine:
     ) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
         cold_start = cold_start or ColdStart()
-        loaded = in_passing_thread(lambda: load(load_config, cold_start))
-        limits = in_passing_thread(lambda: decide_limits(loaded, config))
+        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start))
+        limits = run_in_temporary_thread(lambda: decide_limits(loaded, config))
         while True:
             try:
                 with cold_start.phase("warm-up"):
-                    engine = in_passing_thread(partial(cls, loaded, config, limits))
+                    engine = run_in_temporary_thread(partial(cls, loaded, config, limits))
                     engine.warm_up()
             except torch.OutOfMemoryError:
                 limits = with_smaller_cache(loaded, config, limits)

@@ -2,7 +2,7 @@
 
 Nothing here knows a model by name. `discover` runs one short forward with a recording
 attention function in place of the real one, and reads each call's geometry, mask and
-sharing from what the model passes. `own_logits` are those of two prompts, before anything
+sharing from what the model passes. `reference_logits` are those of two prompts, before anything
 about the model is changed; `verify` then runs both through the paged cache, in chunks,
 side by side in one packed row, and compares every logit. What cannot be answered for is
 refused with the reason.
@@ -197,7 +197,7 @@ def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
 
 
 @torch.inference_mode()
-def own_logits(model: PreTrainedModel) -> list[Tensor]:
+def reference_logits(model: PreTrainedModel) -> list[Tensor]:
     """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
 
     Run under an observer, it also shows how the model computes: the prompts are no special case.

@@ -21,7 +21,7 @@ from engine.core.request import (
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
 from tests.engine.driving import Answers, check_greedy, generate, greedy, run
-from tests.engine.models import FAMILIES, adopted, build
+from tests.engine.models import FAMILIES, build, prepared
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 
@@ -52,7 +52,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 @cache
 def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
-    return adopted(name, device="cuda", dtype=dtype, **WIDE)
+    return prepared(name, device="cuda", dtype=dtype, **WIDE)
 
 
 @cache

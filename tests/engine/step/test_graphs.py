@@ -25,7 +25,7 @@ from engine.sampling import triton_sampler
 from engine.text.grammar import GrammarCompiler
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, run
-from tests.engine.models import VOCAB_SIZE, adopted, reference
+from tests.engine.models import VOCAB_SIZE, prepared, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
 LAYERS = (1, 2)
@@ -35,7 +35,7 @@ PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), l
 @cache
 def fused(name: str, num_layers: int = 2) -> LoadedModel:
     """A model on the Triton kernels, each of them one operation of a recording."""
-    return adopted(name, recorded(TRITON), num_hidden_layers=num_layers)
+    return prepared(name, recorded(TRITON), num_hidden_layers=num_layers)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.checkpoint import Checkpoint, locate
-from engine.loading.loader import LoadedModel, adopt
+from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.grammar import (
     Grammar,
     GrammarCompiler,
@@ -69,7 +69,7 @@ def loaded() -> LoadedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return adopt(model, tokenizer(), Checkpoint(Path("/nowhere"), "tiny-guided"))
+    return prepare_model(model, tokenizer(), Checkpoint(Path("/nowhere"), "tiny-guided"))
 
 
 @cache
