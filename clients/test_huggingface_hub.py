@@ -203,7 +203,8 @@ def test_a_response_format_makes_json_that_validates(
 def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
     with pytest.raises(Exception, match="422") as refused:
         client.chat_completion(MESSAGES, max_tokens=1, top_p=0.0)
-    error = refused.value  # of requests, of httpx2, or of aiohttp, which needs the payload kept
+    # The client raises an error of requests, httpx2 or aiohttp. Only aiohttp's has the payload.
+    error: Any = refused.value
     payload = getattr(error, "response_error_payload", None) or error.response.json()
     assert payload == {
         "error": "Input validation error: `top_p` must be > 0.0 and < 1.0",

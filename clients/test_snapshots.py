@@ -77,12 +77,21 @@ def completion(name: str, path: str = "/v1/completions", **asked: Any) -> Case:
     return Case(name, path, {"prompt": PROMPT, "max_tokens": 3, "temperature": 0.0} | asked)
 
 
-SAMPLED = {"do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.9, "seed": 42}
+SAMPLED: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.2,
+    "top_k": 40,
+    "top_p": 0.9,
+    "seed": 42,
+}
 ODD = "Bonjour 🌍, 你好 e\u0301!"
-TOOLS = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 60}
-USAGE = {"stream_options": {"include_usage": True}}
-LOGPROBS = {"logprobs": True, "top_logprobs": 2}
-BY_FORMAT = {"response_format": {"type": "json_object", "value": CITY}, "max_tokens": 40}
+TOOLS: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 60}
+USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
+BY_FORMAT: dict[str, Any] = {
+    "response_format": {"type": "json_object", "value": CITY},
+    "max_tokens": 40,
+}
 CITY_JSON = {"type": "json", "value": CITY}
 NOT_A_SCHEMA = {"type": "json", "value": "{"}
 NO_PROPERTIES = {"type": "json", "value": {"type": "object"}}

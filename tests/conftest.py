@@ -1,4 +1,4 @@
-"""What every test has: kernels that run without a GPU, and the leak detector."""
+"""Fixtures of every test: the leak detector, and kernels that run without a GPU."""
 
 from collections.abc import Iterator
 
@@ -16,8 +16,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def leak_detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After every test, in every scheduler made by it: free + cached + used = all blocks,
-    nothing is used, and no sequence is left.
+    """Audit every scheduler that the test made: free + cached + used blocks are all blocks, no
+    block is in use, and no sequence is left.
     """
     from engine.core.scheduler import Scheduler
 

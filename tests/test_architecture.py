@@ -1,5 +1,5 @@
-"""The direction of dependencies, read from the imports: api -> engine -> kernels, and within
-each of them from folder to folder.
+"""Imports go one way: api imports engine, engine imports kernels, and within api and engine each
+folder imports only the folders below it.
 """
 
 import ast
@@ -11,27 +11,26 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path.relative_to(ROOT)
-    for room in ("api", "engine", "kernels")
-    for path in ROOT.glob(f"{room}/**/*.py")
+    for package in ("api", "engine", "kernels")
+    for path in ROOT.glob(f"{package}/**/*.py")
 )
-IN_FOLDERS = [path for path in FILES if path.parts[0] != "kernels" and len(path.parts) > 2]
 FORBIDDEN = {
     "kernels": {"engine", "api", "transformers", "fastapi", "pydantic", "asyncio"},
     "engine": {"api", "fastapi", "starlette", "pydantic", "uvicorn", "triton"},
     "api": {"torch", "transformers", "kernels", "triton"},
 }
-# From the ground up: a folder imports what stands before it, never what stands after it. Files
+# From the lowest layer up: a folder imports those listed before it, never those after it. Files
 # outside these folders import any of them; `api.vast` may import those files, too.
-FLOORS = {
+LAYERS = {
     "engine": ("core", "device", "text", "fusion", "attention", "loading", "sampling", "step"),
     "api": ("http", "settings", "telemetry", "generation", "tgi", "openai", "vast"),
 }
 TORCH_FREE = ("engine.core", "engine.async_engine")
-"""What the HTTP side may import, and what the scheduler's tests drive without a device."""
+"""The part of the engine that `api` may import, and that tests drive without a device."""
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Names of the modules, packages and members that a file imports when it runs."""
+    """Yield the full name of each module and member that a file imports when it runs."""
     return _imports(ast.parse((ROOT / path).read_text()))
 
 
@@ -51,7 +50,7 @@ def packages(path: Path) -> set[str]:
 
 
 def folder_of(path: Path) -> str | None:
-    """`engine/core/request.py` is in `core`; `engine/engine.py` is in none."""
+    """Return `core` for `engine/core/request.py`, and None for `engine/engine.py`."""
     return path.parts[1] if len(path.parts) > 2 else None
 
 
@@ -59,9 +58,9 @@ def starts_with(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def test_every_folder_has_its_floor() -> None:
-    found = {path.parts[:2] for path in FILES if len(path.parts) > 2 and path.parts[0] in FLOORS}
-    assert found == {(room, folder) for room, floors in FLOORS.items() for folder in floors}
+def test_every_folder_has_its_layer() -> None:
+    found = {path.parts[:2] for path in FILES if len(path.parts) > 2 and path.parts[0] in LAYERS}
+    assert found == {(package, folder) for package, layers in LAYERS.items() for folder in layers}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -70,21 +69,21 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if folder_of(p) and p.parts[0] in FLOORS], ids=str
+    "path", [p for p in FILES if folder_of(p) and p.parts[0] in LAYERS], ids=str
 )
 def test_a_folder_imports_only_folders_below_it(path: Path) -> None:
-    room, folder = path.parts[0], folder_of(path)
+    package, folder = path.parts[0], folder_of(path)
     assert folder is not None
-    floors = FLOORS[room]
-    below = tuple(f"{room}.{name}" for name in floors[: floors.index(folder) + 1])
-    inner = [name for name in imports(path) if starts_with(name, (room,))]
+    layers = LAYERS[package]
+    below = tuple(f"{package}.{name}" for name in layers[: layers.index(folder) + 1])
+    inner = [name for name in imports(path) if starts_with(name, (package,))]
     assert folder == "vast" or all(starts_with(name, below) for name in inner)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) != "vast"], ids=str)
 def test_only_the_entry_point_imports_the_vast_worker(path: Path) -> None:
-    knows = any(starts_with(name, ("api.vast",)) for name in imports(path))
-    assert not knows or path == Path("api/__main__.py")
+    imported = any(starts_with(name, ("api.vast",)) for name in imports(path))
+    assert not imported or path == Path("api/__main__.py")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) == "core"], ids=str)
@@ -93,7 +92,7 @@ def test_the_engine_s_core_needs_no_torch_and_no_numpy(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "engine"], ids=str)
-def test_only_the_async_shell_knows_asyncio(path: Path) -> None:
+def test_only_the_async_engine_imports_asyncio(path: Path) -> None:
     assert "asyncio" not in packages(path) or path.name == "async_engine.py"
 
 
@@ -106,6 +105,6 @@ def test_the_environment_is_read_in_one_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "api"], ids=str)
 def test_the_http_side_imports_only_the_torch_free_part_of_the_engine(path: Path) -> None:
-    """`__main__` alone imports the engine itself, when it is about to run it."""
+    """`api/__main__.py` is the exception: it imports the whole engine to run it."""
     inner = [name for name in imports(path) if starts_with(name, ("engine",))]
     assert path.name == "__main__.py" or all(starts_with(name, TORCH_FREE) for name in inner)

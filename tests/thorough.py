@@ -1,4 +1,4 @@
-"""How thorough the tests of many examples are: `make thorough` tries ten times as many."""
+"""A factor for the number of random examples. `make thorough` sets it to 10."""
 
 import os
 
