@@ -1,8 +1,8 @@
-"""Whether the server in this container is healthy: exit code 0 if so, for HEALTHCHECK.
+"""The image's HEALTHCHECK: exits with 0 if the server in this container is healthy, else with 1.
 
-Asks /health of a worker (over TLS if it speaks TLS), of a plain server and of one behind Vast's own
-worker, whichever is there.
-Of the standard library alone, and quick to start: it runs every half a minute.
+It requests /health from each server that may run here: a Vast worker (with or without TLS), a
+plain server, and a server behind Vast's stock PyWorker. It runs every half a minute, so it imports
+only the standard library and starts quickly.
 """
 
 import os
@@ -14,10 +14,10 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 _TIMEOUT_S = 4
-_BEHIND_PYWORKER = 5001
+_PYWORKER_BACKEND_PORT = 5001
 
-# The certificate is for the address that clients use, not for this one.
-_ANY_CERTIFICATE = ssl._create_unverified_context()
+# The certificate is for the public address, so it cannot be verified at 127.0.0.1.
+_UNVERIFIED = ssl._create_unverified_context()
 
 
 def is_healthy() -> bool:
@@ -25,17 +25,19 @@ def is_healthy() -> bool:
 
 
 def _servers() -> Iterator[HTTPConnection]:
-    # Not urllib, which would ask a proxy of the environment.
+    # http.client is used because urllib would use a proxy from the environment.
     worker = int(os.environ.get("WORKER_PORT") or 3000)
-    yield HTTPSConnection("127.0.0.1", worker, timeout=_TIMEOUT_S, context=_ANY_CERTIFICATE)
+    yield HTTPSConnection("127.0.0.1", worker, timeout=_TIMEOUT_S, context=_UNVERIFIED)
     yield HTTPConnection("127.0.0.1", worker, timeout=_TIMEOUT_S)
     plain = int(_port_flag() or os.environ.get("PORT") or 3000)
-    for port in {plain, _BEHIND_PYWORKER} - {worker}:
+    for port in {plain, _PYWORKER_BACKEND_PORT} - {worker}:
         yield HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
 
 
 def _port_flag() -> str | None:
-    """Of the container's first process: HEALTHCHECK sees the environment, but no flags."""
+    """Return the --port flag of the container's first process. HEALTHCHECK sees the server's
+    environment, but not its flags.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-p", "--port")
     command = Path("/proc/1/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -43,6 +45,7 @@ def _port_flag() -> str | None:
 
 
 def _answers(server: HTTPConnection) -> bool:
+    """Whether /health is answered with 200."""
     try:
         server.request("GET", "/health")
         return server.getresponse().status == 200

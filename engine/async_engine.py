@@ -269,7 +269,7 @@ class AsyncEngine:
 
     def _await_work(self) -> None:
         while not (self._engine.has_work or self._inbox or self._stopping):
-            if not self._engine.prepare():
+            if not self._engine.capture_next_graph():
                 self._prepared = True
                 self._wake.wait()
                 self._wake.clear()

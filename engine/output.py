@@ -1,4 +1,4 @@
-"""From a sequence's token ids to its events: text, stop conditions, finish reason."""
+"""Turns a sequence's token ids into its events: text, stop conditions, finish reason."""
 
 from math import inf, isfinite
 
@@ -14,11 +14,11 @@ from engine.sampling.sampler import TIE_MARGIN
 from engine.text.tokenizer import TextStream, Tokenizer
 
 _STOP_WINDOW = 200
-"""Characters of running text kept for stop sequences, as Text Generation Inference does."""
+"""Characters of recent text that stop sequences are compared with, as in TGI."""
 
 
 class SequenceOutput:
-    """What one sequence has said so far. `push` is called once per token."""
+    """The text of one sequence so far. Call `push` once per token."""
 
     __slots__ = (
         "_eos_token_ids",
@@ -42,7 +42,10 @@ class SequenceOutput:
     def push(
         self, token_id: int, logprob: float | None, top: list[tuple[int, float]]
     ) -> tuple[TokenOutput, FinishReason | None]:
-        """`token_id` is the last of the sequence's; `top` its best alternatives, in order."""
+        """Return the event of the sequence's last token, and the finish reason if it ends there.
+
+        `top` has the best alternatives as (token id, logprob), best first.
+        """
         text = self._text.push(token_id)
         reason = self._finish_reason(token_id, text)
         if reason is not None:
@@ -51,11 +54,13 @@ class SequenceOutput:
         return new_token_output((token, self._top_tokens(top) if top else ())), reason
 
     def add_prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
-        """Those of the tokens behind position `start`. What was preempted comes once more."""
+        """Store the logprobs of the tokens after `start`. After a preemption the same positions
+        are reported again.
+        """
         self._prompt_logprobs[start + 1 : start + 1 + len(logprobs)] = logprobs
 
     def prompt(self) -> tuple[Token, ...]:
-        """The prompt's tokens with their logprobs, if those were asked for."""
+        """Return the prompt's tokens with their logprobs, if those were requested."""
         request, tokenizer = self._seq.request, self._tokenizer
         if not request.prompt_logprobs:
             return ()
@@ -75,16 +80,16 @@ class SequenceOutput:
         seq, stopping = self._seq, self._seq.request.stopping
         if len(seq.token_ids) >= seq.max_tokens:
             return FinishReason.LENGTH
-        if token_id in self._eos_token_ids and not (stopping.ignore_eos and seq.grammar is None):
+        if token_id in self._eos_token_ids and not (stopping.ignore_eos and seq.constraint is None):
             return FinishReason.EOS_TOKEN
-        if seq.grammar is not None and seq.grammar.is_finished and not self._eos_token_ids:
+        if seq.constraint is not None and seq.constraint.is_finished and not self._eos_token_ids:
             return FinishReason.EOS_TOKEN
         if stopping.stop and self._reached_stop(text, stopping.stop):
             return FinishReason.STOP_SEQUENCE
         return None
 
     def _reached_stop(self, text: str, stop: tuple[str, ...]) -> bool:
-        """The text ends with a stop string, one final newline notwithstanding."""
+        """Whether the text ends with a stop string, ignoring one final newline."""
         window = max(_STOP_WINDOW, *(len(s) + 1 for s in stop))
         self._tail = (self._tail + text)[-window - len(text) :]
         return self._tail.endswith(stop) or (
@@ -92,8 +97,10 @@ class SequenceOutput:
         )
 
     def _top_tokens(self, top: list[tuple[int, float]]) -> tuple[Token, ...]:
-        """Those at least as likely as the n-th, as far as a request that is alone would see
-        them; what the processors excluded is left out.
+        """Return the alternatives that are at least as likely as the n-th best.
+
+        At most `TIE_MARGIN` ties are returned, as many as the request would get alone. Tokens
+        that the logits processors excluded are left out.
         """
         n = min(self._seq.request.sampling.top_n_tokens, len(top))
         threshold = max(top[n - 1][1], -inf)

@@ -109,7 +109,7 @@ class Inference:
                 with self._engine.submit(request) as generation:
                     async for events in generation.events():
                         end = events[-1]
-                        observation.tokens_came(_num_tokens(events))
+                        observation.tokens_generated(_num_tokens(events))
                         if isinstance(end, Finished):
                             observation.finished(end, _timings(end, started, validated))
                         if isinstance(end, Failed):
@@ -162,7 +162,7 @@ def _candidates(request: Request, best_of: int) -> list[Request]:
 async def _collect(generation: Generation, observation: Observation) -> Completion:
     outputs: list[TokenOutput] = []
     async for events in generation.events():
-        observation.tokens_came(_num_tokens(events))
+        observation.tokens_generated(_num_tokens(events))
         for event in events:
             match event:
                 case TokenOutput():

@@ -1,6 +1,6 @@
-"""The API key: whatever is served is for who has it, save what is named here.
+"""The API key. Every route requires it, except the routes in `OPEN`, which are TGI's exceptions.
 
-A route that is added is guarded without anyone's doing. The exceptions are TGI's.
+A newly added route is guarded by default.
 """
 
 import hmac
@@ -22,13 +22,13 @@ OPEN = frozenset(
         ("POST", "/chat_tokenize"),
     }
 )
-"""What is served without the key, by method and path."""
+"""Method and path of the routes that are served without the key."""
 
 
 class ApiKey:
-    """Answers 401 without a body before anything of a request's own is read.
+    """ASGI middleware that answers 401 without a body, before the request's body is read.
 
-    Paths that `is_served` does not know are let through, to be answered 404 as in TGI.
+    Requests for which `is_served` is False pass through to be answered 404, as in TGI.
     """
 
     def __init__(self, app: ASGIApp, key: str, is_served: Callable[[Scope], bool]) -> None:
@@ -47,5 +47,5 @@ class ApiKey:
         if (method, scope["path"]) in OPEN or not self._is_served(scope):
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        # Without regard to case, the key's own included: TGI compares so.
+        # TGI ignores case here, even in the key itself.
         return hmac.compare_digest(given.lower(), self._expected)

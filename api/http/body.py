@@ -1,4 +1,4 @@
-"""An HTTP body becomes a request model, or is rejected in plain text as axum does."""
+"""Parsing HTTP bodies into request models; invalid ones are rejected in plain text, as by axum."""
 
 import json
 from typing import TypeVar
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 async def read_body(request: Request, model: type[Model], limit: int) -> Model:
-    """The body as `model`, read no further than `limit` bytes."""
+    """Return the body as `model`. Reading stops, with an error, after `limit` bytes."""
     if not _is_json(request.headers.get("content-type", "")):
         raise BodyRejected(415, "Expected request with `Content-Type: application/json`")
     return parse_body(await _read(request, limit), model)
@@ -25,7 +25,7 @@ def parse_body(raw: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(_parse_json(raw))
     except pydantic.ValidationError as error:
-        # Of an untagged enum, serde has no position to tell.
+        # For an untagged enum serde names no position.
         where = "" if issubclass(model, pydantic.RootModel) else f" {_end_of(raw)}"
         raise BodyRejected(
             422,
@@ -52,7 +52,7 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def _parse_json(raw: bytes) -> object:
-    """pydantic's parser because it fails in serde_json's words."""
+    """Parse JSON. pydantic's parser is used because its error messages are those of serde_json."""
     try:
         return pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -63,12 +63,14 @@ def _parse_json(raw: bytes) -> object:
 
 
 def _first_value(raw: bytes) -> object:
-    """axum 0.7 does not look behind the first value."""
+    """Return the first JSON value and ignore what follows it, as axum 0.7 does."""
     value: object = json.JSONDecoder().raw_decode(raw.decode(errors="replace").lstrip())[0]
     return value
 
 
 def _end_of(raw: bytes) -> str:
-    """Where serde would be when it has seen everything; its exact column is not imitated."""
+    """Return the position at the end of the body. serde names the position of the error, which is
+    not reproduced.
+    """
     column = len(raw) - (raw.rfind(b"\n") + 1)
     return f"at line {raw.count(10) + 1} column {column}"

@@ -1,7 +1,7 @@
-"""Cross-origin headers on every answer, byte for byte those of tower-http around TGI's router.
+"""CORS headers on every response, byte for byte those of tower-http around TGI's router.
 
-Starlette's own middleware sends none where a request names no origin, and asks a preflight for
-headers that TGI answers without.
+Starlette's own CORS middleware is not used: it sends no headers to requests without an origin, and
+it rejects preflight requests that lack headers which TGI does not require.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ _PREFLIGHT = (
 
 
 class Cors:
-    """The outermost layer: errors and refusals carry the headers too.
+    """The outermost middleware, so that error responses have the headers too.
 
-    `origins` are those whose pages may read answers, as their browsers write them; none, or
-    `*` among them, is all.
+    `origins` are the origins whose pages may read responses, written as browsers send them. An
+    empty list, or one that contains `*`, allows all.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
@@ -53,6 +53,6 @@ class Cors:
 
 
 async def _answer_preflight(send: Send) -> None:
-    """Whatever is asked for, and of whatever path."""
+    """Answer a preflight request. The answer is the same for every path and every question."""
     await send({"type": "http.response.start", "status": 200, "headers": _PREFLIGHT})
     await send({"type": "http.response.body"})

@@ -1,7 +1,7 @@
-"""Stops work at once when its client goes away, on every kind of route.
+"""Cancelling a request's work as soon as its client disconnects.
 
-Starlette cancels a handler on disconnect only while it streams; a plain handler
-would generate for nobody. So all routes run their work through here.
+Starlette cancels a handler on disconnect only while it streams; any other handler would continue
+to generate for a client that is gone. So all routes run their work through `until_disconnect`.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """Nobody is left to answer."""
+    """The client disconnected, so no response can be sent."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -31,7 +31,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def all_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Await all of `works` at once; the first that fails ends the others, and is raised."""
+    """Await all of `works` concurrently. If one fails, cancel the others and raise its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -40,7 +40,7 @@ async def all_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def first_of(*works: Awaitable[T]) -> T:
-    """What the first of `works` to end returns; the others are cancelled."""
+    """Return the result of the first of `works` to finish, and cancel the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -50,7 +50,7 @@ async def first_of(*works: Awaitable[T]) -> T:
 
 
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """And wait until they have let go of everything."""
+    """Cancel `tasks` and wait until they have cleaned up."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

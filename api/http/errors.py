@@ -1,16 +1,16 @@
-"""What can go wrong with a request, and what its client sees of it: one place.
+"""All errors of requests, and what the client receives for each.
 
     RequestError                  JSON {"error", "error_type"}, or the same as an SSE event
     ├── ValidationError           422
     ├── ToolError                 422
-    ├── Refused                   what one route alone says, in its own words
+    ├── Refused                   an error of a single route, with its own status and text
     ├── GenerationFailed          424
     ├── IncompleteGeneration      500
     └── IncompleteStream          (inside a stream that already answered 200)
-    Overloaded, EngineDead        the engine's own, 429 and 424
-    TemplateError                 likewise, 422
-    BodyRejected                  plain text, for a body that never became a request
-    ClientGone                    no one to tell
+    Overloaded, EngineDead        raised by the engine, 429 and 424
+    TemplateError                 raised by the engine, 422
+    BodyRejected                  plain text, for a body that could not be parsed
+    ClientGone                    the client disconnected: nothing is sent
 
 Texts and statuses are those of TGI's router.
 """
@@ -36,19 +36,19 @@ class ErrorResponse(TypedDict):
 
 
 class RequestError(Exception):
-    """A request that was understood and cannot be honoured."""
+    """A request that was parsed but cannot be served."""
 
 
 class ValidationError(RequestError):
-    """The request asks for what the limits or the contract refuse."""
+    """The request breaks a limit or a rule of TGI's API."""
 
 
 class ToolError(RequestError):
-    """The tools cannot be offered, or what was generated is no call of one."""
+    """The tools cannot be offered to the model, or its output is not a valid tool call."""
 
 
 class Refused(RequestError):
-    """What is said on one route alone."""
+    """An error that only one route answers."""
 
     def __init__(self, status: int, error: str, error_type: str) -> None:
         super().__init__(error)
@@ -57,7 +57,7 @@ class Refused(RequestError):
 
 
 class GenerationFailed(RequestError):
-    """The engine gave up on this generation."""
+    """The engine failed during this generation."""
 
 
 class IncompleteGeneration(RequestError):
@@ -65,7 +65,7 @@ class IncompleteGeneration(RequestError):
 
 
 class IncompleteStream(RequestError):
-    """The same, found while streaming."""
+    """The generation of a stream ended without its last event."""
 
 
 class BodyRejected(Exception):
@@ -81,6 +81,8 @@ REQUEST_ERRORS = (RequestError, Overloaded, EngineDead, TemplateError)
 
 @dataclass(frozen=True, slots=True)
 class WireError:
+    """Status code and JSON fields of an error response."""
+
     status: int
     error: str
     error_type: str
@@ -90,6 +92,7 @@ class WireError:
 
 
 def wire_error(problem: Exception) -> WireError:
+    """Return the response for one of `REQUEST_ERRORS`."""
     match problem:
         case ValidationError():
             return WireError(422, f"Input validation error: {problem}", "validation")
@@ -133,7 +136,9 @@ async def _answer_nobody(_: Request, __: Exception) -> Response:
 
 
 async def _answer_unrouted(request: Request, problem: Exception) -> Response:
-    """404 and 405 have no body. Starlette names the methods of the first route alone."""
+    """Answer 404 or 405 without a body. The `allow` header is computed here because Starlette
+    lists the methods of the first matching route only.
+    """
     assert isinstance(problem, HTTPException)
     headers = {"allow": _allowed_methods(request)} if problem.status_code == 405 else None
     return Response(status_code=problem.status_code, headers=headers)

@@ -1,4 +1,6 @@
-"""The OpenAPI document. Routes read their own bodies, so their models are added here."""
+"""The OpenAPI document. Routes parse their bodies themselves, so FastAPI does not know the body
+models; they are added here.
+"""
 
 from typing import Any
 
@@ -11,7 +13,7 @@ REF = "#/components/schemas/{model}"
 
 
 def describe(app: FastAPI, bodies: dict[str, type[BaseModel]]) -> dict[str, Any]:
-    """The document of `app`, whose POST routes take `bodies` by path."""
+    """Return the OpenAPI document of `app`. `bodies` has the body model of each POST path."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies.values()], ref_template=REF

@@ -1,8 +1,8 @@
-"""Serde's types and sentences on pydantic's models.
+"""Rust's number types and serde's error messages for pydantic models.
 
-TGI parses bodies with Rust's serde, and its clients see serde's sentences: "invalid
-type: string \"a\", expected f32". Strict pydantic accepts what serde accepts; this
-room names the number types as Rust does and words the refusals as serde would.
+TGI parses bodies with Rust's serde, and its clients see serde's messages: "invalid type: string
+\"a\", expected f32". Strict pydantic accepts what serde accepts; this module defines the number
+types under their Rust names and translates pydantic's errors into serde's messages.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ F32_MAX = 3.4028234663852886e38
 U32_MAX = 2**32 - 1
 U64_MAX = 2**64 - 1
 
-_TOLD_OF_PARENT = ("missing", "literal_error")
-"""pydantic's errors of a field that serde reports at the struct around it."""
+_REPORTED_AT_PARENT = ("missing", "literal_error")
+"""Types of pydantic errors that name a field where serde names the struct around it."""
 
 
 def _refusal(what: str, value: object, expected: str) -> PydanticCustomError:
@@ -45,9 +45,8 @@ def _integer(name: str, low: int, high: int) -> Callable[[object], int]:
 
 
 def _f32(value: object) -> float:
-    """To the nearest f32, so that limits are compared as TGI does.
-
-    What would become infinite stays the largest: an infinity makes NaN of a masked score.
+    """Round to the nearest f32, so that values compare with limits as in TGI. Values beyond the
+    range become the largest f32, since an infinity would turn a masked score into NaN.
     """
     if type(value) is not int and type(value) is not float:
         raise _refusal("type", value, "f32")
@@ -64,13 +63,15 @@ USIZE = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("usize"
 
 
 def no_variant(name: str) -> PydanticCustomError:
-    """What serde says of a value that is none of an untagged enum's; not why."""
+    """Return serde's error for a value that fits no variant of an untagged enum. It gives no
+    reason.
+    """
     text = "data did not match any variant of untagged enum {name}"
     return PydanticCustomError("serde", text, {"name": name})
 
 
 def untagged(name: str) -> WrapValidator:
-    """Any fault within a union is told as `no_variant`."""
+    """Return a validator that replaces any error inside a union by `no_variant`."""
 
     def validate(value: object, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -82,14 +83,14 @@ def untagged(name: str) -> WrapValidator:
 
 
 def json_text(value: object, allow_nan: bool = True) -> str:
-    """As serde_json prints it, compact; orjson has no integers beyond 64 bits.
-
-    Without `allow_nan`, raises ValueError for a float that JSON cannot say.
+    """Return compact JSON as serde_json prints it. orjson is not used: it has no integers beyond
+    64 bits. Without `allow_nan`, raises ValueError for NaN and infinities.
     """
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=allow_nan)
 
 
 def unexpected(value: object) -> str:
+    """Return serde's description of a value that it did not expect."""
     match value:
         case None:
             return "null"
@@ -107,14 +108,14 @@ def unexpected(value: object) -> str:
 
 
 def first_refusal(error: ValidationError) -> str:
-    """`{path: }{sentence}` of the error serde would meet first.
+    """Return `{path: }{message}` of the error that serde would meet first.
 
-    Serde stops at its first error, and misses a field only at its struct's end.
+    Serde stops at its first error. It notices a missing field only at the end of the struct.
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda detail: detail["type"] == "missing")
-    path = _path(first["loc"][:-1] if first["type"] in _TOLD_OF_PARENT else first["loc"])
-    return f"{path}: {_sentence(first)}" if path else _sentence(first)
+    path = _path(first["loc"][:-1] if first["type"] in _REPORTED_AT_PARENT else first["loc"])
+    return f"{path}: {_message(first)}" if path else _message(first)
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
@@ -122,7 +123,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return "".join(steps).removeprefix(".")
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _message(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
     match detail["type"]:
         case "missing":

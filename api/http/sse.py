@@ -1,6 +1,6 @@
-"""Server-sent events as TGI frames them, and the response that carries them.
+"""Server-sent events in TGI's framing, and the streaming response that sends them.
 
-Frames are bytes made once; the response adds no work per event beyond one `send`.
+Each frame is encoded once; the response adds only one `send` per event.
 """
 
 import asyncio
@@ -15,23 +15,24 @@ from api.http.disconnect import ClientGone, until_disconnect
 
 KEEP_ALIVE = b":\n\n"
 DONE = b"data: [DONE]\n\n"
-"""The last event of OpenAI's streams, whatever came before."""
+"""The last event of every OpenAI stream, also after an error."""
 
 
 def event(payload: object) -> bytes:
+    """Return `payload` as one event."""
     return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends what `frames` yields, and a comment where it is silent for long.
+    """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 
-    Closes `frames` when the client goes away, whatever it is waiting for.
+    When the client disconnects, `frames` is closed at once, even while it is waiting.
     """
 
     keep_alive_s = 15.0
 
     def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        # Not Response.__init__, which would announce an empty body.
+        # Response.__init__ is not called: it would set a content-length of 0.
         self.status_code = 200
         self.background = None
         self.init_headers(
@@ -60,7 +61,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def _keep_alive(self, send: Send) -> None:
-        """One timer per silence, not per event."""
+        """Send keep-alive comments. One timer covers many events, instead of one per event."""
         loop = asyncio.get_running_loop()
         self._last_sent = loop.time()
         while True:

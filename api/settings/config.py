@@ -1,8 +1,8 @@
-"""Every setting, as a flag and as an environment variable: the only reader of either.
+"""Reading the settings from flags and environment variables. No other module reads either.
 
-Names are those of TGI's launcher: `--max-best-of 4` is `MAX_BEST_OF=4`. A flag wins
-over the environment. What can be set, and to what, is in `served_flags.py`; what
-TGI's launcher takes besides, in `launcher_flags.py`.
+Names are those of TGI's launcher: `--max-best-of 4` is `MAX_BEST_OF=4`, and a flag overrides the
+environment. The fields are declared in `served_flags.py` (settings that Skiff acts on),
+`launcher_flags.py` (other flags of TGI's launcher) and `vast_variables.py`.
 """
 
 import ipaddress
@@ -40,7 +40,7 @@ from api.settings.vast_variables import (
     VastVariables,
     WorkerConfig,
     identity_in,
-    is_behind_pyworker,
+    vast_mode_in,
 )
 from engine.core.config import (
     EngineConfig,
@@ -50,18 +50,18 @@ from engine.core.config import (
 )
 
 MAX_COUNTED_NEW_TOKENS = 1024
-"""TGI holds at most this many new tokens against the context's length."""
+"""Like TGI, count at most this many new tokens of a request against the context's length."""
 
 logger = logging.getLogger(__name__)
 
 
 class ConfigError(Exception):
-    """A setting that cannot be honoured; the message names its flag and what is allowed."""
+    """A setting is not allowed. The message names its flag and the allowed values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for, as validation needs it."""
+    """Limits on requests, for their validation."""
 
     max_best_of: int
     max_stop_sequences: int
@@ -71,10 +71,11 @@ class Limits:
     prefill_logprobs: bool
 
 
-# Fields of the last base come first in --help: what does something, before what does not.
+# --help lists the fields of the last base first: those that have an effect.
 class Settings(LauncherFlags, VastVariables, ServedFlags):
-    """Serve one model as Text Generation Inference does. Every flag is an environment variable
-    too: --max-best-of 4 is MAX_BEST_OF=4; a flag wins. HF_TOKEN opens gated models.
+    """Serve one model with the API of Text Generation Inference. Every flag is also an
+    environment variable: --max-best-of 4 is MAX_BEST_OF=4. A flag overrides its variable. Set
+    HF_TOKEN to download gated models.
     """
 
     model_config = SettingsConfigDict(
@@ -97,11 +98,13 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Not ENV, which is many a container's own; TGI reads it as a flag only. Nor PORT behind
-        a PyWorker, who does not look where an image would have it.
+        """Read flags and environment, except two variables. ENV is a flag only, as in TGI: many
+        containers set a variable of that name. PORT is ignored behind a PyWorker, which expects
+        the server on a fixed port and not on the one that the image sets.
         """
         assert isinstance(env_settings, EnvSettingsSource)
-        ignored = {"env", "port"} if is_behind_pyworker(os.environ) else {"env"}
+        behind_pyworker = vast_mode_in(os.environ) == "behind pyworker"
+        ignored = {"env", "port"} if behind_pyworker else {"env"}
         env_settings.env_vars = {
             name: value for name, value in env_settings.env_vars.items() if name not in ignored
         }
@@ -119,17 +122,19 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
 
     @field_validator("api_key")
     @classmethod
-    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
-        """A header is of printable ASCII, and arrives without the space around it."""
+    def _fits_in_header(cls, value: SecretStr | None) -> SecretStr | None:
+        """The key is sent in a header: it must be printable ASCII, with no surrounding spaces."""
         key = "x" if value is None else value.get_secret_value()
         if key != key.strip() or not (key.isascii() and key.isprintable()):
-            raise ValueError("must be of printable ASCII, without space around it")
+            raise ValueError("must be printable ASCII, with no surrounding spaces")
         return value
 
     @field_validator("hostname")
     @classmethod
-    def _bindable(cls, value: str) -> str:
-        """Containers set HOSTNAME to their own name, which is nothing to listen on."""
+    def _listening_address(cls, value: str) -> str:
+        """Listen on all addresses if the value is no address: containers set HOSTNAME to their
+        own name.
+        """
         if value == "localhost":
             return "127.0.0.1"
         try:
@@ -140,7 +145,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
 
     @model_validator(mode="after")
     def _limits_agree(self) -> "Settings":
-        """As far as they are known before the model is; in TGI's words."""
+        """Check the limits that are known before the model is loaded. The texts are TGI's."""
         if self.max_input_tokens is not None and self.max_input_length is not None:
             raise ValueError(
                 f"Both `max_input_tokens` ({self.max_input_tokens}) and `max_input_length` "
@@ -156,20 +161,20 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         return self
 
     def notes(self) -> Iterator[str]:
-        """What its user should know of settings that do not what they say."""
+        """Yield a line for each setting that does not do what its name says."""
         yield from self.unused()
         if self.quantize == "eetq":
-            yield "--quantize (QUANTIZE) eetq: 8 bits of bitsandbytes stand in for those of EETQ"
+            yield "--quantize (QUANTIZE) eetq: bitsandbytes' 8 bits are used instead of EETQ's"
         if self.quantize in get_args(CheckpointFormat):
             yield (
-                f"--quantize (QUANTIZE) {self.quantize}: a checkpoint that is quantised is taken "
-                "as it is, and one that is not stays so"
+                f"--quantize (QUANTIZE) {self.quantize}: the weights are loaded as they are in the "
+                "checkpoint, quantised or not"
             )
         if self.cuda_graphs is not None and any(self.cuda_graphs):
-            yield "--cuda-graphs (CUDA_GRAPHS): graphs are captured, of sizes that are not set"
+            yield "--cuda-graphs (CUDA_GRAPHS): graphs are enabled, but the sizes are ignored"
 
     def export_hub_settings(self) -> None:
-        """huggingface_hub takes them from the environment, when it is first imported."""
+        """Set the environment variables that huggingface_hub reads when it is first imported."""
         if self.huggingface_hub_cache is not None:
             os.environ["HF_HUB_CACHE"] = self.huggingface_hub_cache
         for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # TGI's order
@@ -203,14 +208,16 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where to listen, unless as a worker."""
+        """The address to listen on. Not used by a Vast worker, which has its own."""
         if self.vast_mode != "behind pyworker":
             return self.hostname, self.port
         hostname, port = PYWORKER_BACKEND
         return hostname, self.port if "port" in self.model_fields_set else port
 
     def vast_worker(self) -> WorkerConfig:
-        """Raises ConfigError, naming the variable that is missing."""
+        """Return the worker's configuration. Raises ConfigError, which names the variable that is
+        missing.
+        """
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "skiff"
         try:
@@ -219,7 +226,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             raise ConfigError(str(error)) from None
 
     def limits(self, max_total_tokens: int) -> Limits:
-        """The limits, once the engine knows how long a sequence may be."""
+        """Return the limits on requests, given how long the engine lets a sequence be."""
         max_input = self.max_input_tokens or self.max_input_length or max_total_tokens - 1
         if max_input >= max_total_tokens:
             raise ConfigError(
@@ -241,7 +248,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         return self.rope_scaling or "linear", self.rope_factor or 1.0
 
     def _quantization(self) -> Quantization | None:
-        """What to do to the weights as they load."""
+        """Return how to quantise the weights while loading, if at all."""
         match self.quantize:
             case "bitsandbytes" | "bitsandbytes-nf4" | "bitsandbytes-fp4":
                 return self.quantize
@@ -251,39 +258,46 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
 
 
 def platform_identity() -> Identity | None:
-    """Who is to report that the settings are wrong, if this is one of Vast's workers."""
+    """Return the identity with which a Vast worker reports that its settings are wrong; None if
+    this is no Vast worker.
+    """
     return identity_in(os.environ)
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
-    """From flags and environment. Raises `ConfigError` on a value that is not allowed."""
+    """Read flags and environment. Raises `ConfigError` if a value is not allowed."""
     try:
         source = CliSettingsSource[Any](Settings, root_parser=_parser())
         settings = CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
     except ValidationError as error:
-        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
-    if settings.api_key is None and _names_an_empty_key(argv):
+        raise ConfigError(_error_text(error.errors(include_url=False)[0])) from None
+    if settings.api_key is None and _is_key_given_empty(argv):
         raise ConfigError(f"{flag_of('api_key')}: is empty; leave it out to serve everyone")
     if settings.max_total_tokens is not None:
-        settings.limits(settings.max_total_tokens)  # told now, not when the model has loaded
+        settings.limits(settings.max_total_tokens)  # fail now, not after the model has loaded
     return settings
 
 
-def _names_an_empty_key(argv: Sequence[str]) -> bool:
-    """Of a shell's variable that was not set, say: it must not open the server to everyone."""
+def _is_key_given_empty(argv: Sequence[str]) -> bool:
+    """Whether an empty API key is given, for example by a shell variable that is not set. That
+    must not open the server to everyone.
+    """
     given = "--api-key=" in argv or ("--api-key", "") in pairwise(argv)
     return given or os.environ.get("API_KEY") == ""
 
 
 def _parser() -> ArgumentParser:
-    """With a usage of one line: that of sixty flags hides what was wrong with one."""
+    """Return a parser whose usage is one line. The default usage lists all sixty flags, which
+    hides the error message below it.
+    """
     name = "text-generation-launcher"
     return ArgumentParser(
         name, f"{name} [--flag value ...]", description=Settings.__doc__, allow_abbrev=False
     )
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _error_text(detail: ErrorDetails) -> str:
+    """Return one line that names the flag and the problem. Secret values are not shown."""
     problem = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return problem

@@ -1,4 +1,4 @@
-"""What is installed and what it runs on, for `--env`: how a report of a fault should begin."""
+"""Installed versions and hardware, printed by `--env` for bug reports."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "bitsandbytes", "f
 
 
 def runtime_info() -> str:
-    """Several lines, laid out as TGI's."""
+    """Return several lines, laid out as TGI's."""
     return "\n".join(
         [
             "Runtime environment:",
@@ -22,7 +22,7 @@ def runtime_info() -> str:
 
 
 def _version_of(package: str) -> str:
-    """Without importing it, which for some takes seconds."""
+    """Return a package's version without importing it, which can take seconds."""
     try:
         return version(package)
     except PackageNotFoundError:

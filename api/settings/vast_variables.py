@@ -1,6 +1,7 @@
-"""What the platform and its templates set in a container's environment, and what it means here.
+"""The environment variables that Vast and its templates set in a container.
 
-`api.settings.config` reads them, as it reads every variable; this is what they may be.
+They are fields of the settings like all others, and `api.settings.config` reads them. The
+functions at the end read some of them again where the settings as a whole are invalid.
 """
 
 from collections.abc import Mapping
@@ -14,24 +15,26 @@ from pydantic_settings import BaseSettings
 DEFAULT_REPORT_ADDRESS = "https://run.vast.ai"
 
 PYWORKER_BACKEND = ("127.0.0.1", 5001)
-"""Where the platform's stock PyWorker looks for its model server. Only the PyWorker may reach it,
-since the PyWorker is what verifies signatures.
+"""Where Vast's stock PyWorker expects its model server. Only the PyWorker may reach the server,
+because the PyWorker verifies the signatures.
 """
 
+VastMode = Literal["worker", "behind pyworker"]
+
 _MAPPED_PORT = 70_000
-"""From here on the platform maps a port to a random one of the same number inside and out."""
+"""Vast maps a port from this number on to a random port, which is the same inside and outside."""
 
 
 class MissingVariable(Exception):
-    """The platform sets it in every worker's container."""
+    """A variable is missing or wrong that Vast sets in every worker's container."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who reports, and to whom.
+    """What a worker needs for its reports.
 
-    report_addresses  of autoscalers, without trailing slash, to be tried in order
-    url               where clients reach it, from outside
+    report_addresses  addresses of autoscalers, without trailing slash, tried in order
+    url               where clients reach the worker from outside
     """
 
     container_id: int
@@ -42,11 +45,11 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """A worker's place on the platform, and how it is to behave there.
+    """The configuration of a Vast worker.
 
-    port              where it listens, inside
-    max_queue_time_s  a request that would wait for longer is answered 429; None: never
-    max_sessions      open at once; 0: no limit
+    port              where it listens, inside the container
+    max_queue_time_s  a request that would wait longer is answered 429; None: never
+    max_sessions      most sessions open at once; 0: no limit
     """
 
     identity: Identity
@@ -62,7 +65,7 @@ class WorkerConfig:
 
 
 def _truth(value: object) -> object:
-    """As Python's `strtobool`, which the platform's own worker reads them with."""
+    """Parse a boolean like Python's `strtobool`, which Vast's stock worker uses."""
     if isinstance(value, str):
         word = value.strip().lower()
         if word in ("y", "yes", "t", "true", "on", "1"):
@@ -95,76 +98,72 @@ Truth = Annotated[bool, BeforeValidator(_truth)]
 class VastVariables(BaseSettings):
     container_id: Annotated[int | None, Field(ge=0)] = Field(
         None,
-        description="Vast.ai: the instance; with MASTER_TOKEN or REPORT_ADDR this is one of its "
-        "serverless workers",
+        description="Vast.ai: number of the instance; with MASTER_TOKEN or REPORT_ADDR it is a "
+        "serverless worker",
     )
     vast_containerlabel: str | None = Field(
-        None, description="Vast.ai: C.<id>, read where CONTAINER_ID is not set"
+        None, description="Vast.ai: C.<number>, used if CONTAINER_ID is not set"
     )
     master_token: SecretStr | None = Field(
-        None, description="Vast.ai: what its autoscaler knows the worker by"
+        None, description="Vast.ai: token with which the worker reports to the autoscaler"
     )
     report_addr: Annotated[str | None, AfterValidator(_addresses)] = Field(
         None,
-        description="Vast.ai: autoscalers that load is reported to, separated by commas; None is "
+        description="Vast.ai: addresses of autoscalers to report to, separated by commas; None is "
         f"{DEFAULT_REPORT_ADDRESS}",
     )
-    public_ipaddr: str | None = Field(None, description="Vast.ai: the machine's public address")
+    public_ipaddr: str | None = Field(None, description="Vast.ai: the machine's public IP address")
     worker_port: PositiveInt = Field(
         3000,
-        description="Vast.ai: port that a worker listens on, in place of --port; its public port "
-        "is in VAST_TCP_PORT_<port>",
+        description="Vast.ai: port that a worker listens on, instead of --port; its public port is "
+        "in VAST_TCP_PORT_<port>",
     )
     worker_http_port: PositiveInt | None = Field(
         None, description="unused: sessions are closed on WORKER_PORT"
     )
-    use_ssl: Truth = Field(True, description="Vast.ai: serve TLS, as the platform's clients ask")
+    use_ssl: Truth = Field(True, description="Vast.ai: serve TLS, which Vast's clients require")
     unsecured: Truth = Field(
-        False, description="Vast.ai: serve whoever asks, without looking at signatures"
+        False, description="Vast.ai: serve every request, without checking signatures"
     )
     max_queue_time: Annotated[float, Field(ge=0)] | None = Field(
         60.0, description="Vast.ai: seconds; a request that would wait longer is answered 429"
     )
     max_sessions: NonNegativeInt = Field(
-        10, description="Vast.ai: most sessions open at once; 0 is without limit"
+        10, description="Vast.ai: most sessions open at once; 0 is no limit"
     )
     vast_console_url: Annotated[str, AfterValidator(_without_slash)] = Field(
-        "https://console.vast.ai", description="Vast.ai: who signs the worker's certificate"
+        "https://console.vast.ai",
+        description="Vast.ai: address that signs the worker's certificate",
     )
     tls_directory: Path = Field(
         Path("/etc"), description="Vast.ai: folder of instance.key and instance.crt"
     )
     benchmark_cache: Path | None = Field(
         None,
-        description="Vast.ai: folder for the benchmark's results; None is beside the hub's cache",
+        description="Vast.ai: folder for benchmark results; None is next to the hub's cache",
     )
     benchmark_seconds: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="Vast.ai: what the benchmark at start may take"
+        30.0, description="Vast.ai: most seconds that the benchmark at start may take"
     )
     backend: str | None = Field(
         None,
-        description="Vast.ai: set by templates whose PyWorker stands in front; Skiff is then what "
-        "that worker takes for its model server",
+        description="Vast.ai: set by templates that run Vast's PyWorker; Skiff is then the model "
+        "server behind it",
     )
     model_log: Path = Field(
-        Path("/workspace/infer.log"), description="Vast.ai: log that such a PyWorker reads"
+        Path("/workspace/infer.log"), description="Vast.ai: log file that such a PyWorker reads"
     )
     model_health_endpoint: str | None = Field(
-        None, description="unused: health is known in this process"
+        None, description="unused: the worker knows the engine's health without a request"
     )
 
     @property
-    def vast_mode(self) -> Literal["worker", "behind pyworker"] | None:
-        if not self._container():
-            return None
-        if self.backend is not None:
-            return "behind pyworker"
-        known = self.master_token is not None or self.report_addr is not None
-        return "worker" if known else None
+    def vast_mode(self) -> VastMode | None:
+        return _mode(self._container, self.backend, self.master_token, self.report_addr)
 
     def worker_config(self, environment: Mapping[str, str], home: Path) -> WorkerConfig:
-        """`home` is where results are kept that no other folder is named for. Raises
-        MissingVariable.
+        """Return the worker's configuration. `home` is the default folder of benchmark results.
+        Raises MissingVariable.
         """
         mapped = environment.get(f"VAST_TCP_PORT_{self.worker_port}", "")
         return WorkerConfig(
@@ -196,32 +195,54 @@ class VastVariables(BaseSettings):
         scheme = "https" if self.use_ssl else "http"
         return f"{scheme}://{self.public_ipaddr}:{mapped}"
 
+    @property
     def _container(self) -> str:
-        if self.container_id is not None:
-            return str(self.container_id)
-        return (self.vast_containerlabel or "").removeprefix("C.")
+        return _container_of(self.container_id, self.vast_containerlabel)
 
     def _container_id(self) -> int:
-        container = self._container()
-        if not container.isdecimal():
-            raise MissingVariable("CONTAINER_ID: is not a number; it is the instance's")
-        return int(container)
+        if not self._container.isdecimal():
+            raise MissingVariable("CONTAINER_ID: is not a number; it is the instance's number")
+        return int(self._container)
 
 
-def is_behind_pyworker(environment: Mapping[str, str]) -> bool:
-    return bool(_container_in(environment) and environment.get("BACKEND"))
+def _container_of(container_id: int | str | None, label: str | None) -> str:
+    """Return the number of the instance as text, or an empty string outside of Vast."""
+    return str((label or "") if container_id is None else container_id).removeprefix("C.")
+
+
+def _mode(
+    container: str, backend: str | None, master_token: object, report_addr: object
+) -> VastMode | None:
+    """Return how Skiff runs on Vast; None for a plain server, on Vast or elsewhere."""
+    if not container:
+        return None
+    if backend is not None:
+        return "behind pyworker"
+    is_worker = master_token is not None or report_addr is not None
+    return "worker" if is_worker else None
+
+
+def _read(environment: Mapping[str, str], *names: str) -> list[str | None]:
+    """Return the values of variables. An empty one counts as not set, as in the settings."""
+    return [environment.get(name) or None for name in names]
 
 
 def _container_in(environment: Mapping[str, str]) -> str:
-    container = environment.get("CONTAINER_ID") or environment.get("VAST_CONTAINERLABEL", "")
-    return container.removeprefix("C.")
+    return _container_of(*_read(environment, "CONTAINER_ID", "VAST_CONTAINERLABEL"))
+
+
+def vast_mode_in(environment: Mapping[str, str]) -> VastMode | None:
+    """Return `VastVariables.vast_mode` where there are no settings yet."""
+    variables = _read(environment, "BACKEND", "MASTER_TOKEN", "REPORT_ADDR")
+    return _mode(_container_in(environment), *variables)
 
 
 def identity_in(environment: Mapping[str, str]) -> Identity | None:
-    """Whatever else is wrong with it: who can report that. None: it is no worker's."""
+    """Return the identity of a worker whose settings are invalid, so that it can report that.
+    None if the container is no worker.
+    """
     container = _container_in(environment)
-    known = environment.get("MASTER_TOKEN") or environment.get("REPORT_ADDR")
-    if not container.isdecimal() or not known or is_behind_pyworker(environment):
+    if vast_mode_in(environment) != "worker" or not container.isdecimal():
         return None
     try:
         addresses = _split(environment.get("REPORT_ADDR"))

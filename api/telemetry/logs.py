@@ -1,9 +1,10 @@
-"""Log lines as TGI's router writes them: JSON with `--json-output`, text without.
+"""Logging in the format of TGI's router: JSON with `--json-output`, else text.
 
-Every logger of the process ends here, the libraries' too. What a request says (prompt,
-stop sequences, headers, query string) is never handed to a logger, so no line can show it.
+All loggers of the process are configured here, also those of libraries. Contents of requests
+(prompt, stop sequences, headers, query string) are never passed to a logger, so they cannot be
+logged.
 
-A record may carry `span`, the fields of the request it belongs to, `name` last:
+A record may have a `span`, the fields of the request it belongs to, `name` last:
 `logger.info("Success", extra={"span": {"total_time": "1.2s", "name": "generate"}})`.
 """
 
@@ -16,15 +17,15 @@ from pathlib import Path
 import orjson
 
 SERVER = "text_generation_router.server"
-"""Logger of what TGI's router says in its server module; tools wait for some of it."""
+"""Logger of the lines from TGI's server module. Other tools wait for some of these lines."""
 INFER = "text_generation_router.infer"
-"""Logger of a request's failure, likewise."""
+"""Logger of failed requests, named after TGI's infer module."""
 
 SpanFields = Mapping[str, str | int]
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("api", "engine", "kernels")
-_OBSTINATE = ("transformers", "huggingface_hub")
+_LIBRARIES_WITH_HANDLERS = ("transformers", "huggingface_hub")
 _LEVELS = {
     "trace": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -41,13 +42,14 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), 127)}
 def configure_logging(
     json_output: bool, level: str, colorize: bool, log_file: Path | None = None
 ) -> None:
-    """Send every line to stdout from now on, and to the end of `log_file` as JSON. `level` is
-    warn, info, debug or a filter of Rust's tracing, as LOG_LEVEL has it. May be called again.
+    """Send log lines to standard output and, as JSON, to the end of `log_file`. `level` is the
+    value of LOG_LEVEL: warn, info, debug or a filter of Rust's tracing crate. May be called again,
+    which replaces the earlier configuration.
     """
     handlers = [_Handler(sys.stdout)]
     handlers[0].setFormatter(_JsonFormatter() if json_output else _TextFormatter(colorize))
     if log_file is not None:
-        # Appending, since who reads it may cut it to nothing at any time.
+        # Append, because the reader of the file may truncate it at any time.
         handlers.append(_Handler(log_file.open("a", buffering=1)))
         handlers[1].setFormatter(_JsonFormatter())
     root, own_level = logging.getLogger(), plain_level(level)
@@ -55,30 +57,30 @@ def configure_logging(
         root.removeHandler(earlier)
     for handler in handlers:
         root.addHandler(handler)
-    # Libraries speak of URLs and headers below this level.
+    # Below this level libraries log URLs and headers.
     root.setLevel(max(own_level, logging.WARNING))
     for name in (*_OURS, "text_generation_router"):
         logging.getLogger(name).setLevel(own_level)
-    for name in _OBSTINATE:
+    for name in _LIBRARIES_WITH_HANDLERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.__class__ = _ObstinateLogger
+        logger.__class__ = _PropagatingLogger
     logging.captureWarnings(True)
 
 
 def connected() -> None:
-    """The line by which Vast's workers know that requests are served: say it no earlier."""
+    """Log the line from which Vast's stock worker learns that the server is ready."""
     logging.getLogger(SERVER).info("Connected")
 
 
 def stopping() -> None:
-    """What is running gets its time to end."""
+    """Log that the server is shutting down and waits for running requests."""
     logging.getLogger(SERVER).info("signal received, starting graceful shutdown")
 
 
 def plain_level(filter_text: str) -> int:
-    """The first level of a tracing filter that is for no target in particular, or info:
-    `hyper=off,debug` is debug.
+    """Return the level that a tracing filter sets for all targets, or info: `hyper=off,debug` is
+    debug.
     """
     for directive in filter_text.lower().split(","):
         level = _LEVELS.get(directive.strip())
@@ -88,7 +90,7 @@ def plain_level(filter_text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """As Rust's Duration prints itself: `1.23456s`, `12.3ms`, `409.834µs`, `53ns`."""
+    """Format like Rust's Duration: `1.23456s`, `12.3ms`, `409.834µs`, `53ns`."""
     nanoseconds = max(0, round(seconds * 1e9))
     for unit, digits in (("s", 9), ("ms", 6), ("µs", 3)):
         whole, part = divmod(nanoseconds, 10**digits)
@@ -98,11 +100,13 @@ def duration(seconds: float) -> str:
 
 
 class _Handler(logging.StreamHandler):
-    """Ours, to be found again."""
+    """A handler made by `configure_logging`, which replaces it when called again."""
 
 
-class _ObstinateLogger(logging.Logger):
-    """Of a library that gives its logger a handler when it is imported, which it cannot."""
+class _PropagatingLogger(logging.Logger):
+    """A logger without handlers of its own, which passes every record to the root logger. It is
+    the logger of libraries that add a handler when they are imported.
+    """
 
     def addHandler(self, hdlr: logging.Handler) -> None:  # noqa: ARG002, N802
         return
@@ -117,8 +121,8 @@ class _ObstinateLogger(logging.Logger):
 
 
 class _JsonFormatter(logging.Formatter):
-    """The event's fields beside the others, `message` first and `target` right behind it,
-    without a space: Vast's workers look for these bytes.
+    """One JSON object per line. `target` follows `message` directly and without a space, because
+    Vast's stock worker searches for exactly these bytes.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -140,6 +144,8 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
+    """Lines like those of Rust's tracing crate, with control characters escaped."""
+
     def __init__(self, colorize: bool) -> None:
         super().__init__()
         self._colorize = colorize
@@ -194,5 +200,5 @@ def _shown(key: str, value: str | int) -> str:
 
 
 def _encodable(text: str) -> str:
-    """orjson refuses lone surrogates, as they are in file names that are not UTF-8."""
+    """Escape lone surrogates, which orjson rejects. File names that are not UTF-8 contain them."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,8 +1,8 @@
-"""What is counted, under TGI's names and in its buckets; our own begin with `skiff_`.
+"""Prometheus metrics, with TGI's names and buckets. Skiff's own begin with `skiff_`.
 
-Recording costs microseconds per request and per step, and nothing per token: label
-children are made once, and what the engine counts itself is read when it is asked for.
-docs/metrics.md lists every metric; a test holds it against this file.
+Recording costs microseconds per request and per step, and nothing per token: label children are
+created once, and the engine's own counters are read only at a scrape. docs/metrics.md lists every
+metric; a test compares it with this file.
 """
 
 import time
@@ -20,9 +20,9 @@ from engine.core.metrics import ColdStart, EngineFigures, StepFigures
 from engine.core.request import Request
 
 Failure = Literal["overloaded", "validation", "template", "generation", "incomplete", "dropped"]
-"""Values of `err`, TGI's."""
+"""TGI's values of the label `err`."""
 Phase = Literal["validating", "waiting", "generating"]
-"""How far a request got before its client went away; `waiting` is for the first token."""
+"""How far a request got before its client went away; `waiting` means for its first token."""
 
 _FAILURES: tuple[Failure, ...] = (
     "overloaded",
@@ -37,7 +37,9 @@ _QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 
 def _duration_buckets() -> list[float]:
-    """Multiplied up as TGI does it, for the same last digits: 0.15 ms to 146 s."""
+    """Return buckets from 0.15 ms to 146 s. They are computed by repeated multiplication, as in
+    TGI, so that the last digits are the same.
+    """
     bounds, bound = [], 0.0001
     for _ in range(35):
         bound *= 1.5
@@ -49,12 +51,12 @@ DURATIONS = _duration_buckets()
 
 
 class Metrics:
-    """All of them, in a registry of their own."""
+    """All metrics, in a registry of their own."""
 
     def __init__(
         self, limits: Limits, figures: Callable[[], EngineFigures], cold_start: ColdStart
     ) -> None:
-        """`figures` is asked at each scrape, from any thread."""
+        """`figures` is called at each scrape, from any thread."""
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry, limits)
         self.steps = StepMetrics(self.registry)
@@ -62,7 +64,7 @@ class Metrics:
 
 
 class RequestMetrics:
-    """One request after another, from the event loop."""
+    """Metrics of requests, recorded on the event loop."""
 
     def __init__(self, registry: CollectorRegistry, limits: Limits) -> None:
         def counter(name: str, text: str) -> Counter:
@@ -121,8 +123,9 @@ class RequestMetrics:
 
 
 class SkippedTokens(Collector):
-    """tgi_request_skipped_tokens: accepted speculative tokens, a sample for each time that a
-    request got tokens. Small whole numbers, so every quantile is exact. Since the start.
+    """tgi_request_skipped_tokens: a summary of accepted speculative tokens, with one sample for
+    each time that a request received tokens. The values are small integers, so every quantile is
+    exact. It covers the time since the start.
     """
 
     def __init__(self) -> None:
@@ -142,9 +145,9 @@ class SkippedTokens(Collector):
 
 
 class StepMetrics:
-    """One collected step after another, from the event loop.
+    """Metrics of the engine's steps, recorded on the event loop.
 
-    A step has a method in TGI's terms: prefill where it computes any prompt, else decode.
+    The label `method` is TGI's: a step that computes any prompt is a prefill, any other a decode.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -190,7 +193,9 @@ class StepMetrics:
         self._record_gap(step)
 
     def _record_gap(self, step: StepFigures) -> None:
-        """A decode in this step had its last token in an earlier one, as a rule the last."""
+        """Record the time since the previous step. A sequence that decodes in this step received
+        its last token in an earlier one, usually the previous one.
+        """
         now = time.perf_counter()
         if step.num_decodes and self._last_arrival_s is not None:
             self._inter_token.observe(now - self._last_arrival_s)
@@ -198,8 +203,8 @@ class StepMetrics:
 
 
 class _MethodMetrics:
-    """The families that have a `method`. Concatenating and filtering are TGI's: here a
-    sequence joins and leaves in place, and their histograms stay at zero.
+    """The metrics with a label `method`. TGI's histograms of concatenating and filtering batches
+    stay at zero: here sequences join and leave a batch in place.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -239,6 +244,8 @@ class _MethodMetrics:
 
 
 class _StepsOfMethod:
+    """The metrics of one method."""
+
     def __init__(self, families: _MethodMetrics, method: str) -> None:
         self._count = families.count.labels(method)
         self._success = families.success.labels(method)
@@ -259,7 +266,9 @@ class _StepsOfMethod:
 
 
 class _EngineCollector(Collector):
-    """What the engine publishes after each step, so it is right when idle too."""
+    """Metrics that are read at a scrape from the status that the engine publishes after each step.
+    They are also current while the engine is idle.
+    """
 
     def __init__(self, figures: Callable[[], EngineFigures], cold_start: ColdStart) -> None:
         self._figures = figures
@@ -305,12 +314,14 @@ class _EngineCollector(Collector):
 
 
 def _hundredths(limit: int) -> list[float]:
-    """The division first, as TGI does it, for the same last digits."""
+    """Return a hundred equal buckets up to `limit`. The division comes first, as in TGI, so that
+    the last digits are the same.
+    """
     return [(limit / 100.0) * k for k in range(1, 101)]
 
 
 def _quantile(times: list[tuple[int, int]], quantile: float) -> int:
-    """Of values with how often each came, in ascending order; 0 where there are none."""
+    """Return a quantile of `times`, pairs of value and count in ascending order; 0 if empty."""
     rank, value = quantile * sum(count for _, count in times), 0
     for value, count in times:  # noqa: B007
         rank -= count

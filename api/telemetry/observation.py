@@ -1,7 +1,8 @@
-"""What is told of each request: one place sees it begin, pass its checks, and end.
+"""Observation of requests: metrics, one log line per request, and traces.
 
-It is counted, logged in one line when it ends, and traced where a collector is named.
-What it asks for or answers is never told: no text of it comes here.
+An `Observation` follows one request from its arrival through validation to its end. If a collector
+is configured, the request is traced too. No prompt or generated text is passed to this module, so
+none can be logged.
 """
 
 import asyncio
@@ -32,9 +33,9 @@ _FAILURES: dict[str, Failure] = {
     "incomplete_generation": "incomplete",
     "incomplete_generation_stream": "incomplete",
 }
-"""TGI's label by the `error_type` on the wire. Every other one is a request refused."""
+"""TGI's metric label for each `error_type` on the wire. All others count as "validation"."""
 _FAULTS: frozenset[Failure] = frozenset({"generation", "incomplete"})
-_GONE = (GeneratorExit, asyncio.CancelledError, ClientGone)
+_DISCONNECTS = (GeneratorExit, asyncio.CancelledError, ClientGone)
 
 logger = logging.getLogger(__name__)
 _server = logging.getLogger(SERVER)
@@ -42,24 +43,26 @@ _infer = logging.getLogger(INFER)
 
 
 class Meter(Protocol):
-    """Told what a request costs, by who stands in front of the application."""
+    """Receives what a request costs. Middleware in front of the application passes one along with
+    a request to account for its load.
+    """
 
-    def accept(self, max_new_tokens: int) -> None:
-        """One of its generations passed its checks, and may have as many."""
+    def count_accepted(self, max_new_tokens: int) -> None:
+        """Add a generation that passed validation and may have this many tokens."""
 
-    def generate(self, num_tokens: int) -> None:
-        """They came."""
+    def count_generated(self, num_tokens: int) -> None:
+        """Count tokens that were just generated."""
 
-    def fail(self) -> None:
-        """One came to nothing, and not by fault of its request or its client."""
+    def mark_failed(self) -> None:
+        """Record that a generation failed, by no fault of the request or its client."""
 
-    def refuse(self) -> None:
-        """There was no room for it."""
+    def mark_refused(self) -> None:
+        """Record that the request was refused because every permit was taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The route that a request came by, the trace it belongs to, and who meters it."""
+    """Where a request comes from: its route, the trace it belongs to, and its meter."""
 
     route: str
     traceparent: str | None = None
@@ -68,7 +71,9 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of a request's life. `queue_s` and `inference_s` are those of its best completion."""
+    """How long the phases of a request took, in seconds. `queue_s` and `inference_s` are those of
+    its best completion.
+    """
 
     total_s: float
     validation_s: float
@@ -82,14 +87,14 @@ class Timings:
 
 
 class Observation:
-    """One request, from before its checks until it has ended, well or not.
+    """One request, from its arrival until it succeeds or fails.
 
-    It ends once: what happens behind `finished` is nobody's failure.
+    A request ends once: an exception after `finished` does not count as a failure.
     """
 
     __slots__ = (
         "_ended",
-        "_first_token_came",
+        "_has_first_token",
         "_meter",
         "_metrics",
         "_request",
@@ -104,7 +109,7 @@ class Observation:
         self._metrics = metrics.requests
         self._started = time.perf_counter()
         self._request: Request | None = None
-        self._first_token_came = False
+        self._has_first_token = False
         self._ended = False
         self._span: Span | None = None
         if tracer is not None:
@@ -120,8 +125,8 @@ class Observation:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """`problem` tells how it failed: a request's error, or GeneratorExit or
-        CancelledError where the client went away.
+        """End the observation. `problem` is the request's error, or GeneratorExit or
+        CancelledError if the client went away.
         """
         if problem is not None and not self._ended:
             self._ended = True
@@ -130,22 +135,22 @@ class Observation:
             self._span.end()
 
     def validated(self, request: Request, best_of: int = 1) -> None:
-        """It passed its checks, and is about to be queued."""
+        """Record that the request passed validation and is about to be queued."""
         self._request = request
         self._metrics.validated(request)
         if self._meter is not None:
-            self._meter.accept(request.stopping.max_new_tokens * best_of)
+            self._meter.count_accepted(request.stopping.max_new_tokens * best_of)
 
-    def tokens_came(self, num_tokens: int) -> None:
-        """Of any of its completions."""
+    def tokens_generated(self, num_tokens: int) -> None:
+        """Record tokens that one of the request's completions just received."""
         if self._meter is not None:
-            self._meter.generate(num_tokens)
-        if not self._first_token_came:
-            self._first_token_came = True
+            self._meter.count_generated(num_tokens)
+        if not self._has_first_token:
+            self._has_first_token = True
             self._metrics.time_to_first_token.observe(time.perf_counter() - self._started)
 
     def finished(self, end: Finished, timings: Timings) -> None:
-        """It ended well."""
+        """Record that the request succeeded."""
         self._ended = True
         metrics = self._metrics
         metrics.success.inc()
@@ -157,10 +162,10 @@ class Observation:
         metrics.generated_tokens.observe(timings.num_generated_tokens)
         metrics.skipped_tokens.record(0, timings.num_generated_tokens)
         if self._span is not None or _server.isEnabledFor(logging.INFO):
-            self._tell_success(end, timings)
+            self._log_success(end, timings)
 
-    def _tell_success(self, end: Finished, timings: Timings) -> None:
-        fields = self._asked() | _outcome(end, timings)
+    def _log_success(self, end: Finished, timings: Timings) -> None:
+        fields = self._request_fields() | _success_fields(end, timings)
         _server.info("Success", extra={"span": fields | {"name": self._route}})
         if self._span is not None:
             self._span.set_attributes(fields)
@@ -171,13 +176,13 @@ class Observation:
         if err == "dropped":
             self._metrics.cancelled[self._phase].inc()
         elif self._meter is not None and err in _FAULTS:
-            self._meter.fail()
+            self._meter.mark_failed()
         elif self._meter is not None and err == "overloaded":
-            self._meter.refuse()
-        self._tell_failure(err, problem)
+            self._meter.mark_refused()
+        self._log_failure(err, problem)
 
-    def _tell_failure(self, err: Failure, problem: BaseException) -> None:
-        fields = self._asked()
+    def _log_failure(self, err: Failure, problem: BaseException) -> None:
+        fields = self._request_fields()
         span = {"span": fields | {"name": self._route}}
         if err == "dropped":
             logger.info("The client went away while %s", self._phase, extra=span)
@@ -190,9 +195,9 @@ class Observation:
     def _phase(self) -> Phase:
         if self._request is None:
             return "validating"
-        return "generating" if self._first_token_came else "waiting"
+        return "generating" if self._has_first_token else "waiting"
 
-    def _asked(self) -> dict[str, str | int]:
+    def _request_fields(self) -> dict[str, str | int]:
         request = self._request
         if request is None:
             return {}
@@ -204,7 +209,7 @@ class Observation:
 
 
 class Observer:
-    """Makes an observation of each request, and is told of each step of the engine."""
+    """Makes an `Observation` for each request, and records the engine's steps."""
 
     def __init__(self, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self.metrics = metrics
@@ -214,18 +219,22 @@ class Observer:
         return Observation(caller, self.metrics, self._tracer)
 
     def arrived(self) -> None:
-        """A request that is not a generation itself, as it may make several: TGI counts both."""
+        """Count a request that is not itself a generation, but may start several. TGI counts both
+        it and them.
+        """
         self.metrics.requests.count.inc()
 
     def refused(self, caller: Caller, problem: BaseException) -> None:
-        """One that arrived and failed before it made any: its chat template did, for one."""
+        """Record a request that failed before it started a generation, for example in its chat
+        template.
+        """
         self.request(caller).__exit__(type(problem), problem, problem.__traceback__)
 
     def step(self, figures: StepFigures) -> None:
         self.metrics.steps.record(figures)
 
     def close(self) -> None:
-        """Send the last spans. May take seconds."""
+        """Send the remaining spans. May take seconds."""
         if self._tracer is not None:
             self._tracer.close()
 
@@ -236,14 +245,16 @@ def observer_for(
     otlp_endpoint: str | None = None,
     otlp_service_name: str = SERVICE_NAME,
 ) -> Observer:
-    """Without an endpoint nothing is traced, and nothing of tracing is imported."""
+    """Return an observer for `engine`. Without an endpoint nothing is traced, and OpenTelemetry is
+    not imported.
+    """
     tracer = None if otlp_endpoint is None else tracer_to(otlp_endpoint, otlp_service_name)
     return Observer(Metrics(limits, lambda: engine.status().figures, engine.cold_start), tracer)
 
 
 def _failure(problem: BaseException) -> Failure:
-    """A fault of ours counts as the generation's."""
-    if isinstance(problem, _GONE):
+    """Return TGI's label for a failure. An unexpected exception counts as "generation"."""
+    if isinstance(problem, _DISCONNECTS):
         return "dropped"
     if not isinstance(problem, REQUEST_ERRORS):
         return "generation"
@@ -251,16 +262,18 @@ def _failure(problem: BaseException) -> Failure:
 
 
 def _message(problem: BaseException) -> str:
-    """In TGI's words, where it has any: a validation error goes without its prefix."""
+    """Return the log message of a failure, in TGI's words where TGI has any. TGI logs validation
+    errors without the prefix that is on the wire.
+    """
     if isinstance(problem, ValidationError):
         return str(problem)
     if isinstance(problem, REQUEST_ERRORS):
         return wire_error(problem).error
-    return type(problem).__name__  # what it says may quote the request
+    return type(problem).__name__  # the message may quote the request
 
 
-def _outcome(end: Finished, timings: Timings) -> dict[str, str | int]:
-    """TGI's fields, then ours."""
+def _success_fields(end: Finished, timings: Timings) -> dict[str, str | int]:
+    """Return the log fields of a success: TGI's, then Skiff's own."""
     return {
         "total_time": duration(timings.total_s),
         "validation_time": duration(timings.validation_s),
@@ -274,8 +287,8 @@ def _outcome(end: Finished, timings: Timings) -> dict[str, str | int]:
 
 
 def _parameters(request: Request) -> str:
-    """As Rust would print them. Named one by one, since some of a request's are its own
-    words; of stop sequences only the number is told.
+    """Return the parameters as Rust would print them. They are listed one by one because some
+    parameters contain the client's text; of the stop sequences only the number is logged.
     """
     sampling, stopping = request.sampling, request.stopping
     return (

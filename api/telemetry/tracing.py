@@ -1,6 +1,6 @@
-"""A span for each request, sent to an OpenTelemetry collector: only where one is named.
+"""Tracing: one span per request, sent to an OpenTelemetry collector if one is configured.
 
-OpenTelemetry and gRPC are imported when the tracer is made, so nobody else waits for them.
+OpenTelemetry and gRPC are imported only when a tracer is made, since importing them is slow.
 """
 
 from typing import TYPE_CHECKING
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 SERVICE_NAME = "text-generation-inference.router"
-"""TGI's default."""
+"""TGI's default service name."""
 
 _EXPORT_TIMEOUT_S = 5.0
 
 
 class Tracer:
-    """Starts spans and has `processor` see to them. To be closed."""
+    """Starts spans and passes finished ones to `processor`. Must be closed."""
 
     def __init__(self, processor: "SpanProcessor", service_name: str) -> None:
         from opentelemetry.sdk.resources import Resource
@@ -25,7 +25,7 @@ class Tracer:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        # `close` ends it; at exit it would wait for a collector that may not be there.
+        # `close` shuts it down. A shutdown at exit would wait for a collector that may be gone.
         self._provider = TracerProvider(
             ALWAYS_ON, Resource.create({"service.name": service_name}), shutdown_on_exit=False
         )
@@ -35,21 +35,25 @@ class Tracer:
         self._kind = SpanKind.SERVER
 
     def start(self, route: str, traceparent: str | None) -> "Span":
-        """`traceparent` is the W3C header, None or broken where there is no trace to join."""
+        """Start a span. `traceparent` is the W3C header of the trace to join; the span starts a new
+        trace if it is None or malformed.
+        """
         from opentelemetry.context import Context
 
         carrier = {} if traceparent is None else {"traceparent": traceparent}
-        # An empty context, not the thread's own: requests are each other's neighbours.
+        # An empty context instead of the thread's, which other requests share.
         context = self._context_of(carrier, Context())
         return self._tracer.start_span(route, context, self._kind)
 
     def close(self) -> None:
-        """Send what is pending. Takes seconds where the collector is gone."""
+        """Send the remaining spans. Takes seconds if the collector is unreachable."""
         self._provider.shutdown()
 
 
 def tracer_to(endpoint: str, service_name: str = SERVICE_NAME) -> Tracer:
-    """`endpoint` is a collector's gRPC address, such as http://localhost:4317."""
+    """Return a tracer for a collector. `endpoint` is its gRPC address, such as
+    http://localhost:4317.
+    """
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 

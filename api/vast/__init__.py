@@ -1,4 +1,4 @@
-"""Vast.ai's serverless worker protocol: the only package that knows Vast's words.
+"""Vast.ai's serverless worker protocol. Only this package and its settings use Vast's vocabulary.
 
-It stands in front of the application and beside it, and the application knows nothing of it.
+It wraps the application and runs beside it; the application does not depend on it.
 """

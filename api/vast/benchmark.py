@@ -1,8 +1,9 @@
-"""What this worker can do, measured at start, as the autoscaler plans with it.
+"""The benchmark at start: tokens per second of this worker, with which the autoscaler plans.
 
-In the shape of the platform's own benchmark: eight runs of up to fifty requests at once, each of
-random words; a run's figure is its tokens per second, and the best run counts. Unlike there,
-every token that is counted was generated, and time is limited: so it begins with one request.
+It has the shape of the benchmark in Vast's stock worker: eight runs of up to fifty concurrent
+requests, each with a prompt of random words. The result is the highest tokens per second of any
+run. There are two differences: only tokens that were generated are counted, and the time is
+limited, so the first run has a single request.
 """
 
 import asyncio
@@ -44,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 class BenchmarkFailed(Exception):
-    """Not one run came to an end."""
+    """The benchmark generated no token, or a generation failed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """What a result is of. On any other device, model, version or setting it says nothing."""
+class BenchmarkKey:
+    """Identifies what was measured. A result is reused only where all of it is the same."""
 
     model: str
     device: str
@@ -62,33 +63,33 @@ class Key:
         return f"benchmark-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
-def key_of(state: AppState) -> Key:
+def benchmark_key(state: AppState) -> BenchmarkKey:
     settings, model = state.settings, state.engine.model
-    return Key(
+    return BenchmarkKey(
         model=f"{model.sha} {model.weight_bytes} {settings.load_config()}",
         device=model.device,
-        version=_sources(),
+        version=_source_digest(),
         settings=f"{settings.engine_config()} {settings.max_concurrent_requests}",
     )
 
 
-def _sources() -> str:
-    """A digest of what runs a step: as exact as a version can be."""
+def _source_digest() -> str:
+    """Return a digest of the source code that runs a step: an exact version of it."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
-    for path in sorted((*root.glob("engine/*.py"), *root.glob("kernels/*.py"))):
+    for path in sorted((*root.glob("engine/**/*.py"), *root.glob("kernels/**/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-async def max_perf(engine: AsyncEngine, key: Key, cache: Path, seconds: float) -> float:
-    """Tokens per second: measured now, or when this same worker last was. Raises
+async def max_perf(engine: AsyncEngine, key: BenchmarkKey, cache: Path, seconds: float) -> float:
+    """Return tokens per second, from the cache if the same worker was measured before. Raises
     BenchmarkFailed.
     """
     path = cache / key.file_name
     known = await asyncio.to_thread(_read, path)
     if known is not None:
-        logger.info("benchmark: %.1f tokens/s, known from an earlier start", known)
+        logger.info("benchmark: %.1f tokens/s, measured at an earlier start", known)
         return known
     measured = await measure(engine, seconds)
     await asyncio.to_thread(_write, path, measured)
@@ -96,8 +97,8 @@ async def max_perf(engine: AsyncEngine, key: Key, cache: Path, seconds: float) -
 
 
 async def measure(engine: AsyncEngine, seconds: float) -> float:
-    """The best of some runs, each of twice as many requests at once as long as the time allows:
-    it takes no longer than the one before it twice over.
+    """Return the tokens per second of the best run. Each run has twice as many concurrent requests
+    as the one before and takes at most twice as long; no run starts that might not end in time.
     """
     deadline = time.monotonic() + seconds
     best, took = 0.0, 0.0
@@ -114,7 +115,9 @@ async def measure(engine: AsyncEngine, seconds: float) -> float:
 
 
 async def _run(engine: AsyncEngine, run: int, concurrency: int, seconds: float) -> float:
-    """Cut off at the end of its time, what was generated until then counts."""
+    """Return the tokens per second of one run. It is cut off after `seconds`; the tokens generated
+    until then count.
+    """
     requests = [_request(engine, f"benchmark-{run}-{n}") for n in range(concurrency)]
     counts = [0] * concurrency
     started = time.perf_counter()
@@ -128,7 +131,9 @@ async def _run(engine: AsyncEngine, run: int, concurrency: int, seconds: float) 
         except TimeoutError:
             pass
         elapsed = time.perf_counter() - started
-    logger.info("benchmark: %d tokens in %.2f s, %d at once", sum(counts), elapsed, concurrency)
+    logger.info(
+        "benchmark: %d tokens in %.2f s, %d requests at once", sum(counts), elapsed, concurrency
+    )
     return sum(counts) / elapsed
 
 
@@ -140,7 +145,7 @@ async def _count(events: AsyncIterator[list[Event]], counts: list[int], n: int) 
 
 
 def _request(engine: AsyncEngine, request_id: str) -> Request:
-    """Words at random: nothing of a prompt was computed for another."""
+    """Return a request with a prompt of random words, so that no prompt shares a cached prefix."""
     ids = engine.tokenizer.encode(" ".join(random.choices(_COMMON_WORDS.split(), k=_NUM_WORDS)))
     num_tokens = min(_NUM_TOKENS, engine.max_total_tokens // 2)
     return Request(
@@ -160,11 +165,11 @@ def _read(path: Path) -> float | None:
 
 
 def _write(path: Path, value: float) -> None:
-    """Whole or not at all; a folder that cannot be written to costs the next start some time."""
+    """Write the result atomically. If it cannot be written, the next start measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".part")
         whole.write_text(json.dumps({"tokens_per_second": value}))
         whole.replace(path)
     except OSError as error:
-        logger.warning("the benchmark's result cannot be kept in %s: %s", path.parent, error)
+        logger.warning("the benchmark's result cannot be written to %s: %s", path.parent, error)

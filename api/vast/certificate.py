@@ -1,7 +1,7 @@
-"""The worker's certificate: made here, signed by the platform, checked before it is used.
+"""The worker's TLS certificate: requested here, signed by Vast, checked before it is used.
 
-Clients trust the platform's root alone. A certificate that we signed ourselves lets a listener
-start and serves nobody, so it is reported as an error until the platform has signed one.
+Clients trust only Vast's root certificate. With a self-signed certificate the worker can listen
+but no client accepts it, so that is reported as an error until Vast has signed one.
 """
 
 import ipaddress
@@ -28,7 +28,7 @@ _ATTEMPTS = 3
 _MARGIN = timedelta(days=1)
 _SELF_SIGNED_LIFE = timedelta(days=365)
 _PLACEHOLDER = x509.IPAddress(ipaddress.ip_address("0.0.0.0"))
-"""What a request for a certificate says of the address, which the platform knows better."""
+"""The address in a certificate request. Vast replaces it with the machine's public address."""
 _SUBJECT = x509.Name(
     [
         x509.NameAttribute(NameOID.COUNTRY_NAME, "US"),
@@ -41,19 +41,21 @@ logger = logging.getLogger(__name__)
 
 
 class NotSigned(Exception):
-    """The platform did not sign, or what it answered is no certificate for our key."""
+    """Vast did not sign the certificate, or answered with something else."""
 
 
 class CertificateFiles:
-    """The pair where the platform's own tools keep it, so either may have made it."""
+    """Key and certificate, in the files where Vast's own tools keep them. Those tools may have
+    made them.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.key = directory / "instance.key"
         self.certificate = directory / "instance.crt"
         self._request = directory / "instance.csr"
 
-    def usable(self) -> bool:
-        """There is a pair that fits, of the platform's making, and valid for a while yet."""
+    def is_usable(self) -> bool:
+        """Whether there is a certificate for the key, not self-signed and valid for another day."""
         key, certificate = self._read_key(), self._read_certificate()
         if key is None or certificate is None or not _fits(certificate, key):
             return False
@@ -62,7 +64,7 @@ class CertificateFiles:
         return valid and certificate.issuer != certificate.subject
 
     def make_request(self) -> bytes:
-        """A certificate signing request, PEM, with the key that is there or a new one."""
+        """Write and return a certificate signing request (PEM). Makes a key if there is none."""
         key = self._read_key()
         if key is None:
             key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -73,7 +75,9 @@ class CertificateFiles:
         return request
 
     def install(self, pem: bytes) -> None:
-        """Raises NotSigned, leaving all as it was, unless it is a certificate for our key."""
+        """Install a certificate. Raises NotSigned and changes nothing if `pem` is not a certificate
+        for the key.
+        """
         key = self._read_key()
         try:
             certificate = x509.load_pem_x509_certificates(pem)[0]
@@ -83,8 +87,8 @@ class CertificateFiles:
             raise NotSigned("the certificate is for another key")
         self._replace_certificate(pem)
 
-    def sign_ourselves(self) -> None:
-        """So that there is something to listen with."""
+    def self_sign(self) -> None:
+        """Install a self-signed certificate, so that the server can listen."""
         key = self._read_key()
         assert key is not None
         now = datetime.now(UTC)
@@ -120,10 +124,10 @@ class CertificateFiles:
             return None
 
 
-async def have_signed(
+async def obtain_certificate(
     files: CertificateFiles, http: httpx2.AsyncClient, console_url: str, container_id: int
 ) -> None:
-    """Get a certificate from the platform. Raises NotSigned, OSError."""
+    """Have Vast sign a certificate, and install it. Raises NotSigned, OSError."""
     request = files.make_request()
     reason = ""
     for _ in range(_ATTEMPTS):
@@ -146,7 +150,7 @@ async def have_signed(
 
 
 def _signing_request(key: rsa.RSAPrivateKey) -> bytes:
-    """With the extensions that the platform's own tools ask for."""
+    """Return a signing request with the extensions that Vast's own tools ask for."""
     usage = x509.KeyUsage(
         digital_signature=True,
         content_commitment=True,
@@ -170,6 +174,8 @@ def _signing_request(key: rsa.RSAPrivateKey) -> bytes:
 
 
 def _fits(certificate: x509.Certificate, key: rsa.RSAPrivateKey) -> bool:
+    """Whether the certificate is for this key."""
+
     def plain(public: object) -> bytes:
         assert isinstance(public, rsa.RSAPublicKey)
         return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -179,7 +185,7 @@ def _fits(certificate: x509.Certificate, key: rsa.RSAPrivateKey) -> bool:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    """Nobody else may read it, from its first byte on."""
+    """Write a file that only its owner can read, from its first byte on."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""The signed envelope around a request, `{auth_data, payload, session_id}`, or what it lacks."""
+"""The signed envelope around a request: `{auth_data, payload, session_id}`."""
 
 import json
 from collections.abc import Mapping
@@ -9,18 +9,20 @@ import pydantic_core
 from starlette.responses import Response
 from starlette.types import Receive
 
-from api.vast.books import MAX_WORKLOAD
+from api.vast.workload import MAX_WORKLOAD
 
 _REQUIRED = ("cost", "endpoint", "reqnum", "request_idx", "signature", "url")
 _MISSING = "field missing"
 _LONGEST_IDX = 64
 ENVELOPE_BYTES = 1 << 16
-"""What an envelope may take beside its payload."""
+"""Room for the envelope around a payload, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Of the oldest generation `auth_data` has no request_idx; all else is there."""
+    """A well-formed envelope. The oldest form of `auth_data` has no request_idx; every other field
+    is present.
+    """
 
     auth: Mapping[str, Any]
     payload: Mapping[str, Any]
@@ -28,8 +30,9 @@ class Envelope:
 
     @property
     def request_idx(self) -> int | str | None:
-        """None if there is none by which a report could speak of it: newer generations do not
-        sign it, and what cannot be told would hold up all that is to be told with it.
+        """The number by which reports name the request; None if it cannot be reported. Newer forms
+        do not sign it, so it may be anything, and an entry that the autoscaler cannot parse would
+        hold up all other entries of its report.
         """
         idx = self.auth.get("request_idx")
         if isinstance(idx, int) and not isinstance(idx, bool):
@@ -42,8 +45,10 @@ class Envelope:
         return float(min(cost, MAX_WORKLOAD)) if isinstance(cost, int | float) and cost > 0 else 0.0
 
 
-async def read(receive: Receive, limit: int) -> bytes | None:
-    """A request's body, cut behind `limit`; None if the client went away."""
+async def read_body(receive: Receive, limit: int) -> bytes | None:
+    """Return a request's body, or None if the client went away. Reading stops once the body is
+    longer than `limit` bytes.
+    """
     raw = bytearray()
     while True:
         message = await receive()
@@ -54,12 +59,12 @@ async def read(receive: Receive, limit: int) -> bytes | None:
             return bytes(raw)
 
 
-class Plain(Exception):
-    """The body is not in an envelope: what a client of TGI sends."""
+class NotAnEnvelope(Exception):
+    """The body has no envelope: it is what a client of TGI sends."""
 
 
-class Malformed(Exception):
-    """Neither; the message for its sender is `problems`."""
+class MalformedEnvelope(Exception):
+    """The body is no valid envelope. `problems` is the body of the answer."""
 
     def __init__(self, problems: Mapping[str, object]) -> None:
         super().__init__("malformed envelope")
@@ -67,10 +72,10 @@ class Malformed(Exception):
 
 
 def parse(raw: bytes) -> Envelope:
-    """Raises `Plain` or `Malformed`."""
+    """Parse an envelope. Raises `NotAnEnvelope` or `MalformedEnvelope`."""
     body = parse_object(raw)
     if not body.keys() & {"auth_data", "payload"}:
-        raise Plain
+        raise NotAnEnvelope
     auth, payload = body.get("auth_data"), body.get("payload")
     problems: dict[str, object] = {}
     if not isinstance(auth, dict):
@@ -82,33 +87,36 @@ def parse(raw: bytes) -> Envelope:
     elif not isinstance(payload, dict):
         problems["payload"] = {"data": "payload must be a dictionary"}
     if problems:
-        raise Malformed(problems)
+        raise MalformedEnvelope(problems)
     assert isinstance(auth, dict)
     assert isinstance(payload, dict)
     return Envelope(auth, payload, body.get("session_id"))
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Numbers as they are written, since a signature may be over them. Raises `Malformed`."""
+    """Parse a JSON object. Numbers keep the form in which they are written (256 is not 256.0),
+    since they may be signed. Raises `MalformedEnvelope`.
+    """
     try:
         body = pydantic_core.from_json(raw)
     except ValueError:
-        raise Malformed({"error": "invalid JSON"}) from None
+        raise MalformedEnvelope({"error": "invalid JSON"}) from None
     if not isinstance(body, dict):
-        raise Malformed(UNSIGNED)
+        raise MalformedEnvelope(MISSING_ENVELOPE)
     return body
 
 
-UNSIGNED = {"auth_data": _MISSING, "payload": _MISSING}
-"""What is said to a body that is no envelope, where none other is served."""
+MISSING_ENVELOPE = {"auth_data": _MISSING, "payload": _MISSING}
+"""Body of the answer to a request that needs an envelope and has none."""
 
 
 def missing_parameters(auth: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the stock worker answers for each missing field of `auth_data`."""
     return {name: "missing parameter" for name in _REQUIRED if name not in auth}
 
 
-def refusal(status: int, body: Mapping[str, object] | None = None) -> Response:
-    """As the platform's own worker writes it, spaces and all."""
+def platform_response(status: int, body: Mapping[str, object] | None = None) -> Response:
+    """A response in the exact bytes of Vast's stock worker, whose JSON has spaces."""
     if body is None:
         return Response(status_code=status)
     text = json.dumps(body)

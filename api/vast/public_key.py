@@ -10,33 +10,31 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from api.vast.errors import Errors
+from api.vast.active_errors import ActiveErrors
 
 MISSING = "Failed to get Serverless public key after all retry attempts"
-"""The platform's words."""
+"""The error text of Vast's stock worker."""
 
 _TIMEOUT_S = 10.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 _RETRY_S = 15.0
-"""Between attempts once all have failed: it is never given up."""
+"""Seconds between attempts after the first five failed. Attempts never stop."""
 _FRESH_S = 5.0
-"""A key that was seen this recently is not asked for again."""
+"""A key that was fetched this recently is not fetched again."""
 _GRACE_S = 60.0
-"""Envelopes signed before a key was replaced are on their way for this long."""
+"""How long the previous key is still accepted, for envelopes signed before the change."""
 
 logger = logging.getLogger(__name__)
 
 
 class PublicKeys:
-    """`keys` are those that may have signed an envelope: the present one, and for a minute the
-    one before it.
-    """
+    """Fetches the public key and keeps it up to date."""
 
     def __init__(
         self,
         http: httpx2.AsyncClient,
         addresses: Sequence[str],
-        errors: Errors,
+        errors: ActiveErrors,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._http = http
@@ -52,24 +50,27 @@ class PublicKeys:
 
     @property
     def keys(self) -> list[RSAPublicKey]:
+        """The keys that may have signed an envelope: the current one, and for a minute after a
+        change the previous one.
+        """
         if self._previous is not None and time.monotonic() - self._replaced > _GRACE_S:
             self._previous = None
         return [key for key in (self._key, self._previous) if key is not None]
 
     async def obtain(self) -> None:
-        """Return when there is one, however long that takes; meanwhile it is reported missing."""
+        """Fetch the key, however long that takes. After five failures report it as missing."""
         attempt = 0
         while not await self._fetch():
             if attempt == len(_BACKOFF_S):
                 logger.error(MISSING)
-                self._errors.raised("public key", MISSING)
+                self._errors.add("public key", MISSING)
             await self._sleep(_BACKOFF_S[attempt] if attempt < len(_BACKOFF_S) else _RETRY_S)
             attempt += 1
-        self._errors.cleared("public key")
+        self._errors.clear("public key")
 
     async def refresh(self) -> None:
-        """After a signature that fits no key: is there a new one? Asked once for all who wait,
-        and not at once again.
+        """Fetch the key again, because a signature fits no known key. Concurrent callers share one
+        fetch, and a key fetched within the last seconds is not fetched again.
         """
         if self._key is None or time.monotonic() - self._seen < _FRESH_S:
             return
@@ -88,14 +89,14 @@ class PublicKeys:
                     f"{address}/pubkey/", timeout=_TIMEOUT_S, follow_redirects=True
                 )
                 answer.raise_for_status()
-                self._adopt(answer.text)
+                self._use(answer.text)
             except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, UnsupportedAlgorithm) as error:
                 logger.warning("no public key from %s: %s", address, type(error).__name__)
             else:
                 return True
         return False
 
-    def _adopt(self, text: str) -> None:
+    def _use(self, text: str) -> None:
         self._seen = time.monotonic()
         if text == self._text:
             return

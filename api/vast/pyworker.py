@@ -1,7 +1,7 @@
-"""Behind the platform's stock PyWorker: what it takes for its model server.
+"""Running as the model server behind Vast's stock PyWorker.
 
-It reads a log to learn that requests are served, and truncates that log when it starts; so a
-line that it missed has to be said again.
+The PyWorker learns from a log file that the model server is ready. It truncates that file when it
+starts, so the line that it waits for has to be repeated.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ _REPEAT_S = 15.0
 
 
 def log_file(path: Path) -> Path | None:
-    """Where lines are to be appended to; None where the standard output goes there already."""
+    """Create the log file and return its path; None if standard output goes there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     out = sys.stdout.fileno()
@@ -23,7 +23,7 @@ def log_file(path: Path) -> Path | None:
 
 
 async def repeat_connected(engine: AsyncEngine) -> None:
-    """Until the first request comes: then it has been heard."""
+    """Repeat the line "Connected" until the first request shows that the PyWorker read it."""
     idle = engine.status().figures.num_steps
     while engine.status().figures.num_steps == idle:
         await asyncio.sleep(_REPEAT_S)

@@ -1,7 +1,6 @@
-"""Reports to the autoscaler: this worker's state and load, and how each request ended.
+"""Reports to the autoscaler: this worker's status and load, and how each request ended.
 
-What could not be delivered is told with the next report, and nothing that a client waits for
-waits for a report.
+Whatever could not be delivered is included in the next report. No client waits for a report.
 """
 
 import asyncio
@@ -17,23 +16,22 @@ from itertools import islice
 import httpx2
 
 from api.settings.vast_variables import Identity
-from api.vast.books import Books, Ended
-from api.vast.errors import Errors
+from api.vast.active_errors import ActiveErrors
+from api.vast.workload import EndedJob, Workload
 
 VERSION = "1.1.0"
-"""Of the protocol. The autoscaler takes a worker of another for a broken one."""
+"""Version of the protocol. The autoscaler treats a worker of another version as broken."""
 
 _CONSOLE = "https://cloud.vast.ai/api/v0"
-"""Reported to by some templates. It takes no report of how requests ended."""
+"""Address to which some templates report. It has no route for ended requests."""
 _TICK_S = 1.0
-_QUIET_S = 10.0
-"""What has not changed is told again after this long."""
+_MAX_SILENCE_S = 10.0
+"""An unchanged status is sent again after this many seconds."""
 _TIMEOUT_S = 10.0
 _ATTEMPTS = 3
-_PAUSE_S = 2.0
-_MOST_ENDED = 1000
-"""Told at a time."""
-_LAST_WORDS_S = 3.0
+_RETRY_PAUSE_S = 2.0
+_MAX_ENDED_PER_REPORT = 1000
+_FINAL_REPORT_S = 3.0
 _GIB = 1 << 30
 
 logger = logging.getLogger(__name__)
@@ -41,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Readiness:
-    """`load_s` is from the start of the process until loaded, 0 before; `max_perf` is the
-    benchmark's, in tokens per second.
+    """What the worker reports once it is ready, 0 until then.
+
+    load_s    seconds from the start of the process until it was ready
+    max_perf  tokens per second in the benchmark
     """
 
     load_s: float = 0.0
@@ -50,84 +50,89 @@ class Readiness:
 
 
 class Reporter:
-    """`run` it in a task. `report_soon` when something happened that cannot wait for the tick."""
+    """Sends reports while `run` runs in a task, until `close` sends the last one."""
 
     def __init__(
         self,
         http: httpx2.AsyncClient,
         identity: Identity,
-        books: Books,
-        errors: Errors,
+        workload: Workload,
+        errors: ActiveErrors,
         readiness: Readiness,
     ) -> None:
         self._http = http
         self._identity = identity
-        self._books = books
+        self._workload = workload
         self._errors = errors
         self._readiness = readiness
         self._soon = asyncio.Event()
         self._is_overdue = False
-        self._told_at = float("-inf")
-        self._told: tuple[object, ...] = ()
-        self._told_disk = 0.0
+        self._reported_at = float("-inf")
+        self._reported_activity: tuple[object, ...] = ()
+        self._reported_disk = 0.0
         errors.on_change = self.report_soon
 
     def report_soon(self) -> None:
+        """Send a status report at once instead of at the next tick."""
         self._soon.set()
 
     async def run(self) -> None:
-        """For ever."""
-        await asyncio.gather(self._every_tick(self._tell_state), self._every_tick(self._tell_ended))
+        """Report until cancelled."""
+        await asyncio.gather(
+            self._keep_reporting(self._report_status), self._keep_reporting(self._report_ended)
+        )
 
     async def close(self) -> None:
-        """The last words, if somebody listens."""
+        """Send what was not reported yet, in one short attempt."""
         try:
-            async with asyncio.timeout(_LAST_WORDS_S):
-                await self._post_ended(attempts=1)
-                await self._post_state(attempts=1)
+            async with asyncio.timeout(_FINAL_REPORT_S):
+                await self._send_ended(attempts=1)
+                await self._send_status(attempts=1)
         except TimeoutError:
-            logger.warning("the autoscaler did not hear the last report")
+            logger.warning("the last report was not delivered in time")
 
-    async def _every_tick(self, tell: Callable[[], Awaitable[None]]) -> None:
-        """A worker that is not heard of is given up, so nothing ends this."""
+    async def _keep_reporting(self, report: Callable[[], Awaitable[None]]) -> None:
+        """Report again and again. No exception ends this loop: the autoscaler gives up a worker
+        that is silent.
+        """
         while True:
             try:
-                await tell()
+                await report()
             except Exception:
                 logger.exception("a report failed")
                 await asyncio.sleep(_TICK_S)
 
-    async def _tell_state(self) -> None:
+    async def _report_status(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._soon.wait(), _TICK_S)
         soon = self._soon.is_set()
         self._soon.clear()
-        quiet_s = time.monotonic() - self._told_at
-        is_active = self._readiness.load_s and self._told != self._activity
-        if soon or self._is_overdue or is_active or quiet_s > _QUIET_S:
+        quiet_s = time.monotonic() - self._reported_at
+        is_active = self._readiness.load_s and self._reported_activity != self._activity
+        if soon or self._is_overdue or is_active or quiet_s > _MAX_SILENCE_S:
             self._is_overdue = True
-            await self._post_state(_ATTEMPTS)
+            await self._send_status(_ATTEMPTS)
 
-    async def _tell_ended(self) -> None:
+    async def _report_ended(self) -> None:
         await asyncio.sleep(_TICK_S)
-        if self._books.ended:
-            await self._post_ended(_ATTEMPTS)
+        if self._workload.ended:
+            await self._send_ended(_ATTEMPTS)
 
     @property
     def _activity(self) -> tuple[object, ...]:
-        """It changes with whatever happens to a request."""
-        load = self._books.load()
+        """A value that changes whenever a request arrives, starts or ends."""
+        load = self._workload.load()
         return (load.num_received, load.working, load.rejected)
 
-    async def _post_state(self, attempts: int) -> None:
-        activity, load = self._activity, self._books.load()
+    async def _send_status(self, attempts: int) -> None:
+        activity, load = self._activity, self._workload.load()
         disk = await asyncio.to_thread(_disk_used)
         report = {
             "id": self._identity.container_id,
             "mtoken": self._identity.master_token.get_secret_value(),
             "version": VERSION,
             "loadtime": self._readiness.load_s,
-            "cur_load": load.owed,
+            "cur_load": load.pending,
             "rej_load": load.rejected,
             "new_load": load.received,
             "error_msg": self._errors.message,
@@ -137,52 +142,55 @@ class Reporter:
             "max_capacity": 0,
             "num_requests_working": len(load.working),
             "num_requests_recieved": load.num_received,
-            "additional_disk_usage": disk - self._told_disk if self._told_disk else 0.0,
+            "additional_disk_usage": disk - self._reported_disk if self._reported_disk else 0.0,
             "disk_usage": disk,
             "working_request_idxs": [idx for idx in load.working if idx is not None],
             "url": self._identity.url,
         }
         if await self._deliver("worker_status", report, attempts) is Delivery.ACCEPTED:
-            self._books.delivered(load)
-            self._told, self._told_at, self._told_disk = activity, time.monotonic(), disk
+            self._workload.mark_delivered(load)
+            self._reported_activity, self._reported_disk = activity, disk
+            self._reported_at = time.monotonic()
             self._is_overdue = False
 
-    async def _post_ended(self, attempts: int) -> None:
-        ended = list(islice(self._books.ended, _MOST_ENDED))
+    async def _send_ended(self, attempts: int) -> None:
+        ended = list(islice(self._workload.ended, _MAX_ENDED_PER_REPORT))
         if not ended:
             return
-        told = await self._deliver("delete_requests", self._ended_report(ended), attempts)
-        if told is Delivery.REFUSED:
-            told = await self._deliver_in_old_form(ended, attempts)
-        if told is Delivery.ACCEPTED:
-            self._books.forget(len(ended))
+        delivery = await self._deliver("delete_requests", self._ended_body(ended), attempts)
+        if delivery is Delivery.REFUSED:
+            delivery = await self._deliver_in_old_format(ended, attempts)
+        if delivery is Delivery.ACCEPTED:
+            self._workload.discard_ended(len(ended))
 
-    async def _deliver_in_old_form(self, ended: list[Ended], attempts: int) -> "Delivery":
-        """Of autoscalers before `requests` were listed: one body for each way to end."""
-        told = Delivery.ACCEPTED
+    async def _deliver_in_old_format(self, ended: list[EndedJob], attempts: int) -> "Delivery":
+        """Report to an older autoscaler, which takes request numbers only: one body for the
+        successful requests and one for the others.
+        """
+        delivery = Delivery.ACCEPTED
         for success in (True, False):
-            indices = [each.request_idx for each in ended if each.success is success]
-            if indices and told is Delivery.ACCEPTED:
-                body = self._worker() | {"request_idxs": indices, "success": success}
-                told = await self._deliver("delete_requests", body, attempts)
-        return told
+            indices = [job.request_idx for job in ended if job.success is success]
+            if indices and delivery is Delivery.ACCEPTED:
+                body = self._worker_fields() | {"request_idxs": indices, "success": success}
+                delivery = await self._deliver("delete_requests", body, attempts)
+        return delivery
 
-    def _ended_report(self, ended: Iterable[Ended]) -> dict[str, object]:
-        return self._worker() | {
+    def _ended_body(self, ended: Iterable[EndedJob]) -> dict[str, object]:
+        return self._worker_fields() | {
             "requests": [
                 {
-                    "request_idx": each.request_idx,
-                    "success": each.success,
-                    "status": str(each.outcome),
-                    "entered_queue_at": each.entered_at,
-                    "work_started_at": each.started_at,
-                    "work_completed_at": each.completed_at,
+                    "request_idx": job.request_idx,
+                    "success": job.success,
+                    "status": str(job.outcome),
+                    "entered_queue_at": job.entered_at,
+                    "work_started_at": job.started_at,
+                    "work_completed_at": job.completed_at,
                 }
-                for each in ended
+                for job in ended
             ]
         }
 
-    def _worker(self) -> dict[str, object]:
+    def _worker_fields(self) -> dict[str, object]:
         identity = self._identity
         return {
             "worker_id": identity.container_id,
@@ -190,7 +198,9 @@ class Reporter:
         }
 
     async def _deliver(self, route: str, body: Mapping[str, object], attempts: int) -> "Delivery":
-        """To the first address that takes it. Neither body nor answer is logged."""
+        """Post to the first address that accepts. Neither body nor response is logged, since both
+        may contain secrets.
+        """
         addresses = self._identity.report_addresses
         if route == "delete_requests":
             addresses = tuple(address for address in addresses if address != _CONSOLE)
@@ -203,23 +213,23 @@ class Reporter:
                 if outcome is Delivery.REFUSED:
                     break
                 if attempt + 1 < attempts:
-                    await asyncio.sleep(_PAUSE_S)
+                    await asyncio.sleep(_RETRY_PAUSE_S)
         return outcome
 
     async def _post(self, url: str, body: Mapping[str, object]) -> "Delivery":
         try:
             answer = await self._http.post(url, json=body, timeout=_TIMEOUT_S)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            logger.warning("no report to %s: %s", url, type(error).__name__)
+            logger.warning("report to %s failed: %s", url, type(error).__name__)
             return Delivery.FAILED
         if answer.is_success:
             return Delivery.ACCEPTED
-        logger.warning("%s answers a report with %d", url, answer.status_code)
+        logger.warning("report to %s was answered %d", url, answer.status_code)
         return Delivery.REFUSED if answer.status_code in (400, 404, 422) else Delivery.FAILED
 
 
 class Delivery(Enum):
-    """Of a report. What is refused would be refused again."""
+    """What became of a report. A refused report would be refused again; a failed one is retried."""
 
     ACCEPTED = auto()
     REFUSED = auto()
@@ -227,5 +237,5 @@ class Delivery(Enum):
 
 
 def _disk_used() -> float:
-    """GiB, of the container's own file system."""
+    """Return the used space of the container's file system, in GiB."""
     return shutil.disk_usage("/").used / _GIB

@@ -1,7 +1,7 @@
-"""Sessions: a client keeps a worker for itself for a while, at a cost it names itself.
+"""Sessions: a client reserves part of a worker for a while, at a cost that the client names.
 
-One session is one job of the books, however many requests are made in it, until it is ended or
-its time is over. Each request in it prolongs it.
+A session is one job of the workload, however many requests are made in it. It lasts until its
+client ends it or it expires; each request in it prolongs it.
 """
 
 import asyncio
@@ -16,26 +16,28 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message
 
-from api.vast.books import Books, Job, Outcome
-from api.vast.envelope import Envelope, refusal
+from api.vast.envelope import Envelope, platform_response
+from api.vast.workload import Job, Outcome, Workload
 
 DEFAULT_LIFETIME_S = 60.0
 _SWEEP_S = 5.0
-_LONGEST_S = 1e9
-"""Thirty years, so that no sum of such is beyond what JSON can tell."""
+_MAX_LIFETIME_S = 1e9
+"""Thirty years. A finite limit keeps every expiration a number that JSON can express."""
 _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 13
 
 OnClose = Callable[[str, Mapping[str, Any]], Awaitable[None]]
-"""Calls a route of this server with a payload."""
+"""A function that calls a route of this server with a payload."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """`auth` is what opened it, and what speaks for it from then on. `closed` is set when it is
-    over: its requests are then to end. Times are those of the epoch.
+    """An open session. Times are seconds since the epoch.
+
+    auth    the `auth_data` of the request that created it; later calls must present the same
+    closed  set when the session is over, which ends its running requests
     """
 
     id: str
@@ -48,12 +50,12 @@ class Session:
     job: Job
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def over(self) -> Message:
-        """What its requests then are told: that nobody is there any more."""
+    async def disconnect(self) -> Message:
+        """Wait until the session is over; return the ASGI message that makes a request stop."""
         await self.closed.wait()
         return {"type": "http.disconnect"}
 
-    def described(self) -> dict[str, object]:
+    def describe(self) -> dict[str, object]:
         return {
             "session_id": self.id,
             "auth_data": self.auth,
@@ -66,8 +68,10 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, books: Books, limit: int) -> None:
-        self._books = books
+    """The open sessions, and the responses to the `/session/` routes."""
+
+    def __init__(self, workload: Workload, limit: int) -> None:
+        self._workload = workload
         self._limit = limit
         self._open: dict[str, Session] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -80,41 +84,43 @@ class Sessions:
         session.expiration += session.lifetime_s
 
     def create(self, envelope: Envelope) -> Response:
-        """Whoever asks has been verified."""
-        job = self._books.enter(envelope.request_idx, envelope.cost, is_work=False)
+        """Open a session. The caller has verified the envelope."""
+        job = self._workload.add_job(envelope.request_idx, envelope.cost, is_session=True)
         if self._limit and len(self._open) >= self._limit:
-            self._books.end(job, Outcome.REJECTED)
-            return refusal(429)
-        self._books.start(job)
+            self._workload.end(job, Outcome.REJECTED)
+            return platform_response(429)
+        self._workload.start(job)
         session = _session(envelope, job)
         self._open[session.id] = session
         created = {"session_id": session.id, "expiration": session.expiration}
-        return refusal(201, created)
+        return platform_response(201, created)
 
     def get(self, body: Mapping[str, Any]) -> Response:
-        found = self._authorised(body, unknown=refusal(400, {"error": "session does not exist"}))
-        return refusal(200, found.described()) if isinstance(found, Session) else found
+        found = self._authorised(
+            body, unknown=platform_response(400, {"error": "session does not exist"})
+        )
+        return platform_response(200, found.describe()) if isinstance(found, Session) else found
 
     def health(self, body: Mapping[str, Any]) -> Response:
-        found = self._authorised(body, unknown=refusal(200, {"ok": False}))
-        return refusal(200, {"ok": True}) if isinstance(found, Session) else found
+        found = self._authorised(body, unknown=platform_response(200, {"ok": False}))
+        return platform_response(200, {"ok": True}) if isinstance(found, Session) else found
 
     def end(self, body: Mapping[str, Any]) -> Response:
         session_id = body.get("session_id")
-        unknown = refusal(400, {"error": f"session with id {session_id} not found"})
+        unknown = platform_response(400, {"error": f"session with id {session_id} not found"})
         found = self._authorised(body, unknown)
         if not isinstance(found, Session):
             return found
         self._close(found)
-        return refusal(200, {"ended": True, "removed_session": found.id})
+        return platform_response(200, {"ended": True, "removed_session": found.id})
 
     async def sweep(self) -> None:
-        """Close what has expired, for ever."""
+        """Close expired sessions every few seconds. Runs until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.time()
             for session in [s for s in self._open.values() if s.expiration < now]:
-                logger.info("a session expired")
+                logger.info("session expired")
                 self._close(session)
 
     def close_all(self) -> None:
@@ -123,18 +129,18 @@ class Sessions:
 
     def _authorised(self, body: Mapping[str, Any], unknown: Response) -> Session | Response:
         if "session_id" not in body:
-            return refusal(422, {"error": "missing session_id"})
+            return platform_response(422, {"error": "missing session_id"})
         session = self.find(body["session_id"])
         if session is None:
             return unknown
         if body.get("session_auth") != session.auth:
-            return refusal(401, {"error": "session_auth is not valid"})
+            return platform_response(401, {"error": "session_auth is not valid"})
         return session
 
     def _close(self, session: Session) -> None:
         del self._open[session.id]
         session.closed.set()
-        self._books.end(session.job, Outcome.SUCCESS)
+        self._workload.end(session.job, Outcome.SUCCESS)
         if session.on_close_route and self.on_close is not None:
             payload = {**session.on_close_payload, "session_id": session.id}
             task = asyncio.create_task(self._call(session.on_close_route, payload))
@@ -142,13 +148,13 @@ class Sessions:
             task.add_done_callback(self._closing.discard)
 
     async def _call(self, route: str, payload: Mapping[str, Any]) -> None:
-        """At best: the session is over whatever comes of it."""
+        """Make the closing call of a session that is over. Failures are only logged."""
         assert self.on_close is not None
         try:
             async with asyncio.timeout(10):
                 await self.on_close(route, payload)
         except Exception as error:
-            logger.warning("the closing call of a session failed: %s", type(error).__name__)
+            logger.warning("closing call of a session failed: %s", type(error).__name__)
 
 
 def _session(envelope: Envelope, job: Job) -> Session:
@@ -169,5 +175,5 @@ def _session(envelope: Envelope, job: Job) -> Session:
 
 def _seconds(value: object) -> float:
     if isinstance(value, int | float) and value > 0:
-        return float(min(value, _LONGEST_S))
+        return float(min(value, _MAX_LIFETIME_S))
     return DEFAULT_LIFETIME_S

@@ -1,8 +1,9 @@
-"""Who may ask: signatures of the autoscaler over an envelope's `auth_data`.
+"""Verification of the autoscaler's signature over an envelope's `auth_data`.
 
-RSA PKCS#1 v1.5 with SHA-256 over a JSON text made of some of its values, which of them has
-changed with the protocol's generations. So a signature is held against each form in turn;
-recovering its digest once with the public key makes that as cheap as one.
+The signature is RSA PKCS#1 v1.5 with SHA-256 over a JSON text of some fields of `auth_data`. Which
+fields are signed has changed between generations of the protocol, so a signature is compared with
+each form in turn. The digest is recovered from the signature once, with the public key, so trying
+all forms costs no more than one verification.
 """
 
 import base64
@@ -22,46 +23,50 @@ from cryptography.hazmat.primitives.hashes import SHA256
 logger = logging.getLogger(__name__)
 
 _HISTORY = 100
-"""How many accepted messages are remembered, and by how much a number may lag behind."""
+"""How many accepted messages are remembered, and how far a request number may lag behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a generation signs. Those that sign a request's number take each one once."""
+    """The fields that one generation of the protocol signs. A form that signs the request number
+    allows each request once.
+    """
 
     generation: str
     fields: tuple[str, ...]
 
     def message(self, auth: Mapping[str, Any]) -> bytes | None:
-        """Rebuilt from the parsed values, so `256` is not `256.0`. None: fields are missing."""
+        """Return the signed text, rebuilt from parsed values (`256` differs from `256.0`); None if
+        a field is missing.
+        """
         if not auth.keys() >= set(self.fields):
             return None
         return json.dumps({name: auth[name] for name in self.fields}, indent=4).encode()
 
     @property
-    def counts(self) -> bool:
+    def has_request_number(self) -> bool:
         return "reqnum" in self.fields
 
 
 OLDEST = Form("A", ("cost", "endpoint", "reqnum", "url"))
-"""Its `auth_data` has no request_idx."""
+"""The `auth_data` of this form has no request_idx."""
 FORMS = (
     Form("C", ("url",)),
     Form("B", ("cost", "endpoint", "reqnum", "request_idx", "url")),
     OLDEST,
 )
-"""Newest first. Their fields in the order in which they are signed."""
+"""Newest first. The fields are in the order in which they are signed."""
 
 
 class ReplayGuard:
-    """Each message once, and none that is much older than the newest."""
+    """Admits each message once, and none whose number is far behind the newest."""
 
     def __init__(self) -> None:
         self._newest = -1
         self._accepted: deque[bytes] = deque(maxlen=_HISTORY)
 
     def admit(self, reqnum: object, message: bytes) -> bool:
-        """To be asked of messages whose signature is good, and of no others."""
+        """Whether the message is new; if so, remember it. Call only with verified messages."""
         if not isinstance(reqnum, int) or reqnum < self._newest - _HISTORY:
             return False
         if message in self._accepted:
@@ -72,14 +77,14 @@ class ReplayGuard:
 
 
 class Verifier:
-    """Holds signatures against keys; a key that was replaced may be among them for a while."""
+    """Checks signatures and replays."""
 
     def __init__(self) -> None:
         self._guard = ReplayGuard()
         self._last_form: Form | None = None
 
-    def form_of(self, auth: Mapping[str, Any], keys: list[RSAPublicKey]) -> Form | None:
-        """The form whose message was signed with one of `keys`, if any was."""
+    def find_form(self, auth: Mapping[str, Any], keys: list[RSAPublicKey]) -> Form | None:
+        """Return the form whose message was signed with one of `keys`, or None."""
         digests = [d for d in (_digest(auth.get("signature"), key) for key in keys) if d]
         if not digests:
             return None
@@ -89,14 +94,14 @@ class Verifier:
                 return form
         return None
 
-    def admits(self, auth: Mapping[str, Any], form: Form) -> bool:
-        """By the rules against replay of the generation that signs so. Newer ones sign a worker's
-        address and repeat themselves.
+    def is_fresh(self, auth: Mapping[str, Any], form: Form) -> bool:
+        """Whether the request may be served by its form's rules against replay. The newest form
+        signs only the worker's URL, so its signatures repeat and are always fresh.
         """
         if form is not self._last_form:
             self._last_form = form
             logger.info("envelopes are signed in form %s", form.generation)
-        if not form.counts:
+        if not form.has_request_number:
             return True
         message = form.message(auth)
         assert message is not None
@@ -104,7 +109,7 @@ class Verifier:
 
 
 def _digest(signature: object, key: RSAPublicKey) -> bytes | None:
-    """What the key's owner signed, if they signed this."""
+    """Return the digest that the owner of `key` signed; None if the signature is not theirs."""
     if not isinstance(signature, str):
         return None
     try:

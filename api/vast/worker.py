@@ -1,5 +1,5 @@
-"""A worker's life: it listens and reports from its first second, loads, measures itself, serves,
-and reports what is wrong for as long as anything is.
+"""The worker: listens and reports from the first second, loads the model, runs the benchmark,
+serves, and reports errors for as long as they last.
 """
 
 import asyncio
@@ -25,42 +25,44 @@ from api.server import CannotListen, Server, check_port, server_config
 from api.settings.config import ConfigError
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import benchmark
-from api.vast.books import Books
-from api.vast.certificate import CertificateFiles, NotSigned, have_signed
-from api.vast.errors import Errors
-from api.vast.front import Front
-from api.vast.gate import Gate, Rules
+from api.vast.active_errors import ActiveErrors
+from api.vast.auth_gateway import AuthGateway, GatewayConfig
+from api.vast.certificate import CertificateFiles, NotSigned, obtain_certificate
 from api.vast.public_key import PublicKeys
 from api.vast.reporter import Readiness, Reporter
 from api.vast.sessions import Sessions
+from api.vast.worker_app import WorkerApp
+from api.vast.workload import Workload
 from engine.core.errors import LoadError
 
-_HEALTH_S = 1.0
-_PREPARED_S = 0.05
+_HEALTH_INTERVAL_S = 1.0
+_PREPARED_POLL_S = 0.05
 _CERTIFICATE_RETRY_S = 60.0
 _DRAIN_S = 6
-"""The platform's supervisor kills after 10 s, and the last reports take some."""
+"""Seconds that running requests get to finish. Vast's supervisor kills the process 10 s after
+SIGTERM, and the last reports take some of that.
+"""
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[], AppState]
+LoadState = Callable[[], AppState]
 
 
 class AlreadyRunning(Exception):
-    """This machine has a worker on that port, and it needs no second one."""
+    """Another worker runs on that port of this machine."""
 
 
-def run(config: WorkerConfig, load: Load) -> None:
-    """Serve until told to stop. Raises AlreadyRunning, CannotListen. `load` raises LoadError,
-    ConfigError.
+def run(config: WorkerConfig, load: LoadState) -> None:
+    """Serve until a signal. Raises AlreadyRunning, CannotListen. `load` may raise LoadError or
+    ConfigError, which are reported.
     """
     with _only_worker(config.port):
         check_port("0.0.0.0", config.port, "WORKER_PORT")
         if uvloop.run(_run(config, load)).is_loading:
-            os._exit(0)  # what loads cannot be told to stop
+            os._exit(0)  # the thread that loads the model cannot be stopped
 
 
-async def _run(config: WorkerConfig, load: Load) -> "Worker":
+async def _run(config: WorkerConfig, load: LoadState) -> "Worker":
     async with httpx2.AsyncClient() as http:
         worker = Worker(config, load, http)
         await worker.run()
@@ -69,67 +71,73 @@ async def _run(config: WorkerConfig, load: Load) -> "Worker":
 
 @contextmanager
 def _only_worker(port: int) -> Iterator[None]:
-    """An address of the kernel's, which ends with its process: no file to be left behind."""
-    with socket.socket(socket.AF_UNIX) as mark:
+    """Hold a lock on the port. The lock is an abstract socket, which the kernel removes with the
+    process: no file is left behind.
+    """
+    with socket.socket(socket.AF_UNIX) as lock:
         try:
-            mark.bind(f"\0skiff-worker-{port}")
+            lock.bind(f"\0skiff-worker-{port}")
         except OSError:
             raise AlreadyRunning(f"a worker is running on port {port} already") from None
         yield
 
 
 def report_failure(identity: Identity, message: str) -> None:
-    """Until told to stop: a worker that is silent is taken to be loading, and billed."""
-    errors = Errors()
+    """Report an error until stopped. A silent worker would count as loading, and be billed."""
+    errors = ActiveErrors()
 
-    async def tell() -> None:
+    async def report() -> None:
         async with httpx2.AsyncClient() as http:
-            reporter = Reporter(http, identity, Books(), errors, Readiness())
-            errors.raised("start", message)
+            reporter = Reporter(http, identity, Workload(), errors, Readiness())
+            errors.add("start", message)
             await reporter.run()
 
-    asyncio.run(tell())
+    asyncio.run(report())
 
 
 class Worker:
-    """One run of one worker. Everything in it is on the event loop, but for loading."""
+    """One run of a worker. All of it is on the event loop, except loading the model."""
 
-    def __init__(self, config: WorkerConfig, load: Load, http: httpx2.AsyncClient) -> None:
+    def __init__(self, config: WorkerConfig, load: LoadState, http: httpx2.AsyncClient) -> None:
         self._config = config
         self._load = load
         self._http = http
-        self._errors = Errors()
-        self._books = Books()
+        self._errors = ActiveErrors()
+        self._workload = Workload()
         self._readiness = Readiness()
         identity = config.identity
         self._keys = PublicKeys(self._http, identity.report_addresses, self._errors)
-        self._sessions = Sessions(self._books, config.max_sessions)
-        self._front = Front(self._sessions, identity.master_token)
-        self._reporter = Reporter(self._http, identity, self._books, self._errors, self._readiness)
+        self._sessions = Sessions(self._workload, config.max_sessions)
+        self._app = WorkerApp(self._sessions, identity.master_token)
+        self._reporter = Reporter(
+            self._http, identity, self._workload, self._errors, self._readiness
+        )
         self._files = CertificateFiles(config.tls_directory)
         self._tasks: list[asyncio.Task[None]] = []
         self.is_loading = False
 
     async def run(self) -> None:
-        """Until a signal; then what runs has a few seconds to end, and the books are told."""
+        """Run until a signal. Then running requests get a few seconds to finish, and the last
+        reports are sent.
+        """
         if self._config.unsecured:
-            logger.warning("UNSECURED: whoever reaches this worker is served, signed or not")
-        self._begin(self._reporter.run())
+            logger.warning("UNSECURED: every request is served, signed or not")
+        self._start_task(self._reporter.run())
         async with AsyncExitStack() as ending:
-            ending.push_async_callback(self._end)
+            ending.push_async_callback(self._stop)
             server = self._server()
-            self._begin(self._become_ready(server, ending))
-            self._begin(self._sessions.sweep())
+            self._start_task(self._become_ready(server, ending))
+            self._start_task(self._sessions.sweep())
             await server.serve()
             self._sessions.close_all()
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._reporter.close()
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.append(task)
         return task
@@ -137,139 +145,141 @@ class Worker:
     def _server(self) -> "_Server":
         options: dict[str, Any] = {"lifespan": "off"}
         if self._config.use_ssl:
-            self._have_certificate()
+            self._ensure_certificate()
             options |= {
                 "ssl_certfile": self._files.certificate,
                 "ssl_keyfile": self._files.key,
             }
-        return _Server(
-            server_config(self._front, "0.0.0.0", self._config.port, _DRAIN_S, **options)
-        )
+        return _Server(server_config(self._app, "0.0.0.0", self._config.port, _DRAIN_S, **options))
 
-    def _have_certificate(self) -> None:
-        """One that the platform has signed, or one to listen with until it has."""
+    def _ensure_certificate(self) -> None:
+        """Make a self-signed certificate unless there is one that Vast signed."""
         try:
-            if not self._files.usable():
+            if not self._files.is_usable():
                 self._files.make_request()
-                self._files.sign_ourselves()
+                self._files.self_sign()
         except OSError as error:
             raise CannotListen(f"TLS_DIRECTORY: {error}") from None
 
-    # -- until it is ready ------------------------------------------------------------
+    # -- start ------------------------------------------------------------
 
     async def _become_ready(self, server: "_Server", ending: AsyncExitStack) -> None:
-        """What takes time runs side by side: the model, the key, the certificate."""
-        trusted = self._begin(self._become_trusted(server))
+        """Load the model, and meanwhile obtain the public key and the certificate."""
+        credentials = self._start_task(self._obtain_credentials(server))
         try:
-            state = await self._loaded()
+            state = await self._load_state()
             server.engine = state.engine
             app = create_app(state)
             await ending.enter_async_context(app.router.lifespan_context(app))
-            self._front.application = app
-            self._begin(self._watch(state))
+            self._app.application = app
+            self._start_task(self._watch(state))
             await self._measure(state)
         except Exception as error:
-            logger.exception("the worker does not start")
-            self._front.reason = str(error)
-            self._errors.raised("load", _told(error))
+            logger.exception("the worker cannot start")
+            self._app.reason = str(error)
+            self._errors.add("load", _error_text(error))
             return
-        await trusted
-        self._open(state)
+        await credentials
+        self._start_serving(state)
 
-    async def _loaded(self) -> AppState:
+    async def _load_state(self) -> AppState:
         self.is_loading = True
         try:
             return await _in_daemon_thread(self._load)
         finally:
             self.is_loading = False
 
-    async def _become_trusted(self, server: "_Server") -> None:
-        works = []
+    async def _obtain_credentials(self, server: "_Server") -> None:
+        tasks = []
         if not self._config.unsecured:
-            works.append(self._keys.obtain())
-        if self._config.use_ssl and not self._files.usable():
-            works.append(self._obtain_certificate(server))
-        await asyncio.gather(*works)
+            tasks.append(self._keys.obtain())
+        if self._config.use_ssl and not self._files.is_usable():
+            tasks.append(self._obtain_certificate(server))
+        await asyncio.gather(*tasks)
 
     async def _obtain_certificate(self, server: "_Server") -> None:
         while True:
             try:
                 identity = self._config.identity
-                await have_signed(
+                await obtain_certificate(
                     self._files, self._http, self._config.console_url, identity.container_id
                 )
                 server.use_certificate(self._files)
             except (NotSigned, OSError) as error:
-                self._errors.raised("certificate", f"no signed certificate: {error}")
+                self._errors.add("certificate", f"no signed certificate: {error}")
                 await asyncio.sleep(_CERTIFICATE_RETRY_S)
             else:
-                self._errors.cleared("certificate")
+                self._errors.clear("certificate")
                 return
 
     async def _measure(self, state: AppState) -> None:
         while not state.engine.is_prepared:
-            await asyncio.sleep(_PREPARED_S)
-        self._front.reason = "the benchmark is running"
+            await asyncio.sleep(_PREPARED_POLL_S)
+        self._app.reason = "the benchmark is running"
         with state.engine.cold_start.phase("benchmark"):
             await self._benchmark(state)
 
     async def _benchmark(self, state: AppState) -> None:
-        key = benchmark.key_of(state)
+        key = benchmark.benchmark_key(state)
         self._readiness.max_perf = await benchmark.max_perf(
             state.engine, key, self._config.benchmark_cache, self._config.benchmark_seconds
         )
 
-    def _open(self, state: AppState) -> None:
-        """Requests may come, and the autoscaler hears so at once."""
+    def _start_serving(self, state: AppState) -> None:
+        """Open the gateway, and report at once that the worker is ready."""
         key = state.settings.api_key
-        rules = Rules(
+        gateway_config = GatewayConfig(
             unsecured=self._config.unsecured,
             api_key=None if key is None else key.get_secret_value(),
             payload_limit=state.settings.payload_limit,
             max_queue_time_s=self._config.max_queue_time_s,
             wait_s=lambda: self._wait_s(state),
         )
-        assert self._front.application is not None
-        self._front.gate = Gate(
-            self._front.application, rules, self._keys, self._books, self._sessions
+        assert self._app.application is not None
+        self._app.gateway = AuthGateway(
+            self._app.application, gateway_config, self._keys, self._workload, self._sessions
         )
-        self._sessions.on_close = partial(self._call, rules.api_key)
+        self._sessions.on_close = partial(self._post, gateway_config.api_key)
         self._readiness.load_s = time.time() - psutil.Process().create_time()
         self._reporter.report_soon()
         cold_start, perf = state.engine.cold_start, self._readiness.max_perf
         logger.info("ready after %.1f s (%s)", self._readiness.load_s, cold_start)
         logger.info("worker of %.0f tokens/s at %s", perf, self._config.identity.url)
 
-    # -- while it serves --------------------------------------------------------------
+    # -- serving --------------------------------------------------------------
 
     def _wait_s(self, state: AppState) -> float:
-        """What is owed to those before, if anyone waits at all: else a request starts at once."""
+        """Expected queue time in seconds; 0 if nothing is waiting, infinite if every permit is
+        taken.
+        """
         if not state.engine.free_permits:
             return math.inf
         if not state.engine.status().figures.num_waiting:
             return 0.0
-        return self._books.wait_s(self._readiness.max_perf)
+        return self._workload.wait_s(self._readiness.max_perf)
 
     async def _watch(self, state: AppState) -> None:
-        """Health is read, never asked of the device."""
+        """Report the engine's errors. Only its published status is read; the device is not
+        touched.
+        """
         while True:
             status = state.engine.status()
             if status.healthy:
-                self._errors.cleared("engine")
+                self._errors.clear("engine")
             else:
-                self._errors.raised("engine", f"{status.state}: {status.reason}")
-            await asyncio.sleep(_HEALTH_S)
+                self._errors.add("engine", f"{status.state}: {status.reason}")
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
 
-    async def _call(self, api_key: str | None, route: str, payload: Mapping[str, Any]) -> None:
-        assert self._front.application is not None
+    async def _post(self, api_key: str | None, route: str, payload: Mapping[str, Any]) -> None:
+        assert self._app.application is not None
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        transport = httpx2.ASGITransport(self._front.application)
+        transport = httpx2.ASGITransport(self._app.application)
         async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
             await http.post(route, json=payload, headers=headers)
 
 
 class _Server(Server):
-    """Signals are the worker's, and a certificate can be replaced while it listens."""
+    """A server that handles signals itself and can change its certificate while it listens."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -283,13 +293,13 @@ class _Server(Server):
         yield
 
     def use_certificate(self, files: CertificateFiles) -> None:
-        """For connections from now on."""
+        """Use a new certificate for connections from now on."""
         if self.config.loaded and self.config.ssl is not None:
             self.config.ssl.load_cert_chain(files.certificate, files.key)
 
 
-async def _in_daemon_thread(work: Load) -> AppState:
-    """It does not keep the process from ending."""
+async def _in_daemon_thread(work: LoadState) -> AppState:
+    """Await `work` in a thread that does not keep the process from exiting."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[AppState] = loop.create_future()
 
@@ -297,26 +307,28 @@ async def _in_daemon_thread(work: Load) -> AppState:
         try:
             result = work()
         except Exception as error:
-            tell(done.set_exception, error)
+            finish(done.set_exception, error)
         else:
-            tell(done.set_result, result)
+            finish(done.set_result, result)
 
-    def tell(how: Callable[[Any], None], what: object) -> None:
-        loop.call_soon_threadsafe(_unless_cancelled, done, how, what)
+    def finish(setter: Callable[[Any], None], value: object) -> None:
+        loop.call_soon_threadsafe(_unless_cancelled, done, setter, value)
 
     threading.Thread(target=run, name="skiff-loading", daemon=True).start()
     return await done
 
 
 def _unless_cancelled(
-    future: asyncio.Future[AppState], how: Callable[[Any], None], what: object
+    future: asyncio.Future[AppState], setter: Callable[[Any], None], value: object
 ) -> None:
     if not future.cancelled():
-        how(what)
+        setter(value)
 
 
-def _told(error: Exception) -> str:
-    """To the autoscaler: what was written to be read, and of all else its kind."""
+def _error_text(error: Exception) -> str:
+    """Return the text for the autoscaler: the message of an error that is written for users, and
+    only the type of any other, whose message may quote private data.
+    """
     if isinstance(error, benchmark.BenchmarkFailed):
         return f"Benchmark failed with error: {error}"
     if isinstance(error, LoadError | ConfigError):

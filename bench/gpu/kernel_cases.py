@@ -22,7 +22,7 @@ from engine.attention.kv_cache import AttentionCall
 from engine.attention.plan import FixedTables, StepSequences
 from engine.core.config import BLOCK_SIZE
 from engine.core.request import SamplingParams
-from engine.sampling.triton_sampler import make_sampler
+from engine.sampling.factory import make_sampler
 from kernels.norm import NormForm
 from kernels.ops import Ops
 from kernels.paged_attention.mask import MaskSpec
@@ -257,8 +257,7 @@ def _sampling(name: str, setting: Setting, batch: int, params: SamplingParams) -
             sampler.set_parameters(slot, params)
         plan = sampler.plan(np.arange(batch), np.full(batch, 100))
         uploaded = {name: torch.from_numpy(a).to(device) for name, a in plan.arrays.items()}
-        taken = plan.make(uploaded.__getitem__)
-        return partial(sampler.sample, setting.randn(batch, vocab_size), taken, plan.kind)
+        return partial(sampler.sample, setting.randn(batch, vocab_size), uploaded, plan.kind)
 
     num_bytes = batch * vocab_size * setting.dtype.itemsize
     return KernelCase(name, make, num_bytes, size={"batch": batch})

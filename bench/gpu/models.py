@@ -22,7 +22,7 @@ from transformers import (
 
 from bench.workload import LengthMix, LoadPlan, make_prompts
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.loader import LoadedModel, adopt
+from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.tokenizer import Tokenizer
 
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -177,7 +177,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
 def load(name: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     checkpoint = Checkpoint(Path("/random"), name)
     vocab_size = CONFIGS[name][1]["vocab_size"]
-    return adopt(build(name, device, dtype), word_tokenizer(vocab_size), checkpoint)
+    return prepare_model(build(name, device, dtype), word_tokenizer(vocab_size), checkpoint)
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:

@@ -1,15 +1,15 @@
 """The attention function that transformers calls, and how a step's metadata reaches it.
 
-transformers lets a model's attention be chosen by name. Ours finds everything it needs
-on the module that calls it: a `PagedAttention`, bound at load, with the layer's share of
-the KV cache and the `StepContext` that all layers have in common. Nothing travels as a
+transformers lets a model's attention function be chosen by name. This one finds everything
+it needs on the module that calls it: a `PagedAttention`, bound at load, with the layer's share
+of the KV cache and the `StepContext` that all layers have in common. Nothing is passed as a
 keyword, since some model families swallow those, and nothing is global.
 
-The name has no mask function registered beside it: transformers then builds no mask.
+No mask function is registered under the same name: transformers then builds no mask.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -17,29 +17,36 @@ from transformers import AttentionInterface
 from engine.fusion.deferred import Rotated
 from kernels.ops import Ops
 from kernels.paged_attention.mask import MaskSpec
+from kernels.paged_attention.plan import PagedBatch
+from kernels.paged_attention.reference import AttentionMetadata
 
 ATTENTION_NAME = "skiff"
 
 
+StepMetadata = AttentionMetadata | PagedBatch
+"""What every attention layer of one step needs to know, for the torch or the Triton kernels."""
+
+
 @dataclass(slots=True)
 class StepContext:
-    """The step in progress, and whose kernels run it. One per model; set before each forward.
+    """The step in progress, and the kernels that run it. One per model.
 
-    `pools` is the whole of the KV cache.
+    pools     the K and V tensors of the whole KV cache
+    metadata  of the step in progress; set before each forward
     """
 
     ops: Ops
     pools: list[Tensor]
-    metadata: Any = None
+    metadata: StepMetadata | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One attention call's K and V in the cache, and which keys its queries see.
 
-    key    [num_blocks, block_size, num_kv_heads, head_dim]
-    value  [num_blocks, block_size, num_kv_heads, value_dim]
-    writes is False where the call shares what an earlier layer has stored already.
+    key               [num_blocks, block_size, num_kv_heads, head_dim]
+    value             [num_blocks, block_size, num_kv_heads, value_dim]
+    writes            False if an earlier layer has already stored the K and V of this call
     k_scale, v_scale  [num_kv_heads] float32, of a cache in fp8; else None
     """
 
@@ -57,17 +64,59 @@ class PagedAttention:
     def __init__(self, context: StepContext, calls: list[LayerCache]):
         self.context = context
         self._calls = calls
-        self._metadata: Any = None
+        self._metadata: StepMetadata | None = None
         self._next = 0
 
-    def next_call(self) -> LayerCache:
-        """This call's cache. Counting starts anew with each step's metadata, and each forward."""
+    def next_call(self) -> tuple[LayerCache, StepMetadata]:
+        """Return the cache of the call in progress, and the step's metadata.
+
+        Calls are counted from 0 again with each step's metadata, and with each forward.
+        """
         metadata = self.context.metadata
         assert metadata is not None, "forward outside of a step"
         if metadata is not self._metadata or self._next == len(self._calls):
             self._metadata, self._next = metadata, 0
         self._next += 1
-        return self._calls[self._next - 1]
+        return self._calls[self._next - 1], metadata
+
+
+_HEEDED_KEYWORDS = ("scaling", "softcap", "s_aux")
+"""Keywords that `attention_forward` takes as parameters."""
+_IGNORED_KEYWORDS = {
+    "position_ids": "positions are already in the rotated queries and keys",
+    "cache_position": "positions are already in the rotated queries and keys",
+    "position_embeddings": "the module has already rotated its queries and keys",
+    "input_ids": "the module has already computed its queries, keys and values",
+    "sliding_window": "read at load, where it is part of the layer's mask",
+    "past_key_values": "K and V are kept in the paged cache",
+    "cache_params": "state outside of attention: the check at load refuses models that need it",
+    "use_cache": "K and V are kept in the paged cache",
+    "output_attentions": "asks for weights, which no caller of the model reads",
+    "output_hidden_states": "asks for an output that no caller of the model reads",
+    "output_router_logits": "asks for an output that no caller of the model reads",
+    "return_dict": "says how the model returns its outputs",
+    "logits_to_keep": "says which logits the model returns",
+}
+"""Keywords that may have any value, each with the reason why attention need not heed it."""
+_NEUTRAL_VALUES = {"dropout": 0, "is_causal": True}
+"""Keywords that may have this value: it asks for what is computed anyway."""
+
+
+def unsupported_keywords(keywords: Mapping[str, object]) -> list[str]:
+    """Return the names of the keywords that ask attention for something it does not do.
+
+    A keyword that is None asks for nothing.
+    """
+    return [
+        name
+        for name, value in keywords.items()
+        if not (
+            value is None
+            or name in _HEEDED_KEYWORDS
+            or name in _IGNORED_KEYWORDS
+            or (name in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[name])
+        )
+    ]
 
 
 def attention_forward(
@@ -79,11 +128,18 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **keywords: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: [1, heads, T, dim] in, [1, T, heads, dim] out."""
+    """Attend over the paged cache, with transformers' attention signature.
+
+    Takes [1, heads, T, dim] and returns [1, T, heads, dim]. Raises TypeError for a keyword that
+    asks for anything else.
+    """
+    if unsupported := unsupported_keywords(keywords):
+        raise TypeError(f"attention does not support {', '.join(unsupported)}")
     paged: PagedAttention = module.paged_attention  # type: ignore[assignment]
-    call, ops, metadata = paged.next_call(), paged.context.ops, paged.context.metadata
+    call, metadata = paged.next_call()
+    ops = paged.context.ops
     output = ops.paged_attention(
         _store(call, ops, metadata.slot_mapping, query, key, value),
         call.key,
@@ -107,7 +163,7 @@ def _store(
     key: Tensor | Rotated,
     value: Tensor,
 ) -> Tensor:
-    """Write the step's keys and values; the query, rotated and [T, heads, dim]."""
+    """Write the step's keys and values to the cache; return the rotated query, [T, heads, dim]."""
     caches = call.key, call.value, slot_mapping, call.k_scale, call.v_scale
     if isinstance(query, Rotated) and isinstance(key, Rotated) and call.writes:
         rotary = query.rotation.rotary
@@ -120,7 +176,7 @@ def _store(
 
 
 def _packed(x: Tensor) -> Tensor:
-    """[1, heads, T, dim] as [T, heads, dim]."""
+    """View [1, heads, T, dim] as [T, heads, dim]."""
     return x[0].transpose(0, 1)
 
 

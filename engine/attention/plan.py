@@ -1,21 +1,22 @@
-"""What attention has to know of a step, in the form that the device's kernels take.
+"""Planning a step's attention, in the form that the device's kernels take.
 
-The torch kernels shape their work by numbers on the host. The Triton ones find theirs in
+The torch kernels shape their work by numbers on the host. The Triton kernels find theirs in
 device memory: the block table of every slot, kept there and updated by difference, and a
 list of work items made for each step. So a captured graph serves any step of its shape.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from engine.attention.interface import StepMetadata
 from engine.attention.kv_cache import AttentionCall
 from engine.core.config import BLOCK_SIZE
-from engine.device.packed_arrays import PackedArrays, View
+from engine.device.packed_arrays import PackedArrays
 from kernels.ops import Ops
 from kernels.paged_attention.plan import (
     PagedBatch,
@@ -29,14 +30,17 @@ from kernels.paged_attention.plan import (
 )
 from kernels.paged_attention.reference import AttentionMetadata
 
+PADDING = -1
+"""Position of a row that only pads a captured graph: it belongs to no sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSequences:
     """The sequences of a step, [num_sequences] int64 each.
 
-    slots    whose state they are
-    starts   position of the first token to compute; -1 for a row that only fills a graph
-    lengths  tokens to compute
+    slots    slot of each sequence
+    starts   position of the first token to compute; `PADDING` for a row that pads a graph
+    lengths  number of tokens to compute
     """
 
     slots: np.ndarray
@@ -49,14 +53,14 @@ class StepSequences:
 
     @property
     def positions(self) -> np.ndarray:
-        """Of the packed row's tokens, [num_tokens]."""
+        """Position of each token in the packed row, [num_tokens]."""
         if (self.lengths == 1).all():
             return self.starts
         packed_ends = np.cumsum(self.lengths)
         return np.arange(packed_ends[-1]) + np.repeat(self.ends - packed_ends, self.lengths)
 
     def with_tokens(self) -> "StepSequences":
-        """Without those that compute none."""
+        """Return the sequences that compute at least one token."""
         if self.lengths.all():
             return self
         keep = self.lengths > 0
@@ -64,10 +68,10 @@ class StepSequences:
 
 
 class GraphShape(NamedTuple):
-    """What steps that one captured graph serves have in common.
+    """What all steps have in common that one captured graph serves.
 
-    rows      of tokens, and of logits that are sampled; nobody's where the step has fewer
-    prefills  whether there may be chunks of prompts; else each token is another sequence's
+    rows      number of tokens, and of logits that are sampled; a step with fewer is padded
+    prefills  whether there may be chunks of prompts; else every sequence has one token
     """
 
     rows: int
@@ -80,36 +84,48 @@ class GraphShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What attention needs of a step.
+    """What attention needs of one step, as plain data.
 
-    arrays         to upload with it
-    make_metadata  what the kernels take, from the uploaded arrays
-    capacity       rows of the last array that other steps of the same graph may have
+    arrays       to upload with the step
+    host_arrays  to keep on the host
+    capacity     rows of the last uploaded array that other steps of the same graph may have
     """
 
     arrays: dict[str, np.ndarray]
-    make_metadata: Callable[[View], Any]
+    host_arrays: dict[str, np.ndarray]
     capacity: int | None = None
 
 
 class AttentionPlanner(Protocol):
-    def plan(
-        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
-    ) -> AttentionPlan:
-        """`tables` [max_sequences + 1, max_blocks] int64 are the block tables of all slots.
+    """Plans attention on the host, and makes the metadata that the device's kernels take."""
 
-        With `graph`, arrays are as large as those of any step of its shape, but for the last.
+    def plan(
+        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None, /
+    ) -> AttentionPlan:
+        """Plan one step, with the block tables of all slots.
+
+        With `graph`, every array but the last is as large as in any step of the graph's shape.
+
+        tables  [max_sequences + 1, max_blocks] int64
         """
 
-    def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays | None:
+    def metadata(
+        self, arrays: Mapping[str, Tensor], host_arrays: Mapping[str, np.ndarray], /
+    ) -> StepMetadata:
+        """Make the kernels' metadata from a plan's arrays and the step's `slot_mapping`.
+
+        `arrays` are on the device, perhaps among others of the step.
+        """
+
+    def update(self, changed: np.ndarray, tables: np.ndarray, /) -> PackedArrays | None:
         """What to upload because these entries of the flattened block tables changed."""
 
-    def apply_update(self, view: View) -> None:
-        """In stream order, before the step."""
+    def apply_update(self, arrays: Mapping[str, Tensor], /) -> None:
+        """Store an uploaded update, in stream order, before the step that needs it."""
 
 
 class FixedTables:
-    """Block tables that stay as they are, for who drives a model without a scheduler.
+    """Block tables that never change, for callers without a scheduler: probe, sizing, benchmarks.
 
     tables  [num_sequences, max_blocks] int64
     """
@@ -127,18 +143,16 @@ class FixedTables:
         self._planner = make_planner(ops, calls, shape, shape[0], device)
         update = self._planner.update(np.arange(tables.size), tables.reshape(-1))
         if update is not None:
-            self._planner.apply_update(self._uploaded(update))
+            self._planner.apply_update(update.upload(device))
 
-    def metadata(self, step: StepSequences) -> Any:
+    def metadata(self, step: StepSequences) -> StepMetadata:
+        """Plan the step and make its metadata, all at once."""
         positions = step.positions
         blocks = self._tables[np.repeat(step.slots, step.lengths), positions // BLOCK_SIZE]
         slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         plan = self._planner.plan(step, self._tables)
-        arrays = {"slot_mapping": slot_mapping} | plan.arrays
-        return plan.make_metadata(self._uploaded(PackedArrays(arrays)))
-
-    def _uploaded(self, packed: PackedArrays) -> View:
-        return partial(packed.view, packed.on(self._device))
+        arrays = PackedArrays({"slot_mapping": slot_mapping} | plan.arrays)
+        return self._planner.metadata(arrays.upload(self._device), plan.host_arrays)
 
 
 def make_planner(
@@ -148,39 +162,49 @@ def make_planner(
     max_rows: int,
     device: torch.device,
 ) -> AttentionPlanner:
-    """`max_rows` are those of the largest graph, or of the most decodes in a step."""
+    """Return the planner for these kernels.
+
+    `max_rows` is the number of rows of the largest graph, or of the most decodes in a step.
+    """
     if ops.is_triton:
         return TritonPlanner(calls, tables_shape, max_rows, device)
     return TorchPlanner()
 
 
 class TorchPlanner:
+    """Plans for the torch kernels, which read lengths and block tables on the host."""
+
     def plan(
-        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
+        self, step: StepSequences, tables: np.ndarray, _graph: GraphShape | None = None
     ) -> AttentionPlan:
-        del graph
         width = -(-int(step.ends.max()) // BLOCK_SIZE)
-        context = tables[step.slots, :width]  # copied now: the tables change with the next step
-        return AttentionPlan(
-            {},
-            lambda view: AttentionMetadata(
-                query_lens=step.lengths,
-                seq_lens=step.ends,
-                block_tables=context,
-                slot_mapping=view("slot_mapping"),
-                block_size=BLOCK_SIZE,
-            ),
+        host_arrays = {
+            "query_lens": step.lengths,
+            "seq_lens": step.ends,
+            "block_tables": tables[step.slots, :width],  # a copy: the next step changes the tables
+        }
+        return AttentionPlan({}, host_arrays)
+
+    def metadata(
+        self, arrays: Mapping[str, Tensor], host_arrays: Mapping[str, np.ndarray]
+    ) -> AttentionMetadata:
+        return AttentionMetadata(
+            query_lens=host_arrays["query_lens"],
+            seq_lens=host_arrays["seq_lens"],
+            block_tables=host_arrays["block_tables"],
+            slot_mapping=arrays["slot_mapping"],
+            block_size=BLOCK_SIZE,
         )
 
-    def update(self, changed: np.ndarray, tables: np.ndarray) -> None:
-        pass
+    def update(self, _changed: np.ndarray, _tables: np.ndarray) -> None:
+        """The device keeps no block tables, so there is nothing to upload."""
 
-    def apply_update(self, view: View) -> None:
+    def apply_update(self, _arrays: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
 
 
 class TritonPlanner:
-    """Owns the block tables on the device, and the kernels' counters."""
+    """Plans for the Triton kernels; owns their counters and the block tables on the device."""
 
     def __init__(
         self,
@@ -202,53 +226,62 @@ class TritonPlanner:
         )
 
     def plan(
-        self, step: StepSequences, tables: np.ndarray, graph: GraphShape | None = None
+        self, step: StepSequences, _tables: np.ndarray, graph: GraphShape | None = None
     ) -> AttentionPlan:
-        del tables
         rows = np.cumsum(step.lengths) - step.lengths
         decodes = step.lengths == 1
         prefills = ~decodes
-        block_qs = self._block_qs if prefills.any() or (graph and graph.prefills) else []
         arrays: dict[str, np.ndarray] = {}
-        for block_q in block_qs:
-            items = plan_prefill(
-                step.slots[prefills],
-                step.lengths[prefills],
-                step.ends[prefills],
-                rows[prefills],
-                block_q,
-            )
-            capacity = prefill_capacity(graph.rows, block_q) if graph else len(items)
-            arrays |= _work_arrays(f"prefill_{block_q}", items, capacity)
+        if prefills.any() or (graph and graph.prefills):
+            for block_q in self._block_qs:
+                items = plan_prefill(
+                    step.slots[prefills],
+                    step.lengths[prefills],
+                    step.ends[prefills],
+                    rows[prefills],
+                    block_q,
+                )
+                num_items = prefill_capacity(graph.rows, block_q) if graph else len(items)
+                arrays |= _work_arrays(_prefill_name(block_q), items, num_items)
         if graph or decodes.any():  # last: its size varies between steps of one graph
             items = plan_decode(step.slots[decodes], step.starts[decodes], rows[decodes])
             arrays |= _work_arrays("decode", items, len(items))
-        return AttentionPlan(
-            arrays,
-            lambda view: PagedBatch(
-                slot_mapping=view("slot_mapping"),
-                block_tables=self._block_tables,
-                decode=_work("decode", 1, view) if "decode" in arrays else None,
-                prefill={q: _work(f"prefill_{q}", q, view) for q in block_qs},
-                counters=self._counters,
-            ),
-            graph and decode_capacity(graph.rows, self._num_slots),
+        capacity = decode_capacity(graph.rows, self._num_slots) if graph else None
+        return AttentionPlan(arrays, {}, capacity)
+
+    def metadata(
+        self, arrays: Mapping[str, Tensor], _host_arrays: Mapping[str, np.ndarray]
+    ) -> PagedBatch:
+        return PagedBatch(
+            slot_mapping=arrays["slot_mapping"],
+            block_tables=self._block_tables,
+            decode=_work("decode", 1, arrays) if "decode" in arrays else None,
+            prefill={
+                block_q: _work(_prefill_name(block_q), block_q, arrays)
+                for block_q in self._block_qs
+                if _prefill_name(block_q) in arrays
+            },
+            counters=self._counters,
         )
 
     def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays:
-        index = np.unique(changed)  # a scatter on the device has no order among equals
+        index = np.unique(changed)  # a scatter on the device has no order among equal indices
         return PackedArrays({"index": index, "blocks": tables[index].astype(np.int32)})
 
-    def apply_update(self, view: View) -> None:
-        self._block_tables.view(-1).index_copy_(0, view("index"), view("blocks"))
+    def apply_update(self, arrays: Mapping[str, Tensor]) -> None:
+        self._block_tables.view(-1).index_copy_(0, arrays["index"], arrays["blocks"])
+
+
+def _prefill_name(block_q: int) -> str:
+    return f"prefill_{block_q}"
 
 
 def _work_arrays(name: str, items: np.ndarray, capacity: int) -> dict[str, np.ndarray]:
-    """With room for `capacity` items: the kernel looks at the first ones only."""
+    """The items, padded to `capacity`, and their number: a kernel reads no more than that."""
     room = np.zeros((capacity - len(items), items.shape[1]), dtype=items.dtype)
     padded = np.concatenate([items, room]) if len(room) else items
     return {f"num_{name}": np.array([len(items)], dtype=np.int32), name: padded}
 
 
-def _work(name: str, block_q: int, view: View) -> Work:
-    return Work(view(name), view(f"num_{name}"), block_q)
+def _work(name: str, block_q: int, arrays: Mapping[str, Tensor]) -> Work:
+    return Work(arrays[name], arrays[f"num_{name}"], block_q)

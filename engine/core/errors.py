@@ -1,4 +1,4 @@
-"""What can go wrong beyond one request."""
+"""The engine's exceptions."""
 
 
 class LoadError(Exception):
@@ -6,7 +6,7 @@ class LoadError(Exception):
 
 
 class DownloadFailed(LoadError):
-    """There are no weights to load: not where they are said to be, or not to be had from there."""
+    """The model's files are not at the given place, or could not be downloaded."""
 
 
 class EngineDead(Exception):
@@ -14,8 +14,8 @@ class EngineDead(Exception):
 
 
 class GrammarError(Exception):
-    """A grammar that cannot be followed, and why."""
+    """A grammar that cannot be compiled or followed; the message says why."""
 
 
 class TemplateError(Exception):
-    """The model's chat template does not take these messages, and why."""
+    """The model's chat template refuses these messages; the message says why."""

@@ -1,4 +1,4 @@
-"""What the engine says about itself: frozen snapshots that any thread may read."""
+"""Figures about the engine: frozen snapshots that any thread may read."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ EngineState = Literal["ready", "stalled", "dead"]
 
 
 class ColdStart:
-    """Where the seconds went until the first request could be served, by phase."""
+    """Seconds that each phase of the start took, until the first request could be served."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -19,7 +19,7 @@ class ColdStart:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Of what ran side by side, each second counts once."""
+        """Count seconds under another phase, for phases that ran at the same time."""
         self.add(source, -seconds)
         self.add(target, seconds)
 
@@ -37,9 +37,11 @@ class ColdStart:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model as it was loaded. `sha` and `pipeline_tag` are the hub's, if it is from there.
+    """The model as it was loaded.
 
-    `weight_bytes` are what its parameters and buffers take; `quantization` is their method.
+    sha, pipeline_tag  from the hub; None for a local model
+    weight_bytes       memory of its parameters and buffers
+    quantization       method by which its weights are quantised, if they are
     """
 
     model_id: str
@@ -53,7 +55,9 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """Counts read from the scheduler at the end of a step; totals since the start."""
+    """Counts from the scheduler after a step. Steps, preemptions and prefix tokens are totals
+    since the start.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -67,12 +71,13 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """One step, when it has been looked at.
+    """Figures of one collected step.
 
-    num_admitted  sequences that came from the queue with it
-    num_prefills  sequences that computed more than one token; `num_decodes` one
-    forward_s     from its launch to its result, a wait behind the step before included
-    emit_s        of the host, on its tokens
+    num_admitted  sequences that the step took from the queue
+    num_prefills  sequences that computed more than one token
+    num_decodes   sequences that computed one token
+    forward_s     seconds from the launch to the result, including the wait for the step before
+    emit_s        seconds that the host spent on the step's tokens
     """
 
     num_admitted: int

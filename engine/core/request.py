@@ -1,18 +1,15 @@
-"""What goes into the engine and what comes out: frozen messages, no behaviour.
+"""The messages that go into the engine and come out of it: frozen, without behaviour.
 
-A `Request` is right by construction: whoever builds it has checked every limit, so
-nothing in the engine asks again. Each accepted request is answered by any number of
-`TokenOutput` and then exactly one `Finished` or `Failed`.
+A `Request` is valid when it is built: its builder has checked every limit, and the engine does
+not check again. The engine answers each accepted request with any number of `TokenOutput` and
+then exactly one `Finished` or `Failed`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
-
-if TYPE_CHECKING:
-    from engine.text.grammar import Grammar
+from typing import NamedTuple, Protocol, cast
 
 
 class FinishReason(StrEnum):
@@ -23,12 +20,12 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen, in Text Generation Inference's order.
+    """How the next token is chosen, in Text Generation Inference's order of steps.
 
-    Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1,
-    penalties 1, 0 and 0. `seed` (u64) is the whole source of randomness; it is unused
-    when `do_sample` is False. `logprobs` asks for the chosen token's logprob,
-    `top_n_tokens` for that many alternatives with theirs. `watermark` marks the choices.
+    The default of each parameter switches its step off. `seed` (u64) is the only source of
+    randomness, and is unused when `do_sample` is False. `logprobs` returns the logprob of the
+    chosen token, `top_n_tokens` that many alternatives with their logprobs. `watermark` makes the
+    generated text detectable (see `kernels/watermark.py`).
     """
 
     do_sample: bool = False
@@ -47,19 +44,51 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class StoppingParams:
-    """When the sequence ends. `max_new_tokens` is at least 1."""
+    """When a sequence ends. `max_new_tokens` is at least 1."""
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
+class ConstraintState(Protocol):
+    """How far one sequence has followed its `TokenConstraint`."""
+
+    def accept(self, token_id: int) -> None:
+        """The sequence goes on with this token."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; empty where the constraint leaves a choice."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end of the sequence may follow."""
+
+    @property
+    def error(self) -> str:
+        """Why the constraint cannot be followed any further; empty while it can."""
+
+
+class TokenConstraint(Protocol):
+    """What the tokens of a sequence have to follow, such as a compiled grammar.
+
+    `warnings` say which parts of it are not enforced.
+    """
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+    def start(self) -> ConstraintState:
+        """The state of a sequence that has generated nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation. `prompt_ids` is not empty and leaves room for one token.
 
-    `cache_salt` separates prefix-cache entries of identities that must not see each
-    other's timing; it comes from verified credentials, never from a request's body.
+    Sequences share cached prefixes only under the same `cache_salt`, so that no client can learn
+    from timing what another has sent. It must come from verified credentials, never from a
+    request's body.
     """
 
     request_id: str
@@ -67,12 +96,12 @@ class Request:
     sampling: SamplingParams
     stopping: StoppingParams
     cache_salt: bytes = b""
-    grammar: "Grammar | None" = None
+    grammar: TokenConstraint | None = None
     prompt_logprobs: bool = False
 
 
 class Token(NamedTuple):
-    """`logprob` is None where it was not asked for or is not finite."""
+    """A token and its text. `logprob` is None if it was not requested or is not finite."""
 
     id: int
     text: str
@@ -81,14 +110,14 @@ class Token(NamedTuple):
 
 
 class TokenOutput(NamedTuple):
-    """One generated token; `top_tokens` is empty unless asked for."""
+    """One generated token; `top_tokens` is empty unless alternatives were requested."""
 
     token: Token
     top_tokens: tuple[Token, ...] = ()
 
 
-# Both are made for each token. A named tuple takes a third of a frozen dataclass's time, and
-# past the checks of its `__new__`, from a tuple of all its fields, a third of that again.
+# Both are made for every token. A named tuple takes a third of the time of a frozen dataclass, and
+# skipping the checks of its `__new__` a third of that.
 new_token = cast(
     Callable[[tuple[int, str, float | None, bool]], Token], partial(tuple.__new__, Token)
 )
@@ -99,11 +128,13 @@ new_token_output = cast(
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a sequence that ended well.
+    """The last event of a sequence that ended as requested.
 
-    `generated_text` has no special tokens and no prompt. `seed` is None for greedy.
-    `queue_s` runs from acceptance to the first step, `inference_s` from there on.
-    `prompt` are the prompt's tokens with their logprobs, if those were asked for.
+    generated_text  without special tokens and without the prompt
+    seed            None for greedy decoding
+    queue_s         seconds from acceptance to the first step
+    inference_s     seconds from the first step to the end
+    prompt          the prompt's tokens with their logprobs, if those were requested
     """
 
     reason: FinishReason
@@ -118,7 +149,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last event of a sequence that could not be finished, and why."""
+    """The last event of a sequence that could not be finished; `message` says why."""
 
     message: str
 

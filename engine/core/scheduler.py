@@ -1,26 +1,25 @@
-"""Who computes how many tokens in the next step.
+"""Decides which sequences compute how many tokens in the next step.
 
-There are no phases. A sequence has tokens known and tokens computed; a step closes the
-gap within a token budget. Prefill, chunked prefill, prefix hits, decoding, preemption
-and replay after a fault are this one arithmetic.
+There are no phases. A sequence has tokens known and tokens computed; a step closes the gap
+within a token budget. Prefill, chunked prefill, prefix hits, decoding, preemption and replay
+after a fault are all this one arithmetic.
 
 The rules, in order:
 
-1. Sequences one token behind (decodes) go first and always fit the budget, so no
-   prefill can starve them.
-2. Then running sequences further behind (prefills), oldest first, in chunks.
-3. Then waiting sequences, strictly first come first served, each admitted with blocks
-   for every token it knows. Blocks that hold its prefix already are shared.
-4. The step that completes a prompt starts the forks of its sequence too: they share its
-   full blocks, get a copy of the last one, and sample from the same logits.
+1. Running sequences that are one token behind (decodes) are scheduled first. The budget always
+   holds all of them, so a prefill cannot starve them.
+2. Running sequences that are further behind (prefills) follow, oldest first, in chunks.
+3. Waiting sequences are admitted strictly first come, first served, each with blocks for every
+   token it knows. Blocks that already hold a prefix of it are shared.
+4. The step that completes a prompt also starts the forks of its sequence: they share its full
+   blocks, get a copy of the last block, and sample from the same logits.
 
-Only running sequences that have grown can run out of blocks. Then the youngest running
-sequence is preempted: its blocks are released, and it waits at the head of the queue to be
-recomputed.
+Only a running sequence that has grown can find no idle block. Then the youngest running sequence
+is preempted: its blocks are released, and it waits at the head of the queue to be recomputed.
 
-Steps run in the order of their launch on one stream, so a block released while a
-launched step still writes to it is safe to hand out: its next owner's writes come
-later, and nothing is findable in it until a completed step registers it.
+Steps run on one stream in the order of their launch. So a block that is released while a
+launched step still writes to it can be handed out at once: its next owner writes later, and
+nothing in it is findable until a completed step registers it.
 """
 
 from collections import deque
@@ -31,18 +30,19 @@ from typing import NamedTuple, cast
 
 from engine.core.block_pool import BlockHasher, BlockPool
 from engine.core.config import BLOCK_SIZE
-from engine.core.sequence import Sequence, SequenceStatus
+from engine.core.sequence import NO_SLOT, Sequence, SequenceStatus
 
 PROMPT_LOGPROB_ROWS = 256
-"""Logits that a step keeps for the logprobs of prompts, at most."""
+"""Rows of logits that one step keeps for prompt logprobs, at most."""
 
 
 class ScheduledSequence(NamedTuple):
-    """`num_tokens` tokens of `sequence` from position `start`, into `slot`'s state.
+    """A sequence's share of one step: `num_tokens` tokens from position `start`.
 
-    `samples` says that these are its last known tokens, so the step draws the next. A fork
-    has no tokens in its first step: it draws from those of the entry before it.
-    `epoch` tells whether the sequence was preempted since.
+    slot       index of the sequence's state on the device
+    num_tokens 0 in the first step of a fork, which samples from the logits of the entry before it
+    samples    these are the sequence's last known tokens, so the step samples the next one
+    epoch      the sequence's `num_preemptions` when it was scheduled
     """
 
     sequence: Sequence
@@ -58,7 +58,7 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def num_prompt_rows(self) -> int:
-        """Its first tokens, those whose logits make the prompt's logprobs that are asked for."""
+        """How many of its first tokens have logits that are needed for prompt logprobs."""
         seq = self.sequence
         if not seq.request.prompt_logprobs:
             return 0
@@ -66,12 +66,12 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        """The blocks this step wrote to are still the sequence's own."""
+        """Whether the sequence still owns the blocks that this step writes to."""
         seq = self.sequence
         return seq.num_preemptions == self.epoch and seq.status is not SequenceStatus.FINISHED
 
 
-# Past the checks of `__new__`, which take three times as long as the tuple.
+# Skips the checks of `__new__`, which take three times as long as making the tuple.
 _entry = cast(
     Callable[[tuple[Sequence, int, int, int, bool, int]], ScheduledSequence],
     partial(tuple.__new__, ScheduledSequence),
@@ -80,13 +80,14 @@ _entry = cast(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step, and what changed in the slots since the last one.
+    """The sequences of one step, and what has changed in their slots since the last step.
 
-    `reset` lists those of the scheduled sequences that are new to their slot, or were
-    rewound: what the slot holds is not theirs. `grown` lists blocks appended to tables as
-    (slot, index in the table, block). `copies` lists blocks to be copied once the step has
-    run, as (from, to). `prompted` lists which of the scheduled have rows for the logprobs of
-    their prompts.
+    scheduled  what each sequence computes, in the order of the packed row
+    reset      scheduled sequences that are new to their slot or were rewound, so the slot's state
+               has to be written anew
+    grown      blocks appended to block tables: (slot, index in the table, block)
+    copies     blocks to copy after the step's forward: (source, target)
+    prompted   indices of scheduled sequences with rows for prompt logprobs
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
@@ -102,13 +103,13 @@ class Batch:
 
 @dataclass(slots=True)
 class _Budget:
-    """What is left for a step."""
+    """What a step can still take."""
 
     tokens: int
     prompt_rows: int = PROMPT_LOGPROB_ROWS
 
     def chunk(self, seq: Sequence) -> int:
-        """How many of its tokens fit."""
+        """How many of the sequence's known tokens can be computed within the budget."""
         chunk = min(seq.num_tokens - seq.num_computed, self.tokens)
         return min(chunk, self.prompt_rows) if seq.wants_prompt_logprobs else chunk
 
@@ -118,7 +119,7 @@ class _Budget:
 
 
 class Scheduler:
-    """Owns the two queues, the block pool and the slots. Pure bookkeeping, no tensors."""
+    """Owns the waiting and running queues, the block pool and the slots. Knows no tensors."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefix_caching = prefix_caching
         self._hasher = BlockHasher(hash_key)
-        # Running sequences whose slot holds something else, until a step resets it.
+        # Running sequences whose slot holds other state, until a step resets it.
         self._stale: set[Sequence] = set()
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self.num_preemptions = 0
@@ -145,9 +146,10 @@ class Scheduler:
     # -- requests come and go ---------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """A fork is to be added before the first step of its leader.
+        """Queue a new sequence. A fork must be added before the first step of its leader.
 
-        One that asks for the logprobs of its prompt has to compute it itself.
+        A fork that needs prompt logprobs is queued like any other sequence, because it has to
+        compute the prompt itself.
         """
         if seq.leader is None or seq.wants_prompt_logprobs:
             seq.leader = None
@@ -156,7 +158,7 @@ class Scheduler:
             seq.leader.forks.append(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Take the sequence out, wherever it is, and give its blocks back. Idempotent."""
+        """Remove the sequence from its queue and release its blocks. Idempotent."""
         if seq.is_finished:
             return
         place = 0
@@ -172,15 +174,16 @@ class Scheduler:
         self._orphan(seq.forks, place)
         seq.forks = []
 
-    def skip_ahead(self, seq: Sequence) -> None:
-        """Its last tokens were not sampled: what a step in flight draws for it is not to be."""
+    def drop_in_flight(self, seq: Sequence) -> None:
+        """Ignore what steps in flight sample: the host has appended forced tokens instead."""
         seq.num_tokens = len(seq.token_ids)
         if seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)  # its slot counts other tokens
 
     def _orphan(self, forks: list[Sequence], place: int = 0) -> None:
-        """They cannot share, and compute their prompts themselves; until then they wait, at the
-        head of the queue or where their leader did.
+        """Queue forks that can no longer share their leader's prompt, to compute it themselves.
+
+        place  index in the waiting queue: its head, or where their leader was
         """
         for seq in reversed(forks):
             seq.leader = None
@@ -193,9 +196,9 @@ class Scheduler:
     # -- one step ---------------------------------------------------------------------
 
     def schedule(self, only: set[Sequence] | None = None) -> Batch:
-        """Choose the next step and commit to it; empty when nothing can run.
+        """Schedule the next step. Its batch is empty when nothing can run.
 
-        With `only`, no other sequence runs, but for their forks, and none is admitted.
+        With `only`, just these running sequences and their forks are scheduled.
         """
         batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
@@ -205,8 +208,10 @@ class Scheduler:
         return batch
 
     def _schedule_decodes(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
-        """A token of each sequence that is one behind. Those further behind get their blocks here
-        too, before anything of this step belongs to a sequence that would have to go.
+        """Schedule the sequences that are one token behind.
+
+        Sequences further behind get their blocks here as well: that may preempt another
+        sequence, which must not be scheduled in this step yet.
         """
         for seq in tuple(self.running):
             num_tokens = seq.num_tokens
@@ -233,7 +238,7 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: _Budget) -> None:
         while self.waiting and self._free_slots and budget.chunk(self.waiting[0]) > 0:
             seq = self.waiting[0]
-            # The ids of a preempted sequence's last tokens may still be on the device.
+            # A preempted sequence may have ids that only the device knows yet.
             if seq.num_in_flight or not self._take_blocks(seq):
                 return
             self.waiting.popleft()
@@ -247,7 +252,7 @@ class Scheduler:
         self._stale.add(seq)
 
     def _commit(self, batch: Batch, budget: _Budget, seq: Sequence) -> None:
-        """Schedule as many of its tokens as fit, if any do."""
+        """Schedule as many of the sequence's tokens as the budget allows."""
         num_tokens = budget.chunk(seq)
         if num_tokens == 0:
             return
@@ -273,18 +278,22 @@ class Scheduler:
         return entry
 
     def _start_forks(self, batch: Batch, leader: Sequence) -> None:
-        """In the step that completes the prompt; those that find no room wait instead."""
+        """Start the forks of a leader whose prompt this step completes, or queue them if there is
+        no room.
+        """
         forks, leader.forks = leader.forks, []
         index = self.running.index(leader)
         while forks and self._free_slots and self._share_prompt(batch, leader, forks[0]):
             seq, index = forks.pop(0), index + 1
-            self._start(seq, index)  # as old as its leader
+            self._start(seq, index)  # right after its leader: equally old
             self._schedule(batch, seq, num_tokens=0, samples=True)
         self._orphan(forks)
 
     def _share_prompt(self, batch: Batch, leader: Sequence, seq: Sequence) -> bool:
-        """The last block, which both will write to, is copied at once: nothing would be saved
-        by waiting for the first write, since all write to it in the next step.
+        """Give a fork the blocks of its leader's prompt; False if there is no idle block.
+
+        A last block that is not full is copied at once, not on the first write: leader and fork
+        both write to it in the next step.
         """
         num_full, in_last = divmod(seq.num_tokens, BLOCK_SIZE)
         if in_last and self.pool.num_idle == 0:
@@ -300,8 +309,10 @@ class Scheduler:
     # -- blocks -----------------------------------------------------------------------
 
     def _grow(self, batch: Batch, seq: Sequence) -> bool:
-        """Give it blocks for every token it knows; False if it had to be preempted, now or for
-        one before it.
+        """Append the blocks that the sequence needs for its known tokens.
+
+        Returns False if the sequence is not running any more: it was preempted here, or to make
+        room for an older sequence.
         """
         if seq.status is not SequenceStatus.RUNNING:
             return False
@@ -313,13 +324,13 @@ class Scheduler:
                 if victim is seq:
                     return False
             seq.block_table += self.pool.allocate(1)
-        # Told at the end: preempted half way, its slot may be another's in this very step.
+        # Listed at the end: if it is preempted half way, its slot may get a new owner in this step.
         grown = enumerate(seq.block_table[length:], start=length)
         batch.grown.extend((seq.slot, index, block) for index, block in grown)
         return True
 
     def _take_blocks(self, seq: Sequence) -> bool:
-        """Blocks for every known token, shared where the prefix is known; all or nothing."""
+        """Take blocks for every known token, sharing a cached prefix; False if they do not fit."""
         hits = self._find_prefix(seq)
         num_new = -(-seq.num_tokens // BLOCK_SIZE) - len(hits)
         if num_new + self.pool.count_idle(hits) > self.pool.num_idle:
@@ -333,7 +344,7 @@ class Scheduler:
         return True
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
-        """The findable blocks of the longest known prefix; one token stays uncomputed."""
+        """Return the blocks of the longest cached prefix that leaves one token to compute."""
         if not self._prefix_caching or seq.wants_prompt_logprobs:
             return []
         num_blocks = (seq.num_tokens - 1) // BLOCK_SIZE
@@ -352,7 +363,7 @@ class Scheduler:
         self._release(seq)
         seq.num_computed = seq.num_completed = seq.num_registered = 0
         seq.num_preemptions += 1
-        seq.leader = None  # a fork whose first step is in flight computes its prompt itself
+        seq.leader = None  # a fork in its first step has to compute its prompt itself now
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
@@ -362,12 +373,12 @@ class Scheduler:
         seq.block_table = []
         self._free_slots.append(seq.slot)
         self._stale.discard(seq)
-        seq.slot = -1
+        seq.slot = NO_SLOT
 
     # -- steps come back --------------------------------------------------------------
 
     def complete(self, batch: Batch) -> None:
-        """The step has run: what it computed is on the device, and full blocks findable."""
+        """Note that the step has run: its KV is on the device, and full blocks become findable."""
         for entry in batch.scheduled:
             if not entry.is_current:
                 continue
@@ -385,11 +396,11 @@ class Scheduler:
         seq.num_registered = num_full
 
     def rewind(self, seq: Sequence) -> None:
-        """Steps in flight were lost: go back to what completed ones have left."""
+        """Return the sequence to what completed steps have computed; steps in flight were lost."""
         seq.num_tokens = len(seq.token_ids)
         seq.num_computed = seq.num_completed
         if seq.leader is not None and seq.status is SequenceStatus.RUNNING:
-            self._preempt(seq)  # a fork whose prompt was lost, in blocks that are another's too
+            self._preempt(seq)  # a fork whose prompt was lost, in blocks shared with its leader
         elif seq.status is SequenceStatus.RUNNING:
             self._stale.add(seq)
 
@@ -399,8 +410,8 @@ class Scheduler:
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert len(set(slots)) == len(slots), "a slot with two owners"
         forks = [fork for seq in self.sequences for fork in seq.forks]
-        assert all(not seq.block_table and seq.slot == -1 for seq in [*self.waiting, *forks])
-        assert self._stale <= set(self.running), "a slot to be reset without an owner"
+        assert all(not seq.block_table and seq.slot == NO_SLOT for seq in [*self.waiting, *forks])
+        assert self._stale <= set(self.running), "a slot to reset that has no owner"
         for seq in self.running:
             assert seq.num_completed <= seq.num_computed <= seq.num_tokens <= seq.max_tokens
             assert seq.num_computed <= len(seq.block_table) * BLOCK_SIZE

@@ -1,7 +1,7 @@
-"""A request's life in the engine: tokens known, tokens computed, blocks held.
+"""A request's life in the engine: its tokens known, tokens computed and blocks.
 
-Changed by the scheduler and the engine's collection only, in the engine thread. No
-tensors. Positions, as half-open ranges over one sequence:
+Only the scheduler and the pipeline change a sequence, in the engine thread. It holds no tensors.
+Positions, as half-open ranges over one sequence:
 
     [0, num_completed)              KV is on the device: the step that wrote it is done
     [num_completed, num_computed)   KV is being written by steps still in flight
@@ -11,13 +11,12 @@ tensors. Positions, as half-open ranges over one sequence:
 
 import time
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from engine.core.block_pool import BlockHash
-from engine.core.request import Request
+from engine.core.request import ConstraintState, Request
 
-if TYPE_CHECKING:
-    from engine.text.grammar import GrammarState
+NO_SLOT = -1
+"""Slot of a sequence that is not running."""
 
 
 class SequenceStatus(Enum):
@@ -27,20 +26,21 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """Mutable state of one request; `slot` indexes the per-sequence device state.
+    """The mutable state of one request.
 
-    `forks` are sequences of the same prompt that wait for it to be computed here: then they
-    go on from there, sharing its blocks. Each of them has this one as its `leader`, until its
-    own first step is done.
+    slot    index of its state on the device, `NO_SLOT` while it is not running
+    forks   sequences of the same prompt, waiting for this one to compute it; they start from its
+            blocks
+    leader  for a fork, the sequence that computes the prompt, until the fork's first step is done
     """
 
     __slots__ = (
         "arrival_time",
         "block_hashes",
         "block_table",
+        "constraint",
         "first_scheduled_time",
         "forks",
-        "grammar",
         "leader",
         "max_tokens",
         "num_completed",
@@ -59,9 +59,9 @@ class Sequence:
         self.request = request
         self.leader = leader
         self.forks: list[Sequence] = []
-        self.grammar: GrammarState | None = None
+        self.constraint: ConstraintState | None = None
         if request.grammar is not None:
-            self.grammar = request.grammar.start()
+            self.constraint = request.grammar.start()
         self.token_ids = list(request.prompt_ids)
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens
@@ -71,7 +71,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_registered = 0
-        self.slot = -1
+        self.slot = NO_SLOT
         self.status = SequenceStatus.WAITING
         self.num_preemptions = 0
         self.arrival_time = time.perf_counter()
@@ -79,7 +79,7 @@ class Sequence:
 
     @property
     def num_in_flight(self) -> int:
-        """Tokens sampled by launched steps whose ids the host has not seen."""
+        """How many tokens launched steps sample whose ids the host has not seen yet."""
         return self.num_tokens - len(self.token_ids)
 
     @property
@@ -88,7 +88,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Of tokens that are still to be computed."""
+        """Whether tokens that are still to be computed need prompt logprobs."""
         return self.request.prompt_logprobs and self.num_computed < self.num_prompt_tokens - 1
 
     @property

@@ -1,71 +1,74 @@
-"""Many small arrays in one buffer, so that they cross to the device in one copy."""
-
-from collections.abc import Callable
+"""Many small arrays packed in one buffer, so that they reach the device in one copy."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-View = Callable[[str], Tensor]
-"""An array that was packed, by its name, wherever the buffer went."""
-_ALIGNMENT = 16  # bytes: what a vector load needs
-_TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
+_ALIGNMENT = 16
+"""Bytes. Every array starts at a multiple of this, as a vector load requires."""
+_TYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+}
 
 
 class PackedArrays:
-    """int64 and int32 arrays by name, packed in their order.
+    """int64, int32 and float32 arrays by name, packed in their order: plain data on the host.
 
-    buffer     [used bytes] uint8, on the host
-    max_bytes  of any step of the same layout: the last array may have up to `capacity` rows
+    The last array may have up to `capacity` rows in other steps that share a buffer's layout.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], capacity: int | None = None):
-        self._arrays = arrays
         self._last = next(reversed(arrays))
         self._capacity = capacity or len(arrays[self._last])
-        self._offsets: dict[str, int] = {}
+        self._layout: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
         end = 0
         for name, array in arrays.items():
-            self._offsets[name] = offset = (end + _ALIGNMENT - 1) & -_ALIGNMENT
+            offset = (end + _ALIGNMENT - 1) & -_ALIGNMENT
+            self._layout[name] = offset, array.shape, array.dtype
             end = offset + array.nbytes
-        buffer = np.empty(end, dtype=np.uint8)
-        for name, offset in self._offsets.items():
+        self._buffer = np.empty(end, dtype=np.uint8)
+        for name, (offset, _, _) in self._layout.items():
             array = np.ascontiguousarray(arrays[name])
-            buffer[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-        self.buffer = torch.from_numpy(buffer)
+            self._buffer[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+
+    @property
+    def buffer(self) -> Tensor:
+        """The packed bytes, [used bytes] uint8, on the host."""
+        return torch.from_numpy(self._buffer)
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of a buffer with room for the last array at its full capacity."""
+        offset, shape, dtype = self._layout[self._last]
+        return offset + self._capacity * int(np.prod(shape[1:])) * dtype.itemsize
 
     def copy_to(self, target: Tensor) -> None:
-        """Fill the beginning of `target` [>= used bytes] uint8, without waiting for it.
+        """Fill the beginning of `target` [>= used bytes] uint8, without waiting for the device.
 
-        From pinned memory: a copy from any other waits until the device is done.
+        The copy starts from pinned memory: from pageable memory it would wait for the device.
         """
         source = self.buffer.pin_memory() if target.is_cuda else self.buffer
         target[: len(source)].copy_(source, non_blocking=True)
 
-    def on(self, device: torch.device) -> Tensor:
-        """A copy of the buffer on a device; on the CPU the buffer itself."""
+    def upload(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the arrays on a device; on the CPU they share this object's buffer."""
         if device.type == "cpu":
-            return self.buffer
-        target = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
+            return self.unpack(self.buffer)
+        target = torch.empty(len(self._buffer), dtype=torch.uint8, device=device)
         self.copy_to(target)
-        return target
+        return self.unpack(target)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
+    def unpack(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the arrays as views of `buffer`, a copy of the packed bytes.
 
-    @property
-    def max_bytes(self) -> int:
-        return self._offsets[self._last] + self._num_bytes(self._last)
+        The last array has as many rows as its capacity.
+        """
+        return {name: self._view(buffer, name) for name in self._layout}
 
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """The array of this name in a copy of the buffer."""
-        array, offset = self._arrays[name], self._offsets[name]
-        part = buffer[offset : offset + self._num_bytes(name)]
-        return part.view(_TYPES[array.dtype]).view(self._rows(name), *array.shape[1:])
-
-    def _rows(self, name: str) -> int:
-        return self._capacity if name == self._last else len(self._arrays[name])
-
-    def _num_bytes(self, name: str) -> int:
-        array = self._arrays[name]
-        return self._rows(name) * int(np.prod(array.shape[1:])) * array.itemsize
+    def _view(self, buffer: Tensor, name: str) -> Tensor:
+        offset, shape, dtype = self._layout[name]
+        rows = self._capacity if name == self._last else shape[0]
+        num_bytes = rows * int(np.prod(shape[1:])) * dtype.itemsize
+        return buffer[offset : offset + num_bytes].view(_TYPES[dtype]).view(rows, *shape[1:])

@@ -70,7 +70,7 @@ class CudaStream:
         pass
 
 
-def in_passing_thread(work: Callable[[], T]) -> T:
+def run_in_temporary_thread(work: Callable[[], T]) -> T:
     """Run `work` in a thread that ends with it, and wait.
 
     Each thread that computes on a CPU keeps a team of OpenMP threads until it ends. With a

@@ -48,7 +48,7 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
 @dataclass(slots=True)
-class Sights:
+class ForwardTrace:
     """What was seen of each module; None where a call of it was not one of ours.
 
     norms        the form of each norm
@@ -75,7 +75,7 @@ class Fusion:
 
 
 def fuse(
-    model: PreTrainedModel, sights: Sights, ops: Ops, problem: Callable[[], str | None]
+    model: PreTrainedModel, trace: ForwardTrace, ops: Ops, problem: Callable[[], str | None]
 ) -> list[Fusion]:
     """Apply every fusion that the model has a place for and that keeps its answers.
 
@@ -83,10 +83,10 @@ def fuse(
     Where something is, the fusions are tried one after the other.
     """
     appliers: list[Callable[[], Fusion]] = [
-        partial(_merge_linears, model, sights),
-        partial(_fuse_norms, model, sights, ops),
-        partial(_fuse_activations, sights, ops),
-        partial(_fuse_rotations, sights),
+        partial(_merge_linears, model, trace),
+        partial(_fuse_norms, model, trace, ops),
+        partial(_fuse_activations, trace, ops),
+        partial(_fuse_rotations, trace),
     ]
     fusions = [apply() for apply in appliers]
     if problem() is not None:
@@ -112,15 +112,17 @@ def _kept(fusion: Fusion, problem: Callable[[], str | None]) -> list[Fusion]:
 
 
 @contextmanager
-def observed(model: PreTrainedModel, attention_modules: list[nn.Module]) -> Iterator[Sights]:
+def trace_forward(
+    model: PreTrainedModel, attention_modules: list[nn.Module]
+) -> Iterator[ForwardTrace]:
     """Watch whatever forwards of the model, as it was loaded, run meanwhile."""
-    sights = Sights()
+    trace = ForwardTrace()
     hooks = []
     for module in model.modules():
         if type(module) is nn.Linear:
-            hook = module.register_forward_pre_hook(partial(_see_linear, sights))
+            hook = module.register_forward_pre_hook(partial(_record_linear, trace))
         elif next(module.children(), None) is None:
-            hook = module.register_forward_hook(partial(_see_leaf, sights))
+            hook = module.register_forward_hook(partial(_record_leaf, trace))
         else:
             continue
         hooks.append(hook)
@@ -128,22 +130,24 @@ def observed(model: PreTrainedModel, attention_modules: list[nn.Module]) -> Iter
     for module in dict.fromkeys(attention_modules):
         original = _rotation_of(module)
         if original is not None:
-            _set_rotation(module, partial(_see_rotation, sights, module, original))
+            _set_rotation(module, partial(_record_rotation, trace, module, original))
             watched.append(module)
     try:
-        yield sights
+        yield trace
     finally:
         for hook in hooks:
             hook.remove()
         _restore(watched)
 
 
-def _see_linear(sights: Sights, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _record_linear(trace: ForwardTrace, module: nn.Module, args: tuple[Any, ...]) -> None:
     assert isinstance(module, nn.Linear)
-    sights.inputs.append((module, args[0] if args else None))
+    trace.inputs.append((module, args[0] if args else None))
 
 
-def _see_leaf(sights: Sights, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _record_leaf(
+    trace: ForwardTrace, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
     """A module without parts may be a norm or an activation: they keep shape and type."""
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return
@@ -151,13 +155,13 @@ def _see_leaf(sights: Sights, module: nn.Module, args: tuple[Any, ...], output: 
     if (x.shape, x.dtype) != (output.shape, output.dtype) or not x.is_floating_point():
         return
     if "Norm" in type(module).__name__:
-        _note(sights.norms, module, _recognise_norm(module, x, output))
+        _record(trace.norms, module, _recognise_norm(module, x, output))
     elif next(module.parameters(), None) is None:
         name = next((name for name in ACTIVATIONS if torch.equal(activate(x, name), output)), None)
-        _note(sights.activations, module, name)
+        _record(trace.activations, module, name)
 
 
-def _note(seen: dict[nn.Module, Any], module: nn.Module, what: Any) -> None:
+def _record(seen: dict[nn.Module, Any], module: nn.Module, what: Any) -> None:
     """Every call has to look the same."""
     seen[module] = what if seen.get(module, what) == what else None
 
@@ -186,12 +190,12 @@ def _weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return getattr(module, "weight", None), getattr(module, "bias", None)
 
 
-def _see_rotation(
-    sights: Sights, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+def _record_rotation(
+    trace: ForwardTrace, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     results = original(*args, **kwargs)
     known = _is_plain_call(args, kwargs) and isinstance(results, tuple) and len(results) == 2
-    _note(sights.rotations, module, _recognise_rotation(args, results) if known else None)
+    _record(trace.rotations, module, _recognise_rotation(args, results) if known else None)
     return results
 
 
@@ -251,7 +255,7 @@ def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
 # -- the fusions ---------------------------------------------------------------------------
 
 
-def _merge_linears(model: PreTrainedModel, sights: Sights) -> Fusion:
+def _merge_linears(model: PreTrainedModel, trace: ForwardTrace) -> Fusion:
     """Linears of one parent that read the same tensor become one GEMM."""
     parents = {
         child: (parent, name)
@@ -259,9 +263,9 @@ def _merge_linears(model: PreTrainedModel, sights: Sights) -> Fusion:
         for name, child in parent.named_children()
     }
     readers: dict[tuple[nn.Module, int], list[nn.Linear]] = defaultdict(list)
-    for linear, x in sights.inputs:
+    for linear, x in trace.inputs:
         readers[parents[linear][0], id(x)].append(linear)
-    calls = Counter(linear for linear, _ in sights.inputs)
+    calls = Counter(linear for linear, _ in trace.inputs)
     together = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
     groups = [
         (parents[group[0]][0], {parents[linear][1]: linear for linear in group})
@@ -284,9 +288,9 @@ def _can_merge(group: tuple[nn.Linear, ...], times: int, calls: Mapping[nn.Linea
     return len(group) > 1 and len(kinds) == 1 and all(calls[linear] == times for linear in group)
 
 
-def _fuse_norms(model: PreTrainedModel, sights: Sights, ops: Ops) -> Fusion:
+def _fuse_norms(model: PreTrainedModel, trace: ForwardTrace, ops: Ops) -> Fusion:
     """Norms become kernels, which also do the residual addition before them."""
-    norms = _known(sights.norms)
+    norms = _known(trace.norms)
     for module, form in norms.items():
         module.forward = partial(_norm_forward, module, form, ops)
     layers = _layers(model) if norms else []
@@ -323,9 +327,9 @@ def _layer_forward(
     return original(hidden_states, *args, **kwargs)
 
 
-def _fuse_activations(sights: Sights, ops: Ops) -> Fusion:
+def _fuse_activations(trace: ForwardTrace, ops: Ops) -> Fusion:
     """Activations wait for the multiplication of a gated MLP."""
-    activations = _known(sights.activations)
+    activations = _known(trace.activations)
     for module, name in activations.items():
         module.forward = partial(_activation_forward, module.forward, name, ops)
     return Fusion("activations", len(activations), partial(_restore, activations))
@@ -337,9 +341,9 @@ def _activation_forward(
     return Activated(ops, x.materialize() if isinstance(x, Deferred) else x, name, original)
 
 
-def _fuse_rotations(sights: Sights) -> Fusion:
+def _fuse_rotations(trace: ForwardTrace) -> Fusion:
     """Rotations of query and key wait for the KV write."""
-    rotations = _known(sights.rotations)
+    rotations = _known(trace.rotations)
     for module, form in rotations.items():
         original = _rotation_of(module)
         assert original is not None

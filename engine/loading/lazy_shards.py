@@ -36,7 +36,7 @@ class Shards:
             for name in sorted(set(weight_map.values()))
         }
         self.tensors = {
-            name: ArrivingTensor(name, self._paths[shard]) for name, shard in weight_map.items()
+            name: LazyTensor(name, self._paths[shard]) for name, shard in weight_map.items()
         }
 
     def _download(self, model_id: str, name: str, revision: str) -> str:
@@ -50,7 +50,7 @@ class Shards:
         return self._ended - self._started
 
     @contextmanager
-    def arriving(self) -> Iterator[None]:
+    def loading(self) -> Iterator[None]:
         """To load them in. What fails in it for want of a shard fails for the download's reason."""
         try:
             yield
@@ -70,7 +70,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class ArrivingTensor:
+class LazyTensor:
     """Stands for a tensor until it is sliced, as those of an open safetensors file do."""
 
     name: str

@@ -24,14 +24,14 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
-from engine.fusion.find import fuse, observed
+from engine.fusion.find import fuse, trace_forward
 from engine.fusion.packed_linear import pack_linears
 from engine.loading.checkpoint import Checkpoint, download_errors, locate
 from engine.loading.lazy_shards import Shards
 from engine.loading.probe import (
     difference,
     discover,
-    own_logits,
+    reference_logits,
     verify,
 )
 from engine.loading.quantization import compute_in_served_type, loading_options, quantization_of
@@ -67,7 +67,7 @@ def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel
     if checkpoint.shards is not None:
         cold_start.move(checkpoint.shards.seconds, "load", "download")
     with cold_start.phase("verify"):
-        return adopt(model, tokenizer, checkpoint)
+        return prepare_model(model, tokenizer, checkpoint)
 
 
 def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -99,7 +99,7 @@ def _chat_template(path: Path) -> str | list[dict[str, str]]:
         raise LoadError(f"no chat template can be read from {path}: {error!r}") from None
 
 
-def adopt(
+def prepare_model(
     model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint, ops: Ops | None = None
 ) -> LoadedModel:
     """Make a transformers model that is in memory already ready for the engine, in place.
@@ -114,10 +114,10 @@ def adopt(
     ops = ops or ops_for(model.device)
     weight_bytes = model.get_memory_footprint()
     calls = discover(model)
-    with observed(model, [call.module for call in calls]) as sights:
-        expected = own_logits(model)
+    with trace_forward(model, [call.module for call in calls]) as trace:
+        expected = reference_logits(model)
     if ops.fuses:
-        fuse(model, sights, ops, partial(difference, model, calls, expected, ops))
+        fuse(model, trace, ops, partial(difference, model, calls, expected, ops))
     pack_linears(model)
     verify(model, calls, expected, ops)
     return LoadedModel(
@@ -157,13 +157,13 @@ def _load_weights(
     if checkpoint.shards is None:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **remote_code, **options)
     else:
-        with download_errors(checkpoint.model_id), checkpoint.shards.arriving():
-            model = _load_arriving(checkpoint.path, checkpoint.shards, remote_code, options)
+        with download_errors(checkpoint.model_id), checkpoint.shards.loading():
+            model = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
     compute_in_served_type(model)
     return model
 
 
-def _load_arriving(
+def _load_lazily(
     path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
 ) -> PreTrainedModel:
     """A model whose class is only found with its folder waits until that is whole."""

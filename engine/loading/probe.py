@@ -2,7 +2,7 @@
 
 Nothing here knows a model by name. `discover` runs one short forward with a recording
 attention function in place of the real one, and reads each call's geometry, mask and
-sharing from what the model passes. `own_logits` are those of two prompts, before anything
+sharing from what the model passes. `reference_logits` are those of two prompts, before anything
 about the model is changed; `verify` then runs both through the paged cache, in chunks,
 side by side in one packed row, and compares every logit. What cannot be answered for is
 refused with the reason.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from engine.attention.interface import ATTENTION_NAME
+from engine.attention.interface import ATTENTION_NAME, unsupported_keywords
 from engine.attention.kv_cache import AttentionCall, bind_kv_cache
 from engine.attention.plan import FixedTables, StepSequences
 from engine.core.config import BLOCK_SIZE
@@ -26,9 +26,6 @@ from kernels.ops import Ops
 from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
 
 _RECORDER_NAME = "skiff_recorder"
-# Keywords by which attention depends on more than positions; serving without heeding
-# them would be silently wrong.
-_UNSUPPORTED_KEYWORDS = ("indices", "block_indices", "position_bias")
 # Root mean square of the logits' difference, relative to their spread.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -126,9 +123,9 @@ class _Recorder:
         value: Tensor,
         attention_mask: Tensor | None,
         sliding_window: int | None = None,
-        **kwargs: Any,
+        **keywords: object,
     ) -> tuple[Tensor, None]:
-        self._refuse_unsupported(module, kwargs)
+        self._refuse_unsupported(module, keywords)
         call = AttentionCall(
             module=module,
             num_heads=query.shape[1],
@@ -143,8 +140,9 @@ class _Recorder:
         self.calls.append(call)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
-    def _refuse_unsupported(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        unsupported = [k for k in _UNSUPPORTED_KEYWORDS if kwargs.get(k) is not None]
+    def _refuse_unsupported(self, module: nn.Module, keywords: dict[str, object]) -> None:
+        """Raise LoadError if the call asks for what serving would silently leave undone."""
+        unsupported = unsupported_keywords(keywords)
         if unsupported:
             raise LoadError(f"{type(module).__name__} passes {unsupported[0]} to attention")
         if not getattr(module, "is_causal", True):
@@ -197,7 +195,7 @@ def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
 
 
 @torch.inference_mode()
-def own_logits(model: PreTrainedModel) -> list[Tensor]:
+def reference_logits(model: PreTrainedModel) -> list[Tensor]:
     """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
 
     Run under an observer, it also shows how the model computes: the prompts are no special case.

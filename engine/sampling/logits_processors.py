@@ -1,11 +1,14 @@
-"""What changes the scores before a token is chosen, in Text Generation Inference's order.
+"""Logits processors: what changes the scores before a token is chosen.
 
-Each class is one step, for those rows of a batch that use it; `build` answers None when
-no row does. Scores are float32, [rows, vocab_size], and changed in place. A row's result
-depends on that row's scores and parameters alone.
+They run in Text Generation Inference's order. Each class is one step, for the rows of a batch
+that use it. `plan` answers, on the host, with the arrays to upload for a step, none where no
+row uses it; `from_arrays` builds the processor from the uploaded arrays. Scores are float32,
+[rows, vocab_size], and changed in place. A row's result depends on that row's scores and
+parameters alone.
 """
 
-from typing import Protocol, Self
+from collections.abc import Mapping
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,33 +17,33 @@ from torch import Tensor
 from kernels.sampling import GENERATED
 
 Rows = Tensor | slice
-"""Which rows of the batch: an int64 index, or a slice when it is all of them."""
+"""Some rows of the batch: an int64 index, or a slice when it is all of them."""
 
 
-class LogitsProcessor(Protocol):
-    def __call__(self, scores: Tensor) -> None: ...
+def select(used: np.ndarray, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the columns of the rows where `used` [rows] bool is set, and the rows' index.
+
+    The index belongs to the first column, and is left out when all rows are used.
+    """
+    selected = {name: values[used] for name, values in columns.items()}
+    if not used.all():
+        selected[_index_name(next(iter(columns)))] = np.flatnonzero(used)
+    return selected
 
 
-def select_rows(used: np.ndarray, device: torch.device) -> Rows | None:
-    """The rows where `used` [rows] bool is set; None when there are none."""
-    if not used.any():
-        return None
-    if used.all():
-        return slice(None)
-    return to_device(np.flatnonzero(used), device)
+def rows_of(column: str, arrays: Mapping[str, Tensor]) -> Rows:
+    """The rows that `select` chose for its first column."""
+    return arrays.get(_index_name(column), slice(None))
 
 
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
-
-
-def column(values: np.ndarray, used: np.ndarray, device: torch.device) -> Tensor:
-    return to_device(values[used], device)[:, None]
+def _index_name(column: str) -> str:
+    return f"{column}.rows"
 
 
 class _PerRow:
-    """One parameter per row; `neutral` is the value that switches the step off."""
+    """A step with one parameter per row; the value `neutral` switches it off."""
 
+    parameter: str
     neutral: float
 
     def __init__(self, rows: Rows, values: Tensor):
@@ -48,10 +51,13 @@ class _PerRow:
         self.values = values  # [rows used, 1]
 
     @classmethod
-    def build(cls, values: np.ndarray, device: torch.device) -> Self | None:
+    def plan(cls, values: np.ndarray) -> dict[str, np.ndarray]:
         used = values != cls.neutral
-        rows = select_rows(used, device)
-        return None if rows is None else cls(rows, column(values, used, device))
+        return select(used, {cls.parameter: values}) if used.any() else {}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> Self:
+        return cls(rows_of(cls.parameter, arrays), arrays[cls.parameter][:, None])
 
     def __call__(self, scores: Tensor) -> None:
         scores[self.rows] = self.apply(scores[self.rows])
@@ -61,17 +67,23 @@ class _PerRow:
 
 
 class Penalties:
-    """Repetition penalty r: x * r where x < 0, else x / r, once per token in the context.
+    """The three penalties, each of which lowers the scores of tokens in the context.
+
+    Repetition penalty r: x * r where x < 0, else x / r, once per token in the context.
     Frequency penalty f: x - f * (occurrences in the context / its length).
     Presence penalty p, OpenAI's: x - p for each token that was generated.
 
     The context is prompt and output so far, counted per slot on the device, because the
     newest tokens may not have reached the host yet.
 
-    counts  [slots, vocab_size] int32, of all slots, with `GENERATED` added to those that were
-    slots   [rows used] int64
-    others  [rows used, 1] float32
+    slots       [rows used] int64
+    repetition, frequency, presence  [rows used, 1] float32
+    counts      [slots, vocab_size] int32, of all slots; the bit `GENERATED` marks the tokens
+                that were generated
     """
+
+    PARAMETERS = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    _SLOTS = "penalised_slots"
 
     def __init__(
         self,
@@ -88,6 +100,22 @@ class Penalties:
         self.frequency = frequency
         self.presence = presence
         self.counts = counts
+
+    @classmethod
+    def plan(
+        cls, used: np.ndarray, slots: np.ndarray, parameters: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """`used` [rows] bool says which rows have a penalty; `parameters` are their records."""
+        if not used.any():
+            return {}
+        values = {name: parameters[name] for name in cls.PARAMETERS}
+        return select(used, {cls._SLOTS: slots} | values)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor], counts: Tensor) -> Self:
+        rows, slots = rows_of(cls._SLOTS, arrays), arrays[cls._SLOTS]
+        repetition, frequency, presence = (arrays[name][:, None] for name in cls.PARAMETERS)
+        return cls(rows, slots, repetition, frequency, presence, counts)
 
     def __call__(self, scores: Tensor) -> None:
         x, marked = scores[self.rows], self.counts[self.slots]
@@ -106,6 +134,9 @@ class Penalties:
 
 
 class Temperature(_PerRow):
+    """Divide the scores by the temperature."""
+
+    parameter = "temperature"
     neutral = 1.0
 
     def apply(self, scores: Tensor) -> Tensor:
@@ -115,6 +146,7 @@ class Temperature(_PerRow):
 class TopK(_PerRow):
     """Keep scores at least as high as the k-th highest: ties at the boundary all stay."""
 
+    parameter = "top_k"
     neutral = 0
 
     def apply(self, scores: Tensor) -> Tensor:
@@ -126,9 +158,10 @@ class TopK(_PerRow):
 class TopP(_PerRow):
     """Drop the least likely tokens whose probabilities sum to at most 1 - p.
 
-    Ties stay or go together: with one of them kept, all are; those of the best token stay.
+    Ties stay or go together: if one of them is kept, all are. The best token and its ties stay.
     """
 
+    parameter = "top_p"
     neutral = 1.0
 
     def apply(self, scores: Tensor) -> Tensor:
@@ -144,6 +177,7 @@ class TypicalP(_PerRow):
     Locally typical sampling, Meister et al. 2022.
     """
 
+    parameter = "typical_p"
     neutral = 1.0
 
     def apply(self, scores: Tensor) -> Tensor:
@@ -154,3 +188,7 @@ class TypicalP(_PerRow):
         last = (mass < self.values).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
         drop = distance > distance.gather(-1, last)
         return scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+PROCESSORS = (Temperature, TopK, TopP, TypicalP)
+"""The steps that follow the penalties, in their order."""

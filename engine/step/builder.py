@@ -1,48 +1,43 @@
-"""One step's tensors, from the scheduler's batch of ids. Built with numpy, per batch.
+"""Building one step's inputs from the scheduler's batch of ids, with numpy.
 
 What stays the same from step to step (block tables, sampling parameters) lives in arrays
 indexed by slot and is updated by difference; the rest is computed here in a few numpy
-calls and crosses to the device in one copy.
+calls and reaches the device in one copy.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from engine.attention.plan import AttentionPlanner, GraphShape, StepSequences
+from engine.attention.interface import StepMetadata
+from engine.attention.plan import PADDING, AttentionPlanner, GraphShape, StepSequences
 from engine.core.config import BLOCK_SIZE
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Batch
-from engine.device.packed_arrays import PackedArrays, View
-from engine.sampling.sampler import Sampler, SamplerPlan
+from engine.core.sequence import Sequence
+from engine.device.packed_arrays import PackedArrays
+from engine.sampling.sampler import Sampler, SamplingKind
 
-_ON_DEVICE = -1
-"""In place of a token id that only the device knows yet."""
-_NO_SLOT = -1
-"""In the slot mapping: write nothing."""
+ON_DEVICE = -1
+"""Stands for a token id that only the device knows yet."""
+_WRITE_NOTHING = -1
+"""Stands in the slot mapping for a token whose K and V are not stored."""
 _NO_ROWS = np.zeros(0, dtype=np.int64)
-
-
-Counts = list[tuple[int, Tensor, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """The packed row of a step, on the device.
 
-    input_ids      [num_tokens] int64, -1 where the token is the last one sampled
+    input_ids      [num_tokens] int64, `ON_DEVICE` for the last token sampled in its slot
     token_slots    [num_tokens] int64: the slot each token belongs to
     position_ids   [num_tokens] int64
-    kept_rows      [num_sampled + prompt rows] int64: those of the packed row whose logits are
-                   needed, first the sampled ones
+    kept_rows      [num_sampled + prompt rows] int64: rows whose logits are needed, the
+                   sampled rows first
     sampled_slots  [num_sampled] int64
-    attention      what the attention kernels of this device take
-    sampling       what the sampler of this device takes; None when nothing is sampled
+    attention      metadata for the attention kernels
+    arrays         all of the step's arrays by name: the sampler finds its own among them
     """
 
     input_ids: Tensor
@@ -50,51 +45,64 @@ class StepInputs:
     position_ids: Tensor
     kept_rows: Tensor
     sampled_slots: Tensor
-    attention: Any
-    sampling: Any
+    attention: StepMetadata
+    arrays: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class NewContexts:
+    """The known tokens of sequences that are new to their slots and have a penalty.
+
+    contexts   slot, number of known tokens, and number of prompt tokens of each sequence
+    token_ids  the known tokens of all these sequences, one after the other
+    """
+
+    contexts: list[tuple[int, int, int]]
+    token_ids: PackedArrays
 
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """A step on its way to the device.
+    """One step as plain data, which can be pickled: all that the runner needs to launch it.
 
-    sampling     None when nothing is sampled
-    graph        shape of the captured graph that runs it; None: no graph
-    num_sampled  rows that are sampled, without those that only fill the graph
+    arrays       to upload
+    host_arrays  that attention reads on the host
+    sampling     which kind of sampling; None when nothing is sampled
+    graph        shape of the captured graph that runs the step; None: no graph
+    num_sampled  number of sampled rows, not counting the padding of a graph
     update       block tables that changed, if the device has to know
-    counts       what to count before sampling: slot, known tokens, how many of them a prompt
-    rare         what few steps have, for which a captured one has no place:
-                 `watermarked` [n] int64 of the sampled rows, `prompt_ids` [prompt rows] int64
-                 whose logprobs are asked for, `copied` [2, n] int64 blocks from and to
+    contexts     tokens to count before sampling
+    extras       arrays for optional work, which most steps do not have and graphs leave out:
+                 `watermarked` [n] int64 indices of sampled rows, `prompt_ids` [prompt rows]
+                 int64 whose logprobs are asked for, `copied` [2, n] int64 blocks from and to
     """
 
     arrays: PackedArrays
-    make_attention: Callable[[View], Any]
-    sampling: SamplerPlan | None
+    host_arrays: dict[str, np.ndarray]
+    sampling: SamplingKind | None
     graph: GraphShape | None
     num_sampled: int
-    update: PackedArrays | None
-    counts: Counts
-    rare: PackedArrays | None = None
+    update: PackedArrays | None = None
+    contexts: NewContexts | None = None
+    extras: PackedArrays | None = None
 
-    def inputs(self, buffer: Tensor) -> StepInputs:
-        """The step's tensors, as views of `buffer`, a copy of the packed arrays."""
-        view = partial(self.arrays.view, buffer)
+    def inputs(self, arrays: dict[str, Tensor], planner: AttentionPlanner) -> StepInputs:
+        """Return the step's tensors, given its arrays on the device."""
         return StepInputs(
-            input_ids=view("input_ids"),
-            token_slots=view("token_slots"),
-            position_ids=view("position_ids"),
-            kept_rows=view("kept_rows"),
-            sampled_slots=view("sampled_slots"),
-            attention=self.make_attention(view),
-            sampling=None if self.sampling is None else self.sampling.make(view),
+            input_ids=arrays["input_ids"],
+            token_slots=arrays["token_slots"],
+            position_ids=arrays["position_ids"],
+            kept_rows=arrays["kept_rows"],
+            sampled_slots=arrays["sampled_slots"],
+            attention=planner.metadata(arrays, self.host_arrays),
+            arrays=arrays,
         )
 
 
 class StepBuilder:
-    """Turns batches into inputs; holds the block table of each slot.
+    """Turns batches into steps; holds the block table of each slot.
 
-    The slot after the last is nobody's: rows that only fill a graph say it is theirs.
+    The extra last slot pads captured graphs.
     """
 
     def __init__(
@@ -103,17 +111,17 @@ class StepBuilder:
         sampler: Sampler,
         planner: AttentionPlanner,
         graph_shapes: tuple[GraphShape, ...],
-        device: torch.device,
     ):
         self._block_tables = np.zeros(tables_shape, dtype=np.int64)
         self._sampler = sampler
         self._planner = planner
         self.graph_shapes = graph_shapes
-        self._nobody = tables_shape[0] - 1
-        self._device = device
+        self._padding_slot = tables_shape[0] - 1
 
     def build(self, batch: Batch) -> HostStep:
-        update, counts = self._update_slots(batch)
+        """Update the slots' state by the batch, and pack the step."""
+        contexts = self._start_sequences(batch.reset)
+        update = self._update_tables(batch)
         _, *columns, _ = zip(*batch.scheduled, strict=True)
         slots, starts, lengths = np.array(columns[:3], dtype=np.int64)
         samples = np.array(columns[3], dtype=np.bool_)
@@ -121,54 +129,40 @@ class StepBuilder:
         num_sampled = int(np.count_nonzero(samples))
 
         graph = None if batch.prompted else self._graph_for(lengths, samples)
-        sampled_slots = slots[samples]
+        extras = self._extra_arrays(batch, slots[samples])
         if graph is not None:
-            empty = graph.rows - len(input_ids)
-            slots = _padded(slots, empty, self._nobody)
-            starts = _padded(starts, empty, -1)
-            lengths = _padded(lengths, empty, 1)
-            samples = _padded(samples, empty, False)
-            input_ids = _padded(input_ids, empty, 0)
+            padding = graph.rows - len(input_ids)
+            slots = _padded(slots, padding, self._padding_slot)
+            starts = _padded(starts, padding, PADDING)
+            lengths = _padded(lengths, padding, 1)
+            samples = _padded(samples, padding, False)
+            input_ids = _padded(input_ids, padding, 0)
         return self._pack(
             StepSequences(slots, starts, lengths),
             input_ids,
             samples,
             _prompt_rows(batch, lengths),
-            graph=graph,
+            graph,
             num_sampled=num_sampled,
             update=update,
-            counts=counts,
-            rare=self._rare_arrays(batch, sampled_slots),
+            contexts=contexts,
+            extras=extras,
         )
-
-    def _rare_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
-        watermarked = self._sampler.watermarked(sampled_slots)
-        if not (watermarked.size or batch.prompted or batch.copies):
-            return None
-        arrays = {
-            "watermarked": watermarked,
-            "prompt_ids": np.array(_prompt_ids(batch), dtype=np.int64),
-            "copied": np.array(batch.copies, dtype=np.int64).reshape(-1, 2).T,
-        }
-        return PackedArrays({name: array for name, array in arrays.items() if array.size})
 
     def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
-        """A step for the graph of this shape that computes nothing for anyone, and samples it."""
-        nobody = np.full(graph.rows, self._nobody)
-        step = StepSequences(nobody, np.full_like(nobody, -1), np.ones_like(nobody))
-        self._sampler.set_parameters(self._nobody, sampling)
-        packed = self._pack(
-            step,
-            np.zeros_like(nobody),
+        """Return a step of padding alone for this graph, sampled with these parameters."""
+        slots = np.full(graph.rows, self._padding_slot)
+        self._sampler.set_parameters(self._padding_slot, sampling)
+        step = self._pack(
+            StepSequences(slots, np.full_like(slots, PADDING), np.ones_like(slots)),
+            np.zeros_like(slots),
             np.zeros(graph.rows, dtype=np.bool_),
             _NO_ROWS,
-            graph=graph,
+            graph,
             num_sampled=0,
-            update=None,
-            counts=[],
         )
-        self._sampler.set_parameters(self._nobody, SamplingParams())
-        return packed
+        self._sampler.set_parameters(self._padding_slot, SamplingParams())
+        return step
 
     def _pack(
         self,
@@ -176,7 +170,11 @@ class StepBuilder:
         input_ids: np.ndarray,
         samples: np.ndarray,
         prompt_rows: np.ndarray,
-        **rest: Any,
+        graph: GraphShape | None,
+        num_sampled: int,
+        update: PackedArrays | None = None,
+        contexts: NewContexts | None = None,
+        extras: PackedArrays | None = None,
     ) -> HostStep:
         positions = step.positions
         token_slots = np.repeat(step.slots, step.lengths)
@@ -184,14 +182,13 @@ class StepBuilder:
         slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         sampled_slots, sampled_ends = step.slots[samples], step.ends[samples]
         kept_rows = np.cumsum(step.lengths)[samples] - 1
-        graph = rest["graph"]
         if graph is not None:
-            slot_mapping = np.where(positions < 0, _NO_SLOT, slot_mapping)
+            slot_mapping = np.where(positions == PADDING, _WRITE_NOTHING, slot_mapping)
             positions = np.maximum(positions, 0)
-            empty = graph.rows - len(sampled_slots)
-            sampled_slots = _padded(sampled_slots, empty, self._nobody)
-            sampled_ends = _padded(sampled_ends, empty, 0)
-            kept_rows = _padded(kept_rows, empty, 0)
+            padding = graph.rows - len(sampled_slots)
+            sampled_slots = _padded(sampled_slots, padding, self._padding_slot)
+            sampled_ends = _padded(sampled_ends, padding, 0)
+            kept_rows = _padded(kept_rows, padding, 0)
         attention = self._planner.plan(step.with_tokens(), self._block_tables, graph)
         sampling = self._sampler.plan(sampled_slots, sampled_ends) if len(sampled_slots) else None
         arrays = {
@@ -206,39 +203,63 @@ class StepBuilder:
         }
         return HostStep(
             arrays=PackedArrays(arrays, attention.capacity),
-            make_attention=attention.make_metadata,
-            sampling=sampling,
-            **rest,
+            host_arrays=attention.host_arrays,
+            sampling=None if sampling is None else sampling.kind,
+            graph=graph,
+            num_sampled=num_sampled,
+            update=update,
+            contexts=contexts,
+            extras=extras,
         )
 
+    def _extra_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
+        watermarked = self._sampler.slots.watermarked(sampled_slots)
+        if not (watermarked.size or batch.prompted or batch.copies):
+            return None
+        arrays = {
+            "watermarked": watermarked,
+            "prompt_ids": np.array(_prompt_ids(batch), dtype=np.int64),
+            "copied": np.array(batch.copies, dtype=np.int64).reshape(-1, 2).T,
+        }
+        return PackedArrays({name: array for name, array in arrays.items() if array.size})
+
     def _graph_for(self, lengths: np.ndarray, samples: np.ndarray) -> GraphShape | None:
-        """The smallest graph that serves the step."""
+        """Return the smallest graph that serves the step; None if there is none."""
         num_rows = max(int(lengths.sum()), len(samples))
         prefills = not (samples.all() and (lengths == 1).all())
         return next(
             (g for g in self.graph_shapes if g.prefills == prefills and g.rows >= num_rows), None
         )
 
-    def _update_slots(self, batch: Batch) -> tuple[PackedArrays | None, Counts]:
+    def _start_sequences(self, sequences: list[Sequence]) -> NewContexts | None:
+        """Store the parameters of sequences that are new to their slots."""
+        for seq in sequences:
+            self._sampler.set_parameters(seq.slot, seq.request.sampling)
+        counted = [seq for seq in sequences if self._sampler.slots.needs_counts(seq.slot)]
+        if not counted:
+            return None
+        token_ids = [np.array(seq.token_ids, dtype=np.int64) for seq in counted]
+        return NewContexts(
+            [(seq.slot, len(seq.token_ids), seq.num_prompt_tokens) for seq in counted],
+            PackedArrays({"token_ids": np.concatenate(token_ids)}),
+        )
+
+    def _update_tables(self, batch: Batch) -> PackedArrays | None:
         width = self._block_tables.shape[1]
-        counts, index, blocks = [], [], []
+        index, blocks = [], []
         for seq in batch.reset:
             index.append(seq.slot * width + np.arange(len(seq.block_table)))
             blocks.append(np.array(seq.block_table, dtype=np.int64))
-            self._sampler.set_parameters(seq.slot, seq.request.sampling)
-            if self._sampler.needs_counts(seq.slot):
-                ids = torch.tensor(seq.token_ids, device=self._device)
-                counts.append((seq.slot, ids, seq.num_prompt_tokens))
         if batch.grown:
             slots, columns, grown = np.array(batch.grown, dtype=np.int64).T
             index.append(slots * width + columns)
             blocks.append(grown)
         if not index:
-            return None, counts
+            return None
         changed = np.concatenate(index)
         tables = self._block_tables.reshape(-1)
         tables[changed] = np.concatenate(blocks)
-        return self._planner.update(changed, tables), counts
+        return self._planner.update(changed, tables)
 
 
 def _padded(values: np.ndarray, count: int, filler: int) -> np.ndarray:
@@ -254,14 +275,14 @@ def _token_ids(batch: Batch, num_tokens: int) -> np.ndarray:
         start, end = end, end + entry.num_tokens
         known = entry.sequence.token_ids
         if entry.num_tokens == 1:
-            ids[start] = known[entry.start] if entry.start < len(known) else _ON_DEVICE
+            ids[start] = known[entry.start] if entry.start < len(known) else ON_DEVICE
         else:
             ids[start:end] = known[entry.start : entry.end]
     return ids
 
 
 def _prompt_rows(batch: Batch, lengths: np.ndarray) -> np.ndarray:
-    """Of the packed row, those that predict tokens of prompts whose logprobs are asked for."""
+    """Rows of the packed row that predict prompt tokens whose logprobs are asked for."""
     if not batch.prompted:
         return _NO_ROWS
     starts = np.cumsum(lengths) - lengths
@@ -270,7 +291,7 @@ def _prompt_rows(batch: Batch, lengths: np.ndarray) -> np.ndarray:
 
 
 def _prompt_ids(batch: Batch) -> list[int]:
-    """The tokens that those rows predict."""
+    """The prompt tokens that the rows of `_prompt_rows` predict."""
     entries = [batch.scheduled[i] for i in batch.prompted]
     return [
         token_id

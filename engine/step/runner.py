@@ -1,7 +1,6 @@
-"""Runs one step of the model: packed row in, sampled tokens out. Never waits."""
+"""Runs one step of the model: packed row in, sampled tokens out. Never waits for the device."""
 
 import logging
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,12 +16,10 @@ from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending, Stream
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
-from engine.sampling.sampler import SampledTokens, Sampler, to_host
-from engine.sampling.triton_sampler import make_sampler
-from engine.step.builder import HostStep, StepBuilder, StepInputs
-from engine.step.graphs import Capture, StepGraphs, shapes_for
-
-_FORWARD = "forward"
+from engine.sampling.factory import make_sampler
+from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind, to_host
+from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
+from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +31,7 @@ def build_runner(
     capture: Capture | None,
     watermark: tuple[float, float],
 ) -> tuple[StepBuilder, "ModelRunner"]:
-    """What turns batches into steps, and what runs them, sharing the slots' state.
+    """Return what turns batches into steps, and what runs them; both share the slots' state.
 
     `capture` records steps as graphs; None: every step is launched kernel by kernel.
     """
@@ -46,9 +43,9 @@ def build_runner(
     shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
     max_rows = max((limits.max_sequences, *(shape.rows for shape in shapes)))
     planner = make_planner(loaded.ops, loaded.calls, tables_shape, max_rows, device)
-    builder = StepBuilder(tables_shape, sampler, planner, shapes, device)
+    builder = StepBuilder(tables_shape, sampler, planner, shapes)
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
-    graphs = StepGraphs(capture, device) if capture else None
+    graphs = StepGraphs(capture, planner, device) if capture else None
     runner = ModelRunner(
         model, context, sampler, planner, graphs, stream, limits.max_sequences, watermark
     )
@@ -57,7 +54,11 @@ def build_runner(
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`sampled` is None when nothing was; `prompt_logprobs` [prompt rows] float32 likewise."""
+    """A step's result, on the host.
+
+    sampled          None when nothing was sampled
+    prompt_logprobs  [prompt rows] float32; None when none were asked for
+    """
 
     sampled: SampledTokens | None
     prompt_logprobs: Tensor | None
@@ -65,9 +66,13 @@ class StepResult:
 
 @dataclass(slots=True)
 class Forward:
-    """A step's forward, and what it leaves for the sampling, in stream order."""
+    """A step's forward, and what it leaves for the sampling, in stream order.
+
+    graphs  of the step's shape, if the step runs in a graph
+    """
 
     step: HostStep
+    graphs: ShapeGraphs | None = None
     inputs: StepInputs | None = None
     logits: Tensor | None = None
     pending: Pending[None] | None = None
@@ -75,7 +80,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Sampling:
-    """A step in two parts: where the first failed, that is what there is to say."""
+    """Result of a step whose sampling was launched separately. Raises the forward's error first."""
 
     forward: Pending[None]
     sampling: Pending[StepResult]
@@ -108,136 +113,140 @@ class ModelRunner:
         self._captures = {"prefills", "decodes"} if graphs else set()
         self._watermark = watermark
         self._stream = stream
-        # One more, for the rows of a graph that are nobody's.
+        self._device = model.device
+        # The extra last slot pads captured graphs.
         self._last_ids = torch.zeros(max_sequences + 1, dtype=torch.int64, device=model.device)
 
     def launch(self, step: HostStep) -> Pending[StepResult]:
-        """Queue the step; the result is on the host."""
+        """Queue the whole step; its result will be on the host."""
         forward = Forward(step)
         return self._stream.launch(partial(self._run, forward))
 
-    def launch_forward(self, step: HostStep) -> "Forward":
-        """Queue all of a step but its sampling, which `launch_sampling` does."""
+    def launch_forward(self, step: HostStep) -> Forward:
+        """Queue all of a step but its sampling, which `launch_sampling` queues."""
         forward = Forward(step)
         forward.pending = self._stream.launch(partial(self._run_forward, forward))
         return forward
 
-    def launch_sampling(
-        self, forward: "Forward", masks: PackedArrays | None
-    ) -> Pending[StepResult]:
-        """`masks` has what grammars allow: `rows` [n] int64 of those sampled, and their `masks`
+    def launch_sampling(self, forward: Forward, masks: PackedArrays | None) -> Pending[StepResult]:
+        """Queue the sampling of a launched forward.
+
+        `masks` says what grammars allow: `rows` [n] int64 of the sampled rows, and their `masks`
         [n, words] int32.
         """
         sampling = self._stream.launch(partial(self._run_sampling, forward, masks))
         assert forward.pending is not None
         return _Sampling(forward.pending, sampling)
 
-    def _run(self, forward: "Forward") -> StepResult:
+    def _run(self, forward: Forward) -> StepResult:
         self._run_forward(forward)
         return self._run_sampling(forward, None)
 
     @torch.inference_mode()
-    def _run_forward(self, forward: "Forward") -> None:
+    def _run_forward(self, forward: Forward) -> None:
         step = forward.step
-        for slot, token_ids, num_prompt_tokens in step.counts:
-            self._sampler.start_counts(slot, token_ids, num_prompt_tokens)
+        if step.contexts is not None:
+            self._start_counts(step.contexts)
         if step.update is not None:
-            self._planner.apply_update(partial(step.update.view, self._on_device(step.update)))
+            self._planner.apply_update(step.update.upload(self._device))
         if self._graphs is not None and step.graph is not None:
-            forward.inputs = self._graphs.load(step, step.graph)
-            if self._graphs.has(step.graph, _FORWARD):
-                forward.logits = self._graphs.replay(step.graph, _FORWARD)
+            forward.graphs = graphs = self._graphs.load(step, step.graph)
+            forward.inputs = graphs.inputs
+            if graphs.forward is not None:
+                forward.logits = graphs.forward.replay()
                 return
         else:
-            forward.inputs = step.inputs(self._on_device(step.arrays))
+            forward.inputs = step.inputs(step.arrays.upload(self._device), self._planner)
         forward.logits = self.forward(forward.inputs)
 
+    def _start_counts(self, new: NewContexts) -> None:
+        """Count the known tokens of sequences that are new to their slots."""
+        token_ids = new.token_ids.upload(self._device)["token_ids"]
+        lengths = [num_tokens for _, num_tokens, _ in new.contexts]
+        for (slot, _, num_prompt_tokens), known in zip(
+            new.contexts, token_ids.split(lengths), strict=True
+        ):
+            self._sampler.slots.start_counts(slot, known, num_prompt_tokens)
+
     @torch.inference_mode()
-    def _run_sampling(self, forward: "Forward", masks: PackedArrays | None) -> StepResult:
+    def _run_sampling(self, forward: Forward, masks: PackedArrays | None) -> StepResult:
         step, inputs, logits = forward.step, forward.inputs, forward.logits
         assert inputs is not None
         assert logits is not None, "the forward failed"
         prompt_logprobs = None
-        if step.rare is not None:
-            prompt_logprobs = self._do_rare(step, step.rare, inputs, logits)
+        if step.extras is not None:
+            arrays = step.extras.upload(self._device)
+            prompt_logprobs = self._run_optional_work(arrays, step.num_sampled, inputs, logits)
         if masks is not None:
-            view = partial(masks.view, self._on_device(masks))
-            self._context.ops.mask_tokens(logits, view("rows"), view("masks"))
+            arrays = masks.upload(self._device)
+            self._context.ops.mask_tokens(logits, arrays["rows"], arrays["masks"])
         sampled = None
         if step.sampling is not None:
-            kind = step.sampling.kind
-            if self._graphs is not None and step.graph is not None:
-                sampled = self._sample_graph(self._graphs, step.graph, logits, inputs, kind)
+            if forward.graphs is None:
+                sampled = self._sample(logits[: step.num_sampled], inputs, step.sampling)
             else:
-                sampled = self._sample(logits[: step.num_sampled], inputs, kind)
+                sampled = self._sample_graph(forward.graphs, step, logits, step.sampling)
             sampled = sampled.to_host(step.num_sampled)
         return StepResult(sampled, prompt_logprobs)
 
-    def _on_device(self, arrays: PackedArrays) -> Tensor:
-        return arrays.on(self._last_ids.device)
-
-    def _do_rare(
-        self, step: HostStep, rare: PackedArrays, inputs: StepInputs, logits: Tensor
+    def _run_optional_work(
+        self, extras: dict[str, Tensor], num_sampled: int, inputs: StepInputs, logits: Tensor
     ) -> Tensor | None:
-        """Blocks to be copied, scores to be watermarked; the logprobs of prompts' tokens."""
-        view = partial(rare.view, self._on_device(rare))
-        if "copied" in rare:
-            copy_blocks(self._context.pools, *view("copied"))
-        if "watermarked" in rare:
+        """Copy blocks, watermark logits, and return the logprobs of prompt tokens, where asked."""
+        if "copied" in extras:
+            copy_blocks(self._context.pools, *extras["copied"])
+        if "watermarked" in extras:
             rows = inputs.kept_rows[: len(inputs.sampled_slots)]
             previous = self._known(inputs.input_ids[rows], inputs.sampled_slots)
-            self._context.ops.watermark(logits, view("watermarked"), previous, *self._watermark)
-        if "prompt_ids" not in rare:
+            self._context.ops.watermark(logits, extras["watermarked"], previous, *self._watermark)
+        if "prompt_ids" not in extras:
             return None
-        logprobs = logits[step.num_sampled :].float().log_softmax(-1)
-        chosen = logprobs.gather(-1, view("prompt_ids")[:, None])[:, 0]
+        logprobs = logits[num_sampled:].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, extras["prompt_ids"][:, None])[:, 0]
         return to_host(chosen, len(chosen))
 
     def _sample_graph(
-        self,
-        graphs: StepGraphs,
-        shape: GraphShape,
-        logits: Tensor,
-        inputs: StepInputs,
-        kind: Hashable,
+        self, graphs: ShapeGraphs, step: HostStep, logits: Tensor, kind: SamplingKind
     ) -> SampledTokens:
-        """Captured apart from the forward, there being many kinds of sampling.
-
-        What was not captured yet runs without a graph this time, and is captured after.
-        """
-        if graphs.has(shape, _FORWARD) and graphs.has(shape, kind):
-            return graphs.replay(shape, kind)
-        sampled = self._sample(logits, inputs, kind)
-        if shape.steps in self._captures:
-            self._capture(graphs, shape, inputs, kind)
+        """Replay the sampling; where it was not captured yet, run it and capture it afterwards."""
+        if graphs.forward is not None and kind in graphs.sampling:
+            return graphs.sampling[kind].replay()
+        sampled = self._sample(logits, graphs.inputs, kind)
+        if step.graph is not None and step.graph.steps in self._captures:
+            self._capture(graphs, step.graph, kind)
         return sampled
 
-    def _capture(
-        self, graphs: StepGraphs, shape: GraphShape, inputs: StepInputs, kind: Hashable
-    ) -> None:
-        """For the next step like this one. What cannot be captured once is not tried again."""
+    def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:
+        """Capture a step's graphs for the next step of its shape and kind.
+
+        If one capture fails, none is tried again for steps like it.
+        """
+        assert self._graphs is not None
         try:
-            if not graphs.has(shape, _FORWARD):
-                graphs.capture(shape, _FORWARD, partial(self.forward, inputs))
-            logits = graphs.result(shape, _FORWARD)
-            graphs.capture(shape, kind, partial(self._sample, logits, inputs, kind))
+            if graphs.forward is None:
+                graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))
+            logits = graphs.forward.result
+            graphs.sampling[kind] = self._graphs.capture(
+                partial(self._sample, logits, graphs.inputs, kind)
+            )
         except RuntimeError as error:
-            # Whatever decodes do that cannot be captured, prefills do too.
+            # Whatever cannot be captured in decodes is in prefills too.
             refused = self._captures & ({"prefills"} if shape.prefills else {"prefills", "decodes"})
             self._captures -= refused
             steps = " and ".join(sorted(refused))
             logger.warning("%s are launched kernel by kernel: no graph of them (%s)", steps, error)
 
     def needs_capture(self, step: HostStep) -> bool:
-        """Whether a graph of it is missing that can be captured."""
+        """Whether the step lacks a graph that can be captured."""
         if self._graphs is None or step.graph is None or step.graph.steps not in self._captures:
             return False
-        has_forward = self._graphs.has(step.graph, _FORWARD)
-        has_sampling = step.sampling is None or self._graphs.has(step.graph, step.sampling.kind)
-        return not (has_forward and has_sampling)
+        graphs = self._graphs.get(step.graph)
+        if graphs is None or graphs.forward is None:
+            return True
+        return step.sampling is not None and step.sampling not in graphs.sampling
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Logits of the rows to keep, [num_sampled + prompt rows, vocab_size]."""
+        """Return the logits of the kept rows, [num_sampled + prompt rows, vocab_size]."""
         input_ids = self._known(inputs.input_ids, inputs.token_slots)
         self._context.metadata = inputs.attention
         return self._model(
@@ -248,10 +257,10 @@ class ModelRunner:
         ).logits[0]
 
     def _known(self, token_ids: Tensor, slots: Tensor) -> Tensor:
-        """The token ids; where they are on the device alone, the last ones of their slots."""
-        return torch.where(token_ids < 0, self._last_ids[slots], token_ids)
+        """Replace `ON_DEVICE` among the token ids by the last token sampled in the slot."""
+        return torch.where(token_ids == ON_DEVICE, self._last_ids[slots], token_ids)
 
-    def _sample(self, logits: Tensor, inputs: StepInputs, kind: Hashable) -> SampledTokens:
-        sampled = self._sampler.sample(logits, inputs.sampling, kind)
+    def _sample(self, logits: Tensor, inputs: StepInputs, kind: SamplingKind) -> SampledTokens:
+        sampled = self._sampler.sample(logits, inputs.arrays, kind)
         self._last_ids[inputs.sampled_slots] = sampled.ids
         return sampled

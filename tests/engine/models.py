@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.loader import LoadedModel, adopt
+from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.tokenizer import Tokenizer
 from kernels.ops import TORCH, Ops
 
@@ -109,10 +109,10 @@ FUSED = replace(TORCH, fuses=True)
 
 @cache
 def family(name: str) -> LoadedModel:
-    return adopted(name, FUSED)
+    return prepared(name, FUSED)
 
 
-def adopted(
+def prepared(
     name: str,
     ops: Ops | None = None,
     device: str = "cpu",
@@ -123,7 +123,7 @@ def adopted(
     config_class, family_options = FAMILIES[name]
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     model = build(config_class, **(family_options | options)).to(device, dtype)
-    return adopt(model, byte_tokenizer(), checkpoint, ops)
+    return prepare_model(model, byte_tokenizer(), checkpoint, ops)
 
 
 @cache

@@ -19,7 +19,7 @@ from engine.loading.loader import LoadedModel
 from engine.step.builder import StepInputs
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
-from tests.engine.models import FAMILIES, adopted, family, reference
+from tests.engine.models import FAMILIES, family, prepared, reference
 from tests.engine.test_failures import POISON, poisoned, sabotage
 
 FAST = ("llama",)
@@ -164,7 +164,7 @@ def test_all_of_them_can_be_given_up() -> None:
 
 @cache
 def interpreted() -> LoadedModel:
-    return adopted("llama", TRITON, num_hidden_layers=2)
+    return prepared("llama", TRITON, num_hidden_layers=2)
 
 
 @pytest.mark.slow

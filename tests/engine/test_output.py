@@ -27,7 +27,8 @@ from engine.core.request import (
 )
 from engine.core.sequence import Sequence
 from engine.output import SequenceOutput
-from engine.sampling.sampler import SampledTokens, Sampler
+from engine.sampling.sampler import SampledTokens
+from engine.sampling.torch_sampler import TorchSampler
 from engine.text.tokenizer import Tokenizer
 
 LENGTH, EOS, STOP = FinishReason.LENGTH, FinishReason.EOS_TOKEN, FinishReason.STOP_SEQUENCE
@@ -369,14 +370,15 @@ def test_top_tokens_of_a_row_do_not_depend_on_what_its_company_asks_for(ties: st
     logits = logits.bfloat16()
     tokenizer = spelled(*(f"<{i}>" for i in range(4998)))
     slots = np.arange(num_rows + 1)
-    sampler = Sampler(len(slots), 5000, torch.device("cpu"))
+    sampler = TorchSampler(len(slots), 5000, torch.device("cpu"))
     shown = []
     for company in (0, 4, 5):
         for slot in range(num_rows):
             sampler.set_parameters(slot, SamplingParams(top_n_tokens=n))
         sampler.set_parameters(num_rows, SamplingParams(top_n_tokens=company))
-        plan = sampler.plan(slots, slots).make(None)
-        sampled = sampler.sample(torch.cat([logits, logits[:1]]), plan)
+        plan = sampler.plan(slots, slots)
+        arrays = {name: torch.from_numpy(array) for name, array in plan.arrays.items()}
+        sampled = sampler.sample(torch.cat([logits, logits[:1]]), arrays, plan.kind)
         shown.append([top_tokens(sampled, row, n, tokenizer) for row in range(num_rows)])
     assert shown[0] == shown[1] == shown[2]
 

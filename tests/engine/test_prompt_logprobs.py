@@ -9,7 +9,7 @@ import torch
 from engine.core.request import Finished, Request, SamplingParams
 from engine.core.scheduler import PROMPT_LOGPROB_ROWS
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
-from tests.engine.models import FAMILIES, adopted, byte_tokenizer, family, reference
+from tests.engine.models import FAMILIES, byte_tokenizer, family, prepared, reference
 from tests.engine.test_failures import sabotage
 
 FAST = ("llama",)
@@ -97,7 +97,7 @@ def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, o
 
 def test_a_prompt_longer_than_a_steps_rows() -> None:
     options = {"max_position_embeddings": 1024}
-    engine = make_engine(adopted("llama", **options), max_batch_tokens=1000)
+    engine = make_engine(prepared("llama", **options), max_batch_tokens=1000)
     request = asking(greedy(prompt(2 * PROMPT_LOGPROB_ROWS + 10), 2))
     finished = run(engine, [(0, request)]).last(request)
     assert isinstance(finished, Finished)

@@ -21,7 +21,7 @@ from engine.core.request import (
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
 from tests.engine.driving import Answers, check_greedy, generate, greedy, run
-from tests.engine.models import FAMILIES, adopted, build
+from tests.engine.models import FAMILIES, build, prepared
 
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 
@@ -52,7 +52,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 @cache
 def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
-    return adopted(name, device="cuda", dtype=dtype, **WIDE)
+    return prepared(name, device="cuda", dtype=dtype, **WIDE)
 
 
 @cache
@@ -123,7 +123,7 @@ def test_every_token_is_the_models_own(name: str) -> None:
 
 def test_every_graph_can_be_captured_ahead() -> None:
     ahead = engine(loaded("llama", torch.bfloat16))
-    while ahead.prepare():
+    while ahead.capture_next_graph():
         pass
     steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
     assert not any(ahead.runner.needs_capture(step) for step in steps)

@@ -1,7 +1,5 @@
 """The kernels on the device, at real shapes, against float64."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,8 @@ from engine.attention.kv_cache import AttentionCall, copy_blocks
 from engine.attention.plan import FixedTables, StepSequences
 from engine.core.config import BLOCK_SIZE
 from engine.core.request import SamplingParams
-from engine.sampling.sampler import Sampler
-from engine.sampling.triton_sampler import FusedSampler
+from engine.sampling.torch_sampler import TorchSampler
+from engine.sampling.triton_sampler import TritonSampler
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import TORCH, TRITON
 from kernels.store_kv import Rotary
@@ -218,15 +216,15 @@ def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
     slots = np.arange(len(params))
     logits = randn(len(params), shape.vocab_size, dtype=torch.bfloat16) * 3
     ids = []
-    for make in (Sampler, FusedSampler):
+    for make in (TorchSampler, TritonSampler):
         sampler = make(len(params), shape.vocab_size, CUDA)
         for slot, p in enumerate(params):
             sampler.set_parameters(slot, p)
-            if sampler.needs_counts(slot):
-                sampler.start_counts(slot, torch.arange(20, device=CUDA), 15)
+            if sampler.slots.needs_counts(slot):
+                sampler.slots.start_counts(slot, torch.arange(20, device=CUDA), 15)
         plan = sampler.plan(slots, np.full(len(params), 20))
         uploaded = {name: torch.from_numpy(a).to(CUDA) for name, a in plan.arrays.items()}
-        sampled = sampler.sample(logits.clone(), plan.make(partial(dict.get, uploaded)), plan.kind)
+        sampled = sampler.sample(logits.clone(), uploaded, plan.kind)
         ids.append(sampled.ids)
     assert (ids[0] == ids[1]).float().mean() > 0.95
 
@@ -235,11 +233,11 @@ def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
 @pytest.mark.parametrize("rows", [1, 256])
 def test_greedy_takes_the_first_of_the_best(shape: Shape, rows: int) -> None:
     logits = randn(rows, shape.vocab_size, dtype=torch.bfloat16)
-    sampler = FusedSampler(rows, shape.vocab_size, CUDA)
+    sampler = TritonSampler(rows, shape.vocab_size, CUDA)
     for slot in range(rows):
         sampler.set_parameters(slot, SamplingParams(logprobs=True))
     plan = sampler.plan(np.arange(rows), np.ones(rows, dtype=np.int64))
-    sampled = sampler.sample(logits, None, plan.kind)
+    sampled = sampler.sample(logits, {}, plan.kind)
     best = logits == logits.max(dim=-1, keepdim=True).values
     assert torch.equal(sampled.ids, best.int().argmax(dim=-1))
     assert sampled.logprobs is not None

@@ -1,4 +1,4 @@
-"""The image's health check, against servers of each kind."""
+"""The image's health check, against each kind of server."""
 
 import ssl
 import subprocess
@@ -16,14 +16,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+import healthcheck
+from api.settings.vast_variables import PYWORKER_BACKEND
 from tests.image.dockerfile import ROOT
 
-NOBODY = 1  # a port at which nothing answers
+CLOSED_PORT = 1  # nothing listens there
 
 
 @contextmanager
 def served(status: int, certificate: Path | None = None) -> Iterator[int]:
-    """A server on loopback that answers so to /health; its port."""
+    """Serve /health with this status on loopback; yields the port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -50,7 +52,7 @@ def served(status: int, certificate: Path | None = None) -> Iterator[int]:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """For some address that is not this one, signed by nobody that is known."""
+    """A self-signed certificate for another address."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "203.0.113.7")])
     now = datetime.now(UTC)
@@ -69,32 +71,37 @@ def certificate(tmp_path: Path) -> Path:
     return path
 
 
-def healthcheck(worker_port: int = NOBODY, port: int = NOBODY) -> int:
-    """Its exit code. A proxy of the environment is none of its business."""
+def exit_code(worker_port: int = CLOSED_PORT, port: int = CLOSED_PORT) -> int:
+    """Run the health check, in an environment whose proxy it must ignore."""
     env = {"WORKER_PORT": f"{worker_port}", "PORT": f"{port}", "http_proxy": "http://127.0.0.1:1"}
-    command = [sys.executable, "-I", ROOT / "healthcheck.py"]
+    command = [sys.executable, "-I", str(ROOT / "healthcheck.py")]
     return subprocess.run(command, env=env, timeout=30).returncode
 
 
-def test_a_worker_behind_tls(certificate: Path) -> None:
+def test_a_worker_with_tls_is_healthy(certificate: Path) -> None:
     with served(200, certificate) as port:
-        assert healthcheck(worker_port=port) == 0
+        assert exit_code(worker_port=port) == 0
 
 
-def test_a_worker_without_tls() -> None:
+def test_a_worker_without_tls_is_healthy() -> None:
     with served(200) as port:
-        assert healthcheck(worker_port=port) == 0
+        assert exit_code(worker_port=port) == 0
 
 
-def test_a_plain_server() -> None:
+def test_a_plain_server_is_healthy() -> None:
     with served(200) as port:
-        assert healthcheck(port=port) == 0
+        assert exit_code(port=port) == 0
 
 
-def test_a_server_that_is_not_healthy(certificate: Path) -> None:
+def test_a_server_that_answers_503_is_unhealthy(certificate: Path) -> None:
     with served(503) as plain, served(503, certificate) as worker:
-        assert healthcheck(worker, plain) == 1
+        assert exit_code(worker, plain) == 1
 
 
-def test_nobody() -> None:
-    assert healthcheck() == 1
+def test_no_server_at_all_is_unhealthy() -> None:
+    assert exit_code() == 1
+
+
+def test_the_port_behind_a_pyworker_is_that_of_the_settings() -> None:
+    """The health check repeats the number, since it imports only the standard library."""
+    assert PYWORKER_BACKEND[1] == healthcheck._PYWORKER_BACKEND_PORT

@@ -22,7 +22,6 @@ from engine.sampling.logits_processors import (
     TopK,
     TopP,
     TypicalP,
-    select_rows,
 )
 from kernels import fused_sampling
 from kernels.fused_sampling import _gumbel, greedy, sample
@@ -36,7 +35,6 @@ pytestmark = (
 )  # interpreted; the engine's own tests run the kernels in the fast core
 _DOUBT = 2e-5
 _CLOSE_CALL = 1e-5
-CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
 NEUTRAL = {"temperature": 1, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
 entropies = st.integers(0, 2**32 - 1)
@@ -74,10 +72,9 @@ def has_penalty(p: np.ndarray) -> np.ndarray:
 def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tensor:
     scores = logits.float().clone()
     used = has_penalty(p)
-    chosen = select_rows(used, CPU)
-    if chosen is not None and counts is not None:
+    if used.any() and counts is not None:
         Penalties(
-            chosen,
+            torch.from_numpy(np.flatnonzero(used)),
             torch.from_numpy(p["slot"][used].astype(np.int64)),
             torch.from_numpy(p["repetition_penalty"][used])[:, None],
             torch.from_numpy(p["frequency_penalty"][used])[:, None],
@@ -85,14 +82,11 @@ def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tens
             counts,
         )(scores)
     scores += 0.0
-    for step in (
-        Temperature.build(p["temperature"], CPU),
-        TopK.build(p["top_k"].astype(np.int64), CPU),
-        TopP.build(p["top_p"], CPU),
-        TypicalP.build(p["typical_p"], CPU),
-    ):
-        if step is not None:
-            step(scores)
+    for step in (Temperature, TopK, TopP, TypicalP):
+        values = p[step.parameter]
+        arrays = step.plan(values.astype(np.int64) if step is TopK else values)
+        if arrays:
+            step.from_arrays({k: torch.from_numpy(a) for k, a in arrays.items()})(scores)
     return scores
 
 

@@ -1,7 +1,7 @@
 """Vast's autoscaler, console and web server in one small program, to try a worker against.
 
 It knows a worker by its reports, sends clients to it when it is loaded, signs as Vast signs, and
-keeps books of all that it was told (`tests/vast/books.py`). In a test:
+keeps books of all that it was told (`tests/vast/ledger.py`). In a test:
 
     with running() as autoscaler:
         start_a_worker(report_addr=autoscaler.url, console_url=autoscaler.url)
@@ -34,8 +34,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
-from tests.vast.books import Attempt, Books, Deletion, Report
 from tests.vast.certificates import Authority, RequestRefused
+from tests.vast.ledger import Attempt, Deletion, Ledger, Report
 from tests.vast.signing import SIGNED_FIELDS, Signer
 
 Json = dict[str, Any]
@@ -155,7 +155,7 @@ class Autoscaler:
         signer: Signer | None = None,
     ) -> None:
         self.form = form
-        self.books = Books()
+        self.books = Ledger()
         self.workers: dict[int, Worker] = {}
         self.certificate_requests: list[int] = []
         self.listeners: list[Listener] = []

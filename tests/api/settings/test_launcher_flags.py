@@ -1,4 +1,4 @@
-"""A command line or an environment made for TGI's launcher starts Skiff, or says why it cannot."""
+"""A command line or an environment made for TGI's launcher starts Skiff, or the error says why."""
 
 import os
 import subprocess
@@ -132,7 +132,7 @@ def test_what_tgi_reads_in_the_environment_alone_is_taken(
     assert getattr(read_settings([]), variable.lower()) == value
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "validation_workers": 2,
     "quantize": None,
     "dtype": None,
@@ -178,9 +178,12 @@ def test_defaults_are_tgis() -> None:
             "--speculate (SPECULATE) changes nothing here: each step makes one token",
         ),
         (["--ngrok"], "--ngrok (NGROK) changes nothing here: there is no tunnel"),
-        (["--cuda-graphs", "1,2"], "--cuda-graphs (CUDA_GRAPHS): graphs are captured, of sizes"),
-        (["--quantize", "gptq"], "--quantize (QUANTIZE) gptq: a checkpoint that is quantised is"),
-        (["--quantize", "eetq"], "--quantize (QUANTIZE) eetq: 8 bits of bitsandbytes stand in"),
+        (
+            ["--cuda-graphs", "1,2"],
+            "--cuda-graphs (CUDA_GRAPHS): graphs are enabled, but the sizes",
+        ),
+        (["--quantize", "gptq"], "--quantize (QUANTIZE) gptq: the weights are loaded as they are"),
+        (["--quantize", "eetq"], "--quantize (QUANTIZE) eetq: bitsandbytes' 8 bits are used"),
     ],
 )
 def test_a_flag_that_changes_nothing_says_so_in_one_line(argv: list[str], line: str) -> None:
@@ -332,5 +335,5 @@ def test_every_setting_is_tried_in_this_file() -> None:
     named = {field_of(flag) for flag, *_ in VALUES} | {field_of(s) for s in SWITCHES + SECRETS}
     named |= {name.lower() for name, *_ in ONLY_IN_THE_ENVIRONMENT}
     others = {"lora_adapters", "stall_timeout", "log_colorize", "env"}
-    platform = VastVariables.model_fields.keys()  # tried in vast/test_variables.py
+    platform = VastVariables.model_fields.keys()  # in test_vast_variables.py
     assert named | others == Settings.model_fields.keys() - platform

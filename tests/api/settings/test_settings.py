@@ -100,7 +100,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> No
     with pytest.raises(ConfigError) as caught:
         read_settings(["--api-key", key])
     assert str(caught.value) == (
-        "--api-key (API_KEY): must be of printable ASCII, without space around it"
+        "--api-key (API_KEY): must be printable ASCII, with no surrounding spaces"
     )
 
 

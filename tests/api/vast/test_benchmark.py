@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from api.vast.benchmark import BenchmarkFailed, Key, max_perf, measure
+from api.vast.benchmark import BenchmarkFailed, BenchmarkKey, max_perf, measure
 from engine.core.request import Event, Failed, Request
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 
 pytestmark = pytest.mark.anyio
-KEY = Key("model", "device", "version", "settings")
+KEY = BenchmarkKey("model", "device", "version", "settings")
 
 
 def as_many_as_asked(request: Request) -> Sequence[list[Event]]:
@@ -39,7 +39,7 @@ async def test_it_has_the_platforms_shape() -> None:
     assert await measure(engine, seconds=60) > 0
     assert runs_of(engine) == [1, 2, 4, 8, 16, 32, 50, 50]
     for request in engine.requests:
-        assert len(request.prompt_ids) == 251  # random words, and the token in front
+        assert len(request.prompt_ids) == 251  # random words, and the token in app
         assert request.stopping.max_new_tokens == 128
         assert request.stopping.ignore_eos
         assert request.sampling.temperature == 0.7

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from api.vast.certificate import CertificateFiles, NotSigned, have_signed
+from api.vast.certificate import CertificateFiles, NotSigned, obtain_certificate
 
 ADDRESS = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("203.0.113.7"))])
 ISSUER = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "the platform's root")])
@@ -53,7 +53,7 @@ async def ask(
         return answer(request)
 
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(handle)) as http:
-        await have_signed(files, http, "https://console.example", 4242)
+        await obtain_certificate(files, http, "https://console.example", 4242)
     return asked
 
 
@@ -83,9 +83,9 @@ async def test_the_platform_is_asked_in_its_own_form(files: CertificateFiles) ->
 
 @pytest.mark.anyio
 async def test_what_it_signs_serves_tls(files: CertificateFiles) -> None:
-    assert not files.usable()
+    assert not files.is_usable()
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
-    assert files.usable()
+    assert files.is_usable()
     ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
         files.certificate, files.key
     )
@@ -129,17 +129,17 @@ def test_one_that_we_signed_ourselves_listens_and_is_not_good_enough(
     files: CertificateFiles,
 ) -> None:
     files.make_request()
-    files.sign_ourselves()
+    files.self_sign()
     ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
         files.certificate, files.key
     )
-    assert not files.usable()
+    assert not files.is_usable()
 
 
 @pytest.mark.anyio
 async def test_one_that_is_about_to_end_is_replaced(files: CertificateFiles) -> None:
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content, days=0)))
-    assert not files.usable()
+    assert not files.is_usable()
 
 
 @pytest.mark.anyio
@@ -147,4 +147,4 @@ async def test_a_pair_that_does_not_fit_is_replaced(files: CertificateFiles) -> 
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
     files.key.unlink()
     files.make_request()
-    assert not files.usable()
+    assert not files.is_usable()

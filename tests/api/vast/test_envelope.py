@@ -73,8 +73,8 @@ async def test_a_malformed_envelope_is_422_and_says_what_it_lacks() -> None:
             response = await served.http.post("/generate", content=raw)
             assert (response.status_code, response.content) == (422, answer), raw[:200]
             assert response.headers["content-type"] == "application/json; charset=utf-8"
-        assert not served.books.ended
-        assert served.books.num_received == 0
+        assert not served.workload.ended
+        assert served.workload.num_received == 0
 
 
 @pytest.mark.parametrize("unsecured", [True, False])
@@ -90,7 +90,7 @@ async def test_each_field_is_required_even_unsecured(unsecured: bool) -> None:
 async def test_the_oldest_generation_signs_without_request_idx_and_is_served() -> None:
     async with worker() as served:
         assert (await served.ask(form="A")).status_code == 200
-        assert not served.books.ended
+        assert not served.workload.ended
 
 
 async def test_the_newer_generations_are_not_served_without_request_idx() -> None:
@@ -107,7 +107,7 @@ async def test_an_unknown_session_is_410() -> None:
         response = await served.ask(session_id="abc")
         assert response.status_code == 410
         assert response.content == b'{"error": "invalid session"}'
-        assert not served.books.ended
+        assert not served.workload.ended
 
 
 async def test_a_session_id_of_another_type_is_an_unknown_one() -> None:
@@ -128,16 +128,16 @@ async def test_a_forged_request_is_401_without_a_body_and_leaves_no_trace() -> N
             assert (response.status_code, response.content) == (401, b""), signature
             assert response.headers["content-length"] == "0"
         assert not served.engine.requests
-        assert not served.books.ended
-        assert served.books.load().rejected == 0
+        assert not served.workload.ended
+        assert served.workload.load().rejected == 0
 
 
 async def test_before_there_is_a_key_a_request_is_401_and_rejected() -> None:
     async with worker(with_key=False) as served:
         response = await served.ask()
         assert (response.status_code, response.content) == (401, b"")
-        assert served.endings() == [(42, "Rejected")]
-        assert served.books.load().rejected == 8
+        assert served.outcomes() == [(42, "Rejected")]
+        assert served.workload.load().rejected == 8
 
 
 async def test_a_request_that_would_wait_too_long_is_429_without_a_body() -> None:
@@ -146,7 +146,7 @@ async def test_a_request_that_would_wait_too_long_is_429_without_a_body() -> Non
         assert (response.status_code, response.content) == (429, b"")
         assert response.headers["content-length"] == "0"
         assert "retry-after" not in response.headers
-        assert served.endings() == [(42, "Rejected")]
+        assert served.outcomes() == [(42, "Rejected")]
 
 
 async def test_checks_come_in_order_json_fields_session_signature_queue() -> None:
@@ -223,7 +223,7 @@ async def test_what_the_model_server_refuses_is_passed_on_to_the_byte(
         assert response.status_code == expected.status_code
         assert response.content == expected.content
         assert response.headers == expected.headers
-        assert served.endings() == [(42, "Success")]
+        assert served.outcomes() == [(42, "Success")]
 
 
 async def test_headers_of_the_model_server_are_passed_on() -> None:
@@ -256,7 +256,7 @@ async def test_a_body_that_could_not_be_served_is_413() -> None:
 
 async def test_ping_is_pong_from_the_first_second_and_other_work_is_retried() -> None:
     async with worker() as served:
-        served.front.gate = served.front.application = None
+        served.app.gateway = served.app.application = None
         response = await served.http.get("/ping")
         assert (response.status_code, response.content) == (200, b"pong")
         assert (await served.ask()).status_code == 503
@@ -278,8 +278,8 @@ async def test_a_body_without_an_envelope_is_served_unsecured() -> None:
     async with worker(unsecured=True) as served:
         response = await served.http.post("/generate", json=PAYLOAD)
         assert response.json() == {"generated_text": " Hello you"}
-        assert served.books.load().served == 2
-        assert not served.books.ended
+        assert served.workload.load().served == 2
+        assert not served.workload.ended
 
 
 async def test_a_body_without_an_envelope_is_served_to_who_has_the_api_key() -> None:
@@ -312,7 +312,7 @@ async def test_unsecured_looks_at_no_signature(signature: Any) -> None:
     async with worker(unsecured=True, with_key=False) as served:
         body = {"auth_data": AUTH | {"signature": signature}, "payload": PAYLOAD}
         assert (await served.http.post("/generate", json=body)).status_code == 200
-        assert served.endings() == [(42, "Success")]
+        assert served.outcomes() == [(42, "Success")]
 
 
 # -- nothing that is sent is a fault of ours ----------------------------------------------
@@ -361,9 +361,9 @@ def each_example_on_one_worker(check: Any, example: st.SearchStrategy[Any]) -> N
         @given(example)
         def run(drawn: Any) -> None:
             runner.run(check(served, *drawn))
-            load = served.books.load()
-            told = [load.received, load.served, load.rejected, load.owed, *load.working]
-            told += [ended.request_idx for ended in served.books.ended]
+            load = served.workload.load()
+            told = [load.received, load.served, load.rejected, load.pending, *load.working]
+            told += [ended.request_idx for ended in served.workload.ended]
             json.dumps(told, allow_nan=False)
 
         try:
@@ -433,10 +433,10 @@ async def test_whatever_limit_a_request_names_the_books_stay_sound(name: str, li
         payload = {"inputs": "x", "parameters": {name: limit}} | CHAT | {name: limit}
         for path in ("/generate", "/v1/chat/completions"):
             assert (await served.ask(payload, path)).status_code < 500
-        before = served.books.load().served
+        before = served.workload.load().served
         assert (await served.ask()).status_code == 200
-        load = served.books.load()
-        assert load.owed == 0
+        load = served.workload.load()
+        assert load.pending == 0
         assert load.served - before == 1
         assert load.received == load.served
 
@@ -445,12 +445,12 @@ async def test_whatever_limit_a_request_names_the_books_stay_sound(name: str, li
 async def test_whatever_a_session_costs_the_books_stay_sound(cost: Any) -> None:
     async with worker() as served:
         assert (await served.ask({}, "/session/create", cost=cost)).status_code == 201
-        json.dumps(served.books.load().owed, allow_nan=False)
+        json.dumps(served.workload.load().pending, allow_nan=False)
         served.sessions.close_all()
-        before = served.books.load()
+        before = served.workload.load()
         assert before.received == before.served < 1e10
         assert (await served.ask()).status_code == 200
-        assert served.books.load().received - before.received == 2
+        assert served.workload.load().received - before.received == 2
 
 
 # -- secrets ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.vast.books import Books
+from api.vast.workload import Workload
 from engine.core.request import Failed
 from tests.api.client import Connection, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
@@ -29,13 +29,13 @@ STREAMS = pytest.mark.parametrize(
 
 
 def connect(served: Worker, path: str, payload: object, **fields: Any) -> Connection:
-    front: Any = served.front
-    return Connection(front, path, served.envelope(payload), **fields)
+    app: Any = served.app
+    return Connection(app, path, served.envelope(payload), **fields)
 
 
-def figures(books: Books) -> tuple[float, float, float, float]:
-    load = books.load()
-    return load.received, load.served, load.owed, load.rejected
+def figures(workload: Workload) -> tuple[float, float, float, float]:
+    load = workload.load()
+    return load.received, load.served, load.pending, load.rejected
 
 
 @EACH_ROUTE
@@ -44,8 +44,8 @@ async def test_a_request_owes_its_limit_and_each_token_is_served(path: str, payl
     async with worker(engine) as served:
         connection = connect(served, path, payload)
         await until(engine.holding.is_set)
-        assert figures(served.books) == (8, 3, 5, 0)
-        assert served.books.load().working == (42,)
+        assert figures(served.workload) == (8, 3, 5, 0)
+        assert served.workload.load().working == (42,)
         await connection.go_away()
 
 
@@ -53,9 +53,9 @@ async def test_a_request_owes_its_limit_and_each_token_is_served(path: str, payl
 async def test_a_request_that_ends_early_gives_the_rest_back(path: str, payload: Any) -> None:
     async with worker() as served:
         assert (await served.ask(payload, path)).status_code == 200
-        assert figures(served.books) == (2, 2, 0, 0)
-        assert served.books.load().working == ()
-        assert served.endings() == [(42, "Success")]
+        assert figures(served.workload) == (2, 2, 0, 0)
+        assert served.workload.load().working == ()
+        assert served.outcomes() == [(42, "Success")]
 
 
 async def test_several_generations_for_one_request_are_all_owed() -> None:
@@ -64,9 +64,9 @@ async def test_several_generations_for_one_request_are_all_owed() -> None:
         parameters = {"max_new_tokens": 8, "best_of": 2, "do_sample": True}
         connection = connect(served, "/generate", {"inputs": "x", "parameters": parameters})
         await until(engine.holding.is_set)
-        assert figures(served.books) == (16, 1, 15, 0)
+        assert figures(served.workload) == (16, 1, 15, 0)
         await connection.go_away()
-        assert served.endings() == [(42, "Cancelled")]
+        assert served.outcomes() == [(42, "Cancelled")]
 
 
 async def test_without_a_limit_of_its_own_a_request_owes_what_it_may_have() -> None:
@@ -75,7 +75,7 @@ async def test_without_a_limit_of_its_own_a_request_owes_what_it_may_have() -> N
         connection = connect(served, "/generate", {"inputs": "x"})
         await until(engine.holding.is_set)
         limit = engine.requests[0].stopping.max_new_tokens
-        assert figures(served.books) == (limit, 0, limit, 0)
+        assert figures(served.workload) == (limit, 0, limit, 0)
         await connection.go_away()
 
 
@@ -84,8 +84,8 @@ async def test_a_request_in_line_owes_what_it_says_from_its_arrival() -> None:
     engine.tokenizer.gate.clear()
     async with worker(engine) as served:
         connection = connect(served, "/generate", PAYLOAD)
-        await until(lambda: bool(served.books.working))
-        assert figures(served.books) == (8, 0, 8, 0)
+        await until(lambda: bool(served.workload.working))
+        assert figures(served.workload) == (8, 0, 8, 0)
         engine.tokenizer.gate.set()
         await connection.finished()
 
@@ -119,7 +119,7 @@ async def test_a_longest_wait_of_nothing_serves_who_need_not_wait() -> None:
 async def test_a_request_does_not_wait_for_itself() -> None:
     """The wait is that for those before it."""
     seen = []
-    async with worker(wait_s=lambda: seen.append(served.books.owed) or 0.0) as served:
+    async with worker(wait_s=lambda: seen.append(served.workload.pending) or 0.0) as served:
         await served.ask()
         await served.ask()
         assert seen == [0, 0]
@@ -130,10 +130,10 @@ async def test_the_wait_is_for_the_tokens_still_owed() -> None:
     async with worker(engine) as served:
         connection = connect(served, "/generate", PAYLOAD)
         await until(engine.holding.is_set)
-        assert served.books.wait_s(2.0) == 3.0
-        assert served.books.wait_s(0.0) > 1000
+        assert served.workload.wait_s(2.0) == 3.0
+        assert served.workload.wait_s(0.0) > 1000
         await connection.go_away()
-        assert served.books.wait_s(2.0) == 0
+        assert served.workload.wait_s(2.0) == 0
 
 
 async def test_nobody_waits_for_a_session_but_for_the_requests_in_it() -> None:
@@ -141,20 +141,20 @@ async def test_nobody_waits_for_a_session_but_for_the_requests_in_it() -> None:
     engine = ScriptedEngine(lambda _: [HOLD])
     async with worker(engine) as served:
         opened = await served.ask({}, "/session/create", cost=10**9)
-        assert served.books.wait_s(2.0) == 0
+        assert served.workload.wait_s(2.0) == 0
         body = served.envelope(session_id=opened.json()["session_id"])
-        front: Any = served.front
-        connection = Connection(front, "/generate", body)
+        app: Any = served.app
+        connection = Connection(app, "/generate", body)
         await until(engine.holding.is_set)
-        assert served.books.wait_s(2.0) == 4.0
+        assert served.workload.wait_s(2.0) == 4.0
         await connection.go_away()
 
 
 async def test_what_would_wait_too_long_is_rejected_load() -> None:
     async with worker(wait_s=lambda: 61.0) as served:
         await served.ask()
-        assert figures(served.books) == (0, 0, 0, 8)
-        (ended,) = served.books.ended
+        assert figures(served.workload) == (0, 0, 0, 8)
+        (ended,) = served.workload.ended
         assert (ended.started_at, ended.completed_at) == (0.0, 0.0)
         assert not ended.success
 
@@ -165,8 +165,8 @@ async def test_more_at_once_than_are_admitted_is_rejected_load(path: str, payloa
         response = await served.ask(payload, path)
         if "stream" not in path and not payload.get("stream"):
             assert response.status_code == 429
-        assert figures(served.books) == (0, 0, 0, 8)
-        assert served.endings() == [(42, "Rejected")]
+        assert figures(served.workload) == (0, 0, 0, 8)
+        assert served.outcomes() == [(42, "Rejected")]
 
 
 async def test_one_who_tries_again_is_told_of_twice() -> None:
@@ -175,7 +175,7 @@ async def test_one_who_tries_again_is_told_of_twice() -> None:
         await served.ask()
         engine.max_permits = engine.num_permits = 1
         await served.ask()
-        assert served.endings() == [(42, "Rejected"), (42, "Success")]
+        assert served.outcomes() == [(42, "Rejected"), (42, "Success")]
 
 
 # -- faults -------------------------------------------------------------------------------
@@ -185,8 +185,8 @@ async def test_a_failed_generation_is_424_and_an_error() -> None:
     async with worker(ScriptedEngine(lambda _: [[output("a")], [Failed("CUDA")]])) as served:
         response = await served.ask()
         assert response.status_code == 424
-        assert figures(served.books) == (1, 1, 0, 0)
-        (ended,) = served.books.ended
+        assert figures(served.workload) == (1, 1, 0, 0)
+        (ended,) = served.workload.ended
         assert str(ended.outcome) == "Error"
         assert not ended.success
 
@@ -197,14 +197,14 @@ async def test_a_generation_that_fails_in_its_stream_is_an_error(path: str, payl
         response = await served.ask(payload, path)
         assert response.status_code == 200
         assert "error" in response.text
-        assert served.endings() == [(42, "Error")]
+        assert served.outcomes() == [(42, "Error")]
 
 
 @EACH_ROUTE
 async def test_a_generation_without_an_end_is_an_error(path: str, payload: Any) -> None:
     async with worker(ScriptedEngine(lambda _: [[output("a")]])) as served:
         await served.ask(payload, path)
-        assert served.endings() == [(42, "Error")]
+        assert served.outcomes() == [(42, "Error")]
 
 
 @EACH_ROUTE
@@ -213,21 +213,21 @@ async def test_a_dead_engine_is_an_error(path: str, payload: Any) -> None:
     engine.state, engine.reason = "dead", "CUDA"
     async with worker(engine) as served:
         await served.ask(payload, path)
-        assert served.endings() == [(42, "Error")]
-        assert figures(served.books) == (0, 0, 0, 0)
+        assert served.outcomes() == [(42, "Error")]
+        assert figures(served.workload) == (0, 0, 0, 0)
 
 
 async def test_a_fault_of_ours_is_500_and_an_error() -> None:
     engine = ScriptedEngine()
     engine.submit_all = lambda _: 1 / 0  # type: ignore[assignment, return-value]
     async with worker(engine) as served:
-        front: Any = served.front
-        transport = httpx2.ASGITransport(front, raise_app_exceptions=False)
+        app: Any = served.app
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
             response = await http.post("/generate", json=served.envelope())
         assert response.status_code == 500
-        assert served.endings() == [(42, "Error")]
-        assert served.books.owed == 0
+        assert served.outcomes() == [(42, "Error")]
+        assert served.workload.pending == 0
 
 
 @EACH_ROUTE
@@ -236,8 +236,8 @@ async def test_what_a_client_asks_wrongly_is_no_error_of_the_workers(
 ) -> None:
     async with worker() as served:
         await served.ask(payload | {"inputs": "", "messages": 7}, path)
-        assert served.endings() == [(42, "Success")]
-        assert figures(served.books) == (0, 0, 0, 0)
+        assert served.outcomes() == [(42, "Success")]
+        assert figures(served.workload) == (0, 0, 0, 0)
 
 
 # -- clients that go away -----------------------------------------------------------------
@@ -251,8 +251,8 @@ async def test_a_client_that_goes_away_is_cancelled(path: str, payload: Any) -> 
         await until(engine.holding.is_set)
         await connection.go_away()
         assert engine.num_aborts == 1
-        assert figures(served.books) == (1, 1, 0, 0)
-        (ended,) = served.books.ended
+        assert figures(served.workload) == (1, 1, 0, 0)
+        (ended,) = served.workload.ended
         assert str(ended.outcome) == "Cancelled"
         assert ended.success
         assert ended.started_at > 0
@@ -270,8 +270,8 @@ async def test_a_client_that_goes_away_while_it_is_validated_is_cancelled(
         await until(lambda: engine.num_permits < engine.max_permits)
         await connection.go_away()
         engine.tokenizer.gate.set()
-        assert served.endings() == [(42, "Cancelled")]
-        assert figures(served.books) == (0, 0, 0, 0)
+        assert served.outcomes() == [(42, "Cancelled")]
+        assert figures(served.workload) == (0, 0, 0, 0)
 
 
 async def test_a_client_that_goes_away_before_its_body_came_leaves_no_trace() -> None:
@@ -279,8 +279,8 @@ async def test_a_client_that_goes_away_before_its_body_came_leaves_no_trace() ->
         connection = connect(served, "/generate", PAYLOAD, partial=True)
         await asyncio.sleep(0.01)
         await connection.go_away()
-        assert not served.books.ended
-        assert served.books.num_received == 0
+        assert not served.workload.ended
+        assert served.workload.num_received == 0
 
 
 @EACH_ROUTE
@@ -323,5 +323,5 @@ async def test_a_client_that_has_its_answer_is_not_cancelled_by_hanging_up(
             "root_path": "",
             "headers": [],
         }
-        await served.front(scope, receive, send)
-        assert served.endings() == [(42, "Success")]
+        await served.app(scope, receive, send)
+        assert served.outcomes() == [(42, "Success")]

@@ -5,7 +5,7 @@ import asyncio
 import httpx2
 import pytest
 
-from api.vast.errors import Errors
+from api.vast.active_errors import ActiveErrors
 from api.vast.public_key import MISSING, PublicKeys
 from tests.api.client import until
 from tests.api.vast.worker import Autoscaler, Worker, signer, worker
@@ -33,7 +33,7 @@ class Fetch:
     """One attempt after another to obtain a key, with no time between them."""
 
     def __init__(self, addresses: list[str] | None = None, *, most_sleeps: int = 20) -> None:
-        self.autoscaler, self.errors, self.sleeps = Autoscaler(signer().pem), Errors(), []
+        self.autoscaler, self.errors, self.sleeps = Autoscaler(signer().pem), ActiveErrors(), []
         self.messages: list[str] = []
         self.most_sleeps = most_sleeps
         self.keys = PublicKeys(
@@ -88,7 +88,9 @@ async def test_a_redirection_is_followed() -> None:
         return httpx2.Response(200, text=signer().pem)
 
     transport = httpx2.MockTransport(answer)
-    keys = PublicKeys(httpx2.AsyncClient(transport=transport), ["http://run.example"], Errors())
+    keys = PublicKeys(
+        httpx2.AsyncClient(transport=transport), ["http://run.example"], ActiveErrors()
+    )
     async with asyncio.timeout(0.5):
         await keys.obtain()
 

@@ -11,9 +11,9 @@ import pytest
 from pydantic import SecretStr
 
 from api.settings.vast_variables import Identity
-from api.vast.books import Books, Outcome
-from api.vast.errors import Errors
+from api.vast.active_errors import ActiveErrors
 from api.vast.reporter import Readiness, Reporter
+from api.vast.workload import Outcome, Workload
 from tests.api.vast.clock import EPOCH, TIME, VirtualLoop, now
 from tests.api.vast.worker import TOKEN, URL, Autoscaler
 
@@ -32,7 +32,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.vast.reporter.time", TIME)
-    monkeypatch.setattr("api.vast.books.time", TIME)
+    monkeypatch.setattr("api.vast.workload.time", TIME)
     monkeypatch.setattr("api.vast.reporter._disk_used", lambda: 31.25)
 
 
@@ -41,19 +41,19 @@ class Reported:
 
     def __init__(self, addresses: tuple[str, ...]) -> None:
         self.autoscaler = Autoscaler("")
-        self.autoscaler.during = self._hear
-        self.during: Callable[[str], None] = lambda _: None
+        self.autoscaler.on_request = self._hear
+        self.on_request: Callable[[str], None] = lambda _: None
         self.times: list[float] = []
-        self.books, self.errors, self.readiness = Books(), Errors(), Readiness()
+        self.workload, self.errors, self.readiness = Workload(), ActiveErrors(), Readiness()
         identity = Identity(4242, SecretStr(TOKEN), addresses, URL)
         self.reporter = Reporter(
-            self.autoscaler.client(), identity, self.books, self.errors, self.readiness
+            self.autoscaler.client(), identity, self.workload, self.errors, self.readiness
         )
 
     def _hear(self, url: str) -> None:
         if "worker_status" in url:
             self.times.append(now())
-        self.during(url)
+        self.on_request(url)
 
     @property
     def states(self) -> list[Any]:
@@ -65,10 +65,10 @@ class Reported:
 
     def serve(self, idx: object, num_tokens: int, outcome: Outcome = Outcome.SUCCESS) -> None:
         """From its arrival to its end at once."""
-        job = self.books.enter(idx, num_tokens)
-        self.books.start(job)
-        job.generate(num_tokens)
-        self.books.end(job, outcome)
+        job = self.workload.add_job(idx, num_tokens)
+        self.workload.start(job)
+        job.count_generated(num_tokens)
+        self.workload.end(job, outcome)
 
     def be_ready(self) -> None:
         self.readiness.load_s, self.readiness.max_perf = 12.5, 640.0
@@ -124,11 +124,11 @@ async def test_a_report_tells_what_is_done_and_what_is_owed() -> None:
         reported.be_ready()
         await asyncio.sleep(0.5)
         reported.serve(1, 30)
-        running = reported.books.enter(2, 100.0)
-        reported.books.start(running)
-        running.generate(40)
-        rejected = reported.books.enter(3, 7.0)
-        reported.books.end(rejected, Outcome.REJECTED)
+        running = reported.workload.add_job(2, 100.0)
+        reported.workload.start(running)
+        running.count_generated(40)
+        rejected = reported.workload.add_job(3, 7.0)
+        reported.workload.end(rejected, Outcome.REJECTED)
         await asyncio.sleep(1)
         state = reported.states[-1]
         assert state["loadtime"] == 12.5
@@ -159,17 +159,17 @@ async def test_the_disk_is_told_in_full_and_by_what_it_grew(
 async def test_how_requests_ended_is_told_one_by_one() -> None:
     async with reporting() as reported:
         await asyncio.sleep(0.25)
-        started = [reported.books.enter(idx, 10) for idx in (1, 2, 3)]
-        waiting, rejected = reported.books.enter(4, 10), reported.books.enter(5, 10)
+        started = [reported.workload.add_job(idx, 10) for idx in (1, 2, 3)]
+        waiting, rejected = reported.workload.add_job(4, 10), reported.workload.add_job(5, 10)
         await asyncio.sleep(0.125)
         for job in started:
-            reported.books.start(job)
+            reported.workload.start(job)
         await asyncio.sleep(0.25)
         outcomes = [Outcome.SUCCESS, Outcome.ERROR, Outcome.CANCELLED]
         for job, outcome in zip(started, outcomes, strict=True):
-            reported.books.end(job, outcome)
-        reported.books.end(waiting, Outcome.CANCELLED)
-        reported.books.end(rejected, Outcome.REJECTED)
+            reported.workload.end(job, outcome)
+        reported.workload.end(waiting, Outcome.CANCELLED)
+        reported.workload.end(rejected, Outcome.REJECTED)
         await asyncio.sleep(2)
 
         def told(idx: int, success: bool, status: str, work: float, completed: float) -> Any:
@@ -213,7 +213,7 @@ async def test_what_happens_to_a_request_is_told_within_a_second() -> None:
     async with reporting() as reported:
         reported.be_ready()
         await asyncio.sleep(3.5)
-        served, gone = reported.books.enter(1, 5), reported.books.enter(2, 5)
+        served, gone = reported.workload.add_job(1, 5), reported.workload.add_job(2, 5)
 
         async def is_told() -> None:
             before = len(reported.states)
@@ -221,16 +221,16 @@ async def test_what_happens_to_a_request_is_told_within_a_second() -> None:
             assert len(reported.states) == before + 1
 
         await is_told()
-        reported.books.start(served)
-        reported.books.start(gone)
+        reported.workload.start(served)
+        reported.workload.start(gone)
         await is_told()
-        reported.books.end(served, Outcome.SUCCESS)
+        reported.workload.end(served, Outcome.SUCCESS)
         await is_told()
-        reported.books.end(gone, Outcome.CANCELLED)
+        reported.workload.end(gone, Outcome.CANCELLED)
         await is_told()
         reported.serve(3, 5)
         await is_told()
-        reported.books.end(reported.books.enter(4, 5), Outcome.REJECTED)
+        reported.workload.end(reported.workload.add_job(4, 5), Outcome.REJECTED)
         await is_told()
 
 
@@ -255,9 +255,9 @@ async def test_the_load_time_is_repeated_in_every_report() -> None:
 async def test_an_error_is_told_at_once_and_so_is_its_end() -> None:
     async with reporting() as reported:
         await asyncio.sleep(5.25)
-        reported.errors.raised("engine", "dead: CUDA error")
+        reported.errors.add("engine", "dead: CUDA error")
         await asyncio.sleep(0.5)
-        reported.errors.cleared("engine")
+        reported.errors.clear("engine")
         await asyncio.sleep(0.5)
         assert reported.times[-2:] == [5.25, 5.75]
         assert [state["error_msg"] for state in reported.states[-2:]] == ["dead: CUDA error", ""]
@@ -265,7 +265,7 @@ async def test_an_error_is_told_at_once_and_so_is_its_end() -> None:
 
 async def test_an_error_that_stays_is_told_again_and_again() -> None:
     async with reporting() as reported:
-        reported.errors.raised("load", "out of memory")
+        reported.errors.add("load", "out of memory")
         await asyncio.sleep(60)
         assert len(reported.states) >= 5
         assert {state["error_msg"] for state in reported.states} == {"out of memory"}
@@ -273,9 +273,9 @@ async def test_an_error_that_stays_is_told_again_and_again() -> None:
 
 async def test_the_end_of_one_error_does_not_hide_another() -> None:
     async with reporting() as reported:
-        reported.errors.raised("certificate", "not signed")
-        reported.errors.raised("public key", "none")
-        reported.errors.cleared("certificate")
+        reported.errors.add("certificate", "not signed")
+        reported.errors.add("public key", "none")
+        reported.errors.clear("certificate")
         await asyncio.sleep(1)
         assert reported.states[-1]["error_msg"] == "none"
 
@@ -284,7 +284,7 @@ async def test_an_error_raised_again_and_again_is_one_report() -> None:
     async with reporting() as reported:
         await asyncio.sleep(2)
         for _ in range(50):
-            reported.errors.raised("engine", "dead")
+            reported.errors.add("engine", "dead")
             await asyncio.sleep(0.1)
         assert len(reported.states) == 2
 
@@ -333,7 +333,7 @@ async def test_news_that_nobody_took_is_told_again_soon(answer: int, what: str) 
         if what == "ready":
             reported.be_ready()
         else:
-            reported.errors.raised("engine", "dead")
+            reported.errors.add("engine", "dead")
         await asyncio.sleep(7.9)
         assert len(reported.states) == 5
         last, before = reported.states[-1], reported.states[-2]
@@ -373,7 +373,7 @@ async def test_what_happens_during_a_report_is_in_the_next() -> None:
             if left:
                 reported.serve(left.pop(), 10)
 
-        reported.during = during
+        reported.on_request = during
         await asyncio.sleep(30)
         assert not left
         assert sum(state["new_load"] for state in reported.states) == 200
@@ -388,19 +388,19 @@ async def test_how_requests_ended_is_told_until_it_is_heard() -> None:
         reported.serve(1, 5)
         await asyncio.sleep(30)
         assert len(reported.deletions) == 5
-        assert not reported.books.ended
+        assert not reported.workload.ended
 
 
 async def test_a_retry_of_the_same_request_is_told_even_if_it_ends_meanwhile() -> None:
     """Its number is the same: what is taken off the list is the attempt that was told."""
     async with reporting() as reported:
-        reported.books.end(reported.books.enter(9, 5), Outcome.REJECTED)
+        reported.workload.end(reported.workload.add_job(9, 5), Outcome.REJECTED)
 
         def during(url: str) -> None:
             if "delete_requests" in url and len(reported.deletions) == 1:
                 reported.serve(9, 5)
 
-        reported.during = during
+        reported.on_request = during
         await asyncio.sleep(5)
         told = [each["status"] for body in reported.deletions for each in body["requests"]]
         assert told == ["Rejected", "Success"]
@@ -418,7 +418,7 @@ async def test_an_older_autoscaler_is_told_in_its_own_form(status: int) -> None:
             worker | {"request_idxs": [0, 2], "success": True},
             worker | {"request_idxs": [1, 3], "success": False},
         ]
-        assert not reported.books.ended
+        assert not reported.workload.ended
 
 
 async def test_nothing_is_told_of_an_outcome_that_was_not_there() -> None:
@@ -444,7 +444,7 @@ async def test_half_of_an_old_report_is_not_the_whole() -> None:
             ]
         }
         assert 2 in failures
-        assert not reported.books.ended
+        assert not reported.workload.ended
 
 
 async def test_the_console_is_not_told_how_requests_ended() -> None:
@@ -459,17 +459,17 @@ async def test_with_nobody_to_tell_how_requests_ended_none_are_kept() -> None:
         reported.serve(1, 5)
         await asyncio.sleep(5)
         assert not reported.autoscaler.urls("delete")
-        assert not reported.books.ended
+        assert not reported.workload.ended
 
 
 async def test_what_cannot_be_told_does_not_hold_up_the_rest() -> None:
     async with reporting() as reported:
         reported.autoscaler.answers = {"delete_requests": [500] * 6 + [200]}
-        reported.errors.raised("engine", "dead")
+        reported.errors.add("engine", "dead")
         for n in range(3000):
             reported.serve(n, 1)
         await asyncio.sleep(40)
-        assert not reported.books.ended
+        assert not reported.workload.ended
         told = [each["request_idx"] for body in reported.deletions[6:] for each in body["requests"]]
         assert sorted(told) == list(range(3000))
 

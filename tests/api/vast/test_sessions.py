@@ -26,7 +26,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.vast.sessions.time", TIME)
-    monkeypatch.setattr("api.vast.books.time", TIME)
+    monkeypatch.setattr("api.vast.workload.time", TIME)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ async def test_a_session_is_not_opened_with_a_forged_signature(served: Worker) -
     body["auth_data"] = signer("forger").auth()
     response = await served.http.post("/session/create", json=body)
     assert (response.status_code, response.content) == (401, b"")
-    assert not served.books.working
+    assert not served.workload.working
 
 
 async def test_more_sessions_than_the_limit_are_429(served: Worker) -> None:
@@ -112,8 +112,8 @@ async def test_more_sessions_than_the_limit_are_429(served: Worker) -> None:
     await open_session(served)
     response = await served.ask({}, "/session/create", request_idx=9)
     assert (response.status_code, response.content) == (429, b"")
-    assert served.endings() == [(9, "Rejected")]
-    assert served.books.load().rejected == 256
+    assert served.outcomes() == [(9, "Rejected")]
+    assert served.workload.load().rejected == 256
     await first.call("end")
     assert (await served.ask({}, "/session/create")).status_code == 201
 
@@ -229,14 +229,14 @@ async def test_requests_in_a_session_are_load_and_the_session_alone_is_listed(
 ) -> None:
     session = await open_session(served, cost=50)
     assert (await served.ask(session_id=session.id, request_idx=7)).status_code == 200
-    load = served.books.load()
-    assert (load.owed, load.received, load.served) == (50, 52, 2)
+    load = served.workload.load()
+    assert (load.pending, load.received, load.served) == (50, 52, 2)
     assert (load.working, load.num_received) == ((42,), 1)
-    assert not served.books.ended
+    assert not served.workload.ended
     await session.call("end")
-    load = served.books.load()
-    assert (load.owed, load.received, load.served, load.working) == (0, 52, 52, ())
-    (ended,) = served.books.ended
+    load = served.workload.load()
+    assert (load.pending, load.received, load.served, load.working) == (0, 52, 52, ())
+    (ended,) = served.workload.ended
     assert (ended.request_idx, str(ended.outcome), ended.success) == (42, "Success", True)
     assert ended.started_at > 0
     assert ended.completed_at > 0
@@ -274,9 +274,9 @@ async def test_a_request_in_an_ended_session_is_410(served: Worker) -> None:
 @pytest.mark.parametrize("how", ["end", "expire"])
 async def test_its_running_requests_end_with_a_session(served: Worker, path: str, how: str) -> None:
     session = await open_session(served, lifetime=20)
-    front: Any = served.front
-    connection = Connection(front, path, served.envelope(LONG, session_id=session.id))
-    other = Connection(front, path, served.envelope(LONG))
+    app: Any = served.app
+    connection = Connection(app, path, served.envelope(LONG, session_id=session.id))
+    other = Connection(app, path, served.envelope(LONG))
     await served.engine.holding.wait()
     while len(served.engine.requests) < 2 or served.engine.num_open < 2:
         await asyncio.sleep(0)
@@ -299,8 +299,8 @@ async def test_a_session_expires(served: Worker) -> None:
     assert await session.is_open()
     await asyncio.sleep(7)
     assert not await session.is_open()
-    assert served.endings() == [(42, "Success")]
-    assert served.books.owed == 0
+    assert served.outcomes() == [(42, "Success")]
+    assert served.workload.pending == 0
 
 
 async def test_a_session_that_is_used_does_not_expire(served: Worker) -> None:
@@ -370,7 +370,7 @@ async def test_an_update_is_marked_for_who_has_the_token(
     served: Worker, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     mark = tmp_path / ".force_update"
-    monkeypatch.setattr("api.vast.front.UPDATE_MARK", mark)
+    monkeypatch.setattr("api.vast.worker_app.UPDATE_REQUEST_FILE", mark)
     response = await served.http.post("/pyworker/update", headers={"authorization": given})
     assert (response.status_code, response.content) == (200, b'{"ok": true}')
     assert mark.read_bytes() == b""
@@ -382,8 +382,8 @@ async def test_an_update_is_not_marked_for_anyone_else(
 ) -> None:
     """Nor for anyone at all where there is no token."""
     mark = tmp_path / ".force_update"
-    monkeypatch.setattr("api.vast.front.UPDATE_MARK", mark)
-    served.front._token = token
+    monkeypatch.setattr("api.vast.worker_app.UPDATE_REQUEST_FILE", mark)
+    served.app._token = token
     for given in (None, "", "Bearer ", "Bearer wrong", "wrong", "Bearer é"):
         headers = {} if given is None else {"authorization": given.encode()}
         response = await served.http.post("/pyworker/update", headers=headers)
@@ -394,7 +394,7 @@ async def test_an_update_is_not_marked_for_anyone_else(
 async def test_an_update_that_cannot_be_marked_is_500(
     served: Worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr("api.vast.front.UPDATE_MARK", tmp_path / "nowhere" / "mark")
+    monkeypatch.setattr("api.vast.worker_app.UPDATE_REQUEST_FILE", tmp_path / "nowhere" / "mark")
     headers = {"authorization": f"Bearer {TOKEN}"}
     response = await served.http.post("/pyworker/update", headers=headers)
     assert response.status_code == 500

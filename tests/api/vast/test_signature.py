@@ -31,7 +31,7 @@ def auth(name: str, **fields: Any) -> dict[str, Any]:
 
 
 def form_of(name: str, **fields: Any) -> str | None:
-    form = Verifier().form_of(auth(name, **fields), [key()])
+    form = Verifier().find_form(auth(name, **fields), [key()])
     return None if form is None else form.generation
 
 
@@ -90,7 +90,7 @@ def test_request_idx_is_signed_by_the_middle_generation_alone() -> None:
 def test_one_forms_signature_is_not_anothers() -> None:
     assert FORM_OF["B"].message(auth("A")) != MESSAGES["A"].encode()
     swapped = {name: value for name, value in auth("A").items() if name != "cost"}
-    assert Verifier().form_of(swapped, [key()]) is None
+    assert Verifier().find_form(swapped, [key()]) is None
 
 
 @pytest.mark.parametrize(
@@ -107,16 +107,16 @@ def test_the_same_values_written_otherwise_are_not_signed(message: str) -> None:
     own = signer()
     public = load_pem_public_key(own.pem.encode())
     assert isinstance(public, RSAPublicKey)
-    assert Verifier().form_of(own.auth() | {"signature": own.sign(message)}, [public]) is None
-    assert Verifier().form_of(own.auth(), [public]) is not None
+    assert Verifier().find_form(own.auth() | {"signature": own.sign(message)}, [public]) is None
+    assert Verifier().find_form(own.auth(), [public]) is not None
 
 
 def test_a_signature_by_another_key_is_forged() -> None:
     public = load_pem_public_key(signer().pem.encode())
     assert isinstance(public, RSAPublicKey)
-    assert Verifier().form_of(signer("forger").auth(), [public]) is None
-    assert Verifier().form_of(signer().auth(), []) is None
-    assert Verifier().form_of(signer().auth(), [key(), public]) is not None
+    assert Verifier().find_form(signer("forger").auth(), [public]) is None
+    assert Verifier().find_form(signer().auth(), []) is None
+    assert Verifier().find_form(signer().auth(), [key(), public]) is not None
 
 
 # -- replay -------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ async def test_the_newest_generation_repeats_its_signature_for_ever() -> None:
         body = served.envelope()
         for _ in range(3):
             assert (await served.http.post("/generate", json=body)).status_code == 200
-        assert served.endings() == [(42, "Success")] * 3
+        assert served.outcomes() == [(42, "Success")] * 3
         assert (await served.ask(reqnum=10_000)).status_code == 200
         assert (await served.ask(reqnum=1)).status_code == 200
 
@@ -166,7 +166,7 @@ def test_a_message_is_forgotten_after_a_hundred_others() -> None:
     verifier, form = Verifier(), FORM_OF["B"]
 
     def admits(idx: int) -> bool:
-        return verifier.admits(auth("B", request_idx=idx), form)
+        return verifier.is_fresh(auth("B", request_idx=idx), form)
 
     assert admits(0)
     assert not admits(0)

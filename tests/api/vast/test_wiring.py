@@ -32,8 +32,8 @@ def opened(engine: ScriptedEngine, state: AppState, api_key: str | None) -> Work
         benchmark_seconds=1.0,
     )
     worker = Worker(config, lambda: state, httpx2.AsyncClient())
-    worker._front.application = make_app(engine, api_key=api_key)
-    worker._open(state)
+    worker._app.application = make_app(engine, api_key=api_key)
+    worker._start_serving(state)
     return worker
 
 
@@ -42,7 +42,7 @@ async def test_the_closing_call_of_a_session_reaches_the_model(api_key: str | No
     engine = ScriptedEngine()
     state = build_state(engine, Settings(api_key=api_key))  # type: ignore[arg-type]
     worker = opened(engine, state, api_key)
-    transport = httpx2.ASGITransport(worker._front)
+    transport = httpx2.ASGITransport(worker._app)
     auth = AUTH | {"signature": ""}
     closing = {"on_close_route": "/generate", "on_close_payload": PAYLOAD}
     async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
@@ -67,7 +67,7 @@ async def test_a_full_worker_says_so_before_a_stream_begins() -> None:
     """Told in the stream, as a plain server tells it, nobody would try it elsewhere."""
     engine = ScriptedEngine(permits=0)
     worker = opened(engine, build_state(engine, Settings()), None)  # type: ignore[arg-type]
-    transport = httpx2.ASGITransport(worker._front)
+    transport = httpx2.ASGITransport(worker._app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
         body = {"auth_data": AUTH | {"signature": ""}, "payload": PAYLOAD}
         answer = await http.post("/generate_stream", json=body)

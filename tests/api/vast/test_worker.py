@@ -79,7 +79,7 @@ def is_loaded(report: dict[str, Any]) -> bool:
 @pytest.fixture(autouse=True)
 def _a_quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter, "_TICK_S", 0.02)
-    monkeypatch.setattr(reporter, "_QUIET_S", 0.2)
+    monkeypatch.setattr(reporter, "_MAX_SILENCE_S", 0.2)
     monkeypatch.setattr(public_key, "_BACKOFF_S", (0.02,))
     monkeypatch.setattr(public_key, "_RETRY_S", 0.05)
 

@@ -1,5 +1,5 @@
-"""A worker in the test's own process: the application behind gate and front, as it is wired in
-`api.vast.worker`, an autoscaler that it talks to, and a signer that speaks for that one.
+"""A worker in the test's own process, wired as in `api.vast.worker`: the application behind
+`WorkerApp` and `AuthGateway`, a fake autoscaler, and a signer with the autoscaler's key.
 """
 
 import base64
@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
-from api.vast.books import Books
-from api.vast.errors import Errors
-from api.vast.front import Front
-from api.vast.gate import Gate, Rules
+from api.vast.active_errors import ActiveErrors
+from api.vast.auth_gateway import AuthGateway, GatewayConfig
 from api.vast.public_key import PublicKeys
 from api.vast.sessions import Sessions
+from api.vast.worker_app import WorkerApp
+from api.vast.workload import Workload
 from tests.api.client import make_app
 from tests.api.scripted import ScriptedEngine
 
@@ -31,7 +31,7 @@ ADDRESS = "https://run.example"
 TOKEN = "master-token"
 AUTH = {"cost": 256, "endpoint": "ep", "reqnum": 7, "request_idx": 42, "url": URL}
 PAYLOAD = {"inputs": "x", "parameters": {"max_new_tokens": 8}}
-_SIGNED = {
+_SIGNED_FIELDS = {
     "A": ("cost", "endpoint", "reqnum", "url"),
     "B": ("cost", "endpoint", "reqnum", "request_idx", "url"),
     "C": ("url",),
@@ -39,6 +39,8 @@ _SIGNED = {
 
 
 class Signer:
+    """Signs with an RSA key of its own."""
+
     def __init__(self) -> None:
         self._key = rsa.generate_private_key(65537, 2048)
         public = self._key.public_key()
@@ -49,17 +51,17 @@ class Signer:
         signature = self._key.sign(message.encode(), PKCS1v15(), SHA256())
         return base64.b64encode(signature).decode()
 
-    def auth(self, form: str = "C", **fields: Any) -> dict[str, Any]:
-        """`auth_data` as the generation of that form has it."""
+    def auth(self, form: str = "C", **fields: object) -> dict[str, Any]:
+        """Return signed `auth_data` of the protocol generation `form`."""
         auth = AUTH | fields
         if form == "A":
             del auth["request_idx"]
-        signed = {name: auth[name] for name in _SIGNED[form]}
+        signed = {name: auth[name] for name in _SIGNED_FIELDS[form]}
         return auth | {"signature": self.sign(json.dumps(signed, indent=4))}
 
 
 def signer(name: str = "autoscaler") -> Signer:
-    """The same one for the same name: making a key takes a while."""
+    """Return the signer of that name, made once: generating a key takes a while."""
     return _signer(name)
 
 
@@ -68,30 +70,32 @@ def _signer(_: str) -> Signer:
     return Signer()
 
 
+Answers = dict[str, list[int | Exception]]
+"""Status codes or errors to answer with, by part of the URL. The last entry of a list repeats."""
+
+
 class Autoscaler:
-    """What the worker asks and tells it. `answers` are statuses, or errors, by address or by
-    route; the last entry of a list stays.
-    """
+    """Records what the worker sends, and answers as `answers` says, else with success."""
 
     def __init__(self, pem: str) -> None:
         self.pem = pem
-        self.answers: dict[str, list[int | Exception]] = {}
-        self.heard: list[tuple[str, Any]] = []
-        self.during: Callable[[str], None] = lambda _: None
+        self.answers: Answers = {}
+        self.requests: list[tuple[str, Any]] = []
+        self.on_request: Callable[[str], None] = lambda _: None
 
     def client(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(transport=httpx2.MockTransport(self._answer))
 
     def urls(self, route: str = "") -> list[str]:
-        return [url for url, _ in self.heard if route in url]
+        return [url for url, _ in self.requests if route in url]
 
     def bodies(self, route: str) -> list[Any]:
-        return [body for url, body in self.heard if route in url]
+        return [body for url, body in self.requests if route in url]
 
     def _answer(self, request: httpx2.Request) -> httpx2.Response:
         url = str(request.url)
-        self.heard.append((url, json.loads(request.content) if request.content else None))
-        self.during(url)
+        self.requests.append((url, json.loads(request.content) if request.content else None))
+        self.on_request(url)
         for part, answers in self.answers.items():
             if part in url:
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -104,14 +108,16 @@ class Autoscaler:
 
 @dataclass
 class Worker:
+    """The parts of a worker, and a client of it."""
+
     engine: ScriptedEngine
     http: httpx2.AsyncClient
     autoscaler: Autoscaler
-    books: Books
-    errors: Errors
+    workload: Workload
+    errors: ActiveErrors
     keys: PublicKeys
     sessions: Sessions
-    front: Front
+    app: WorkerApp
     signer: Signer
 
     async def ask(
@@ -119,10 +125,10 @@ class Worker:
         payload: object = PAYLOAD,
         path: str = "/generate",
         form: str = "C",
-        session_id: str | None = None,
-        **fields: Any,
+        session_id: object = None,
+        **fields: object,
     ) -> httpx2.Response:
-        """With a good signature of its own."""
+        """Send a correctly signed request."""
         body = self.envelope(payload, form, session_id=session_id, **fields)
         return await self.http.post(path, content=json.dumps(body).encode())
 
@@ -130,14 +136,15 @@ class Worker:
         self,
         payload: object = PAYLOAD,
         form: str = "C",
-        session_id: str | None = None,
-        **fields: Any,
+        session_id: object = None,
+        **fields: object,
     ) -> dict[str, Any]:
         auth = self.signer.auth(form, **fields)
         return {"auth_data": auth, "payload": payload, "session_id": session_id}
 
-    def endings(self) -> list[tuple[object, str]]:
-        return [(ended.request_idx, str(ended.outcome)) for ended in self.books.ended]
+    def outcomes(self) -> list[tuple[object, str]]:
+        """Return the request_idx and outcome of each ended request."""
+        return [(ended.request_idx, str(ended.outcome)) for ended in self.workload.ended]
 
 
 @asynccontextmanager
@@ -151,20 +158,20 @@ async def worker(
     max_sessions: int = 10,
     **settings: Any,
 ) -> AsyncIterator[Worker]:
-    """Ready, and with the autoscaler's key unless told otherwise."""
+    """A worker that is ready and, unless `with_key` is False, has the autoscaler's key."""
     engine = engine or ScriptedEngine()
-    autoscaler, errors, books = Autoscaler(signer().pem), Errors(), Books()
-    app = make_app(engine, **settings)
-    serving = app.state.serving.settings
+    autoscaler, errors, workload = Autoscaler(signer().pem), ActiveErrors(), Workload()
+    application = make_app(engine, **settings)
+    serving = application.state.serving.settings
     key = serving.api_key
     async with autoscaler.client() as reports:
         keys = PublicKeys(reports, [ADDRESS], errors)
-        sessions = Sessions(books, max_sessions)
-        front = Front(sessions, SecretStr(TOKEN))
-        front.application = app
-        front.gate = Gate(
-            app,
-            Rules(
+        sessions = Sessions(workload, max_sessions)
+        app = WorkerApp(sessions, SecretStr(TOKEN))
+        app.application = application
+        app.gateway = AuthGateway(
+            application,
+            GatewayConfig(
                 unsecured=unsecured,
                 api_key=None if key is None else key.get_secret_value(),
                 payload_limit=serving.payload_limit,
@@ -172,11 +179,11 @@ async def worker(
                 wait_s=wait_s,
             ),
             keys,
-            books,
+            workload,
             sessions,
         )
         if with_key:
             await keys.obtain()
-        transport = httpx2.ASGITransport(front)
+        transport = httpx2.ASGITransport(app)
         async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
-            yield Worker(engine, http, autoscaler, books, errors, keys, sessions, front, signer())
+            yield Worker(engine, http, autoscaler, workload, errors, keys, sessions, app, signer())

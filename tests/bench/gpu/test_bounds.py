@@ -21,7 +21,7 @@ from bench.gpu.bounds import (
 )
 from engine.attention.kv_cache import AttentionCall
 from kernels.paged_attention.mask import MaskSpec
-from tests.engine.models import adopted, reference
+from tests.engine.models import prepared, reference
 
 RATES = Rates(bytes_per_s=1e9, flops_per_s=1e10)
 HEADS, DIMS, TOKEN_BYTES = 4, 16, 64
@@ -125,7 +125,7 @@ def test_a_step_reads_the_experts_that_its_tokens_choose(batch: int) -> None:
 
 
 def test_the_weights_of_experts_and_routers_are_counted() -> None:
-    loaded = adopted("mixtral")  # of 4 layers with 4 experts, 2 for each token
+    loaded = prepared("mixtral")  # of 4 layers with 4 experts, 2 for each token
     found = ModelCost.of(loaded, 4).matmuls
     assert found[Matmul(2 * 80 * 48, 4 * 2 * 80 * 48, num_experts=4, num_chosen=2)] == 4
     assert found[Matmul(48 * 80, 4 * 48 * 80, num_experts=4, num_chosen=2)] == 4
@@ -140,7 +140,7 @@ def test_all_weights_of_a_model_are_counted_but_vectors_and_embeddings(name: str
     matrices = sum(p.numel() for p in own.parameters() if p.dim() > 1)
     tied = own.config.get_text_config().tie_word_embeddings
     head = own.get_input_embeddings().get_parameter("weight").numel() if tied else 0
-    cost = ModelCost.of(adopted(name), 4)
+    cost = ModelCost.of(prepared(name), 4)
     assert cost.weight_bytes == 4 * (matrices - embeddings + head)
 
 

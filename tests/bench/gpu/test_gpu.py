@@ -43,7 +43,7 @@ from engine.engine import Engine
 from engine.loading.sizing import decide_limits
 from kernels import fused_sampling
 from kernels.ops import TORCH, TRITON, Ops
-from tests.engine.models import adopted
+from tests.engine.models import prepared
 from tests.engine.recording import capture, recorded, recorded_kernel
 
 pytestmark = pytest.mark.slow
@@ -357,7 +357,7 @@ def test_timed_decode_steps_replay_the_engines_graphs(
         captured.append(capture(work))
         return captured[-1]
 
-    loaded = adopted("llama", recorded(TRITON), num_hidden_layers=1)
+    loaded = prepared("llama", recorded(TRITON), num_hidden_layers=1)
     config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=32)
     steps = Steps(loaded, decide_limits(loaded, config), remember)
     seconds = steps.decode(batch, 20, count=2)
@@ -371,7 +371,7 @@ def test_timed_decode_steps_replay_the_engines_graphs(
 
 
 def test_sequences_share_blocks_only_where_the_cache_is_too_small() -> None:
-    loaded = adopted("llama")
+    loaded = prepared("llama")
     config = EngineConfig(max_sequences=4, max_total_tokens=64, num_blocks=6)
     steps = Steps(loaded, decide_limits(loaded, config), None)
     assert steps.decode(2, 32, count=2).fits
@@ -399,7 +399,7 @@ def test_requests_are_as_long_as_the_workload_says() -> None:
 
 
 def engine(**config: Any) -> Engine:
-    return Engine(adopted("llama"), EngineConfig(max_batch_tokens=64, num_blocks=64, **config))
+    return Engine(prepared("llama"), EngineConfig(max_batch_tokens=64, num_blocks=64, **config))
 
 
 def test_a_workload_counts_every_token() -> None:

@@ -6,7 +6,7 @@ import torch
 from engine.attention.kv_cache import bytes_per_block
 from kernels.ops import TRITON, Ops
 from tests.engine.driving import greedy, make_engine, own_logprobs, run
-from tests.engine.models import FUSED, adopted, reference
+from tests.engine.models import FUSED, prepared, reference
 
 PROMPTS = [list(b"once upon a time there was"), list(b"the quick brown fox")]
 
@@ -15,7 +15,7 @@ PROMPTS = [list(b"once upon a time there was"), list(b"the quick brown fox")]
     "ops", [FUSED, pytest.param(TRITON, marks=pytest.mark.slow)], ids=["torch", "triton"]
 )
 def test_answers_stay_near_the_models_own(ops: Ops) -> None:
-    loaded = adopted("llama", ops, num_hidden_layers=2)
+    loaded = prepared("llama", ops, num_hidden_layers=2)
     engine = make_engine(loaded, kv_cache_dtype="fp8_e4m3fn")
     requests = [greedy(prompt, 4) for prompt in PROMPTS]
     answers = run(engine, [(i, request) for i, request in enumerate(requests)])
@@ -28,6 +28,6 @@ def test_answers_stay_near_the_models_own(ops: Ops) -> None:
 
 
 def test_a_block_takes_a_byte_for_each_value() -> None:
-    calls = adopted("llama", FUSED).calls
+    calls = prepared("llama", FUSED).calls
     wide, narrow = (bytes_per_block(calls, t) for t in (torch.float32, torch.float8_e4m3fn))
     assert wide == 4 * narrow

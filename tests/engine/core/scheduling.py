@@ -1,4 +1,4 @@
-"""A scheduler driven as the engine drives it, over a model of the device.
+"""The engine's scheduler and step pipeline, driven over a model of the device.
 
 The device remembers, for each position of each block, which prefix its KV was computed
 from. Its stream runs steps in the order of their launch, so here a step writes when it is
@@ -10,14 +10,14 @@ after free, a hit on what is not there yet) shows as a position with another's c
 known beforehand. A part of it may be forced, as a grammar does: the host appends it.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
 from zlib import crc32
 
 from engine.core.config import BLOCK_SIZE
-from engine.core.request import Request, SamplingParams, StoppingParams
+from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepOutput, StepPipeline
+from engine.core.request import ConstraintState, Request, SamplingParams, StoppingParams
 from engine.core.scheduler import (
     PROMPT_LOGPROB_ROWS,
     Batch,
@@ -28,8 +28,6 @@ from engine.core.sequence import Sequence, SequenceStatus
 
 END = 0
 """The token that ends a sequence: found at the collection, when the next step is launched."""
-
-MAX_IN_FLIGHT = 2
 
 Prefix = tuple[bytes, bytes]
 """(cache salt, every token up to and including the position)."""
@@ -70,50 +68,147 @@ class KV:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """`built` is False for a step that failed before the device or the slots saw it.
+class StepLost(Exception):
+    """What a step raises that the model of the device has lost."""
 
-    What it draws for the `discarded` sequences does not count.
+
+class Step:
+    """A step on the model of the device. Satisfies `LaunchedStep`.
+
+    Its forward runs when it is launched. Its sampling does, too, unless it has guided sequences.
     """
 
-    number: int
-    batch: Batch
-    built: bool
-    discarded: set[Sequence] = field(default_factory=set)
+    def __init__(self, number: int, batch: Batch, device: "Device"):
+        self.number = number
+        self.batch = batch
+        self.is_lost = False
+        self.is_done = False
+        self.needs_sampling = any(e.sequence.constraint is not None for e in batch.scheduled)
+        self._device = device
+        self._tokens: list[int] = []
+        device.run(self)
+        if not self.needs_sampling:
+            self._tokens = device.sample(self, set())
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Those still wanted."""
-        entries = self.batch.scheduled
-        return [entry.sequence for entry in entries if not entry.sequence.is_finished]
+    def sample(self, guided: list[tuple[int, ConstraintState]]) -> None:
+        """A guided row without its mask draws a token that does not count."""
+        assert self.needs_sampling
+        self.needs_sampling = False
+        rows = {row for row, _ in guided}
+        sampled = [entry for entry in self.batch.scheduled if entry.samples]
+        unmasked = {
+            row
+            for row, entry in enumerate(sampled)
+            if entry.sequence.constraint is not None and row not in rows
+        }
+        self._tokens = self._device.sample(self, unmasked)
+
+    def result(self) -> StepOutput:
+        assert not self.needs_sampling, "collected before its sampling was launched"
+        self.wait()
+        if self.is_lost:
+            raise StepLost
+        samples = any(entry.samples for entry in self.batch.scheduled)
+        rows = [entry.num_prompt_rows for entry in self.batch.scheduled]
+        return StepOutput(
+            [SampledToken(token, None, []) for token in self._tokens] if samples else None,
+            [0.0] * sum(rows),
+        )
+
+    def wait(self) -> None:
+        self.is_done = True
+
+
+class Constraint:
+    """Allows every token, and forces as many as it is told behind the next one that is drawn."""
+
+    warnings: tuple[str, ...] = ()
+    is_finished = False
+    error = ""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.num_seen = 0
+        self.num_forced = 0
+
+    def start(self) -> ConstraintState:
+        return Constraint()
+
+    def accept(self, token_id: int) -> None:
+        assert self.tokens[self.num_seen] == token_id, "not the token that comes next"
+        self.num_seen += 1
+
+    def forced(self) -> list[int]:
+        """At least two: a token forced alone is left to the sampling."""
+        num_forced, self.num_forced = self.num_forced, 0
+        return self.tokens[self.num_seen : self.num_seen + num_forced]
 
 
 class Device:
-    """KV by block; by slot, what `StepBuilder`, `Sampler` and `ModelRunner` keep."""
+    """KV by block; by slot, what `StepBuilder`, `Sampler` and `ModelRunner` keep. Satisfies
+    `Executor`.
+    """
 
     def __init__(self, num_blocks: int, max_sequences: int):
         self.kv: list[list[KV | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
         self.block_tables = [[0] * num_blocks for _ in range(max_sequences)]
         self.owners: list[Sequence | None] = [None] * max_sequences
         self.tokens: list[list[int]] = [[] for _ in range(max_sequences)]
+        self.truths: dict[Sequence, Truth] = {}
+        self.steps: list[Step] = []
+        """Those that are not known to be done."""
+        self.fails_next = False
+        """The next launch fails before the device sees it."""
+        self.has_failed = False
+        """The last launch failed, and the device has not recovered from it yet."""
+        self.violation: AssertionError | None = None
+        """What a launch did that it must not do."""
 
-    def run(self, step: Step, truths: dict[Sequence, Truth], in_flight: Iterable[Step]) -> None:
-        """`in_flight` are the steps before it that are not known to be done."""
+    def launch(self, batch: Batch) -> Step:
+        try:
+            return self._launch(batch)
+        except AssertionError as error:  # which the pipeline takes for a launch that failed
+            self.violation = error
+            raise
+
+    def _launch(self, batch: Batch) -> Step:
+        assert not self.has_failed, "a launch on top of a failed one"
+        if self.fails_next:
+            self.fails_next, self.has_failed = False, True
+            raise StepLost
+        step = Step(next(_numbers), batch, self)
+        self.steps = [*self._in_flight(), step]
+        return step
+
+    def recover(self, error: Exception) -> None:
+        assert isinstance(error, StepLost), error
+        self.has_failed = False
+
+    def _in_flight(self) -> list[Step]:
+        return [step for step in self.steps if not step.is_done]
+
+    def run(self, step: Step) -> None:
         self._update_slots(step.batch)
         for entry in step.batch.scheduled:
             self._check_slot(entry)
-            self._write(step.number, entry, truths[entry.sequence])
+            self._write(step.number, entry, self.truths[entry.sequence])
         for entry in step.batch.scheduled:
             if entry.num_tokens > 0:
-                self._check_reads(entry, truths[entry.sequence])
+                self._check_reads(entry, self.truths[entry.sequence])
         self._copy(step)
         for entry in step.batch.scheduled:
-            self._check_reads(entry, truths[entry.sequence])
+            self._check_reads(entry, self.truths[entry.sequence])
             if entry.sequence in step.batch.reset and entry.num_tokens > 0:
-                self._check_written_before(entry, in_flight)
-            if entry.samples:
-                self.tokens[entry.slot].append(truths[entry.sequence].tokens[entry.end])
+                self._check_written_before(entry, self._in_flight())
+
+    def sample(self, step: Step, unmasked: set[int]) -> list[int]:
+        """Draw for each sampled row; -1 for a row that has no mask and needs one."""
+        drawn = []
+        for row, entry in enumerate(entry for entry in step.batch.scheduled if entry.samples):
+            assert self.owners[entry.slot] is entry.sequence
+            drawn.append(-1 if row in unmasked else self.truths[entry.sequence].tokens[entry.end])
+            self.tokens[entry.slot].append(drawn[-1])
+        return drawn
 
     def _copy(self, step: Step) -> None:
         for source, target in step.batch.copies:
@@ -121,20 +216,18 @@ class Device:
                 None if kv is None else replace(kv, step=step.number) for kv in self.kv[source]
             ]
 
-    def forget_draws(self, step: Step, seq: Sequence) -> None:
-        """What the step has drawn for the sequence is not what comes next."""
-        for entry in step.batch.scheduled:
-            if entry.sequence is seq and entry.samples and self.owners[entry.slot] is seq:
-                self.tokens[entry.slot][entry.end] = -1
-
-    def lose(self, step: Step) -> None:
-        """The step has left rubbish wherever it wrote."""
-        for block in self.kv:
-            for offset, kv in enumerate(block):
-                if kv is not None and kv.step == step.number:
-                    block[offset] = KV(None, step.number)
-        for entry in step.batch.scheduled:
-            self.tokens[entry.slot].append(-1)
+    def lose(self) -> None:
+        """The oldest step in flight fails, and those after it ran on what it left: all of them
+        have left rubbish wherever they wrote.
+        """
+        for step in self._in_flight():
+            step.is_lost = True
+            for block in self.kv:
+                for offset, kv in enumerate(block):
+                    if kv is not None and kv.step == step.number:
+                        block[offset] = KV(None, step.number)
+            for entry in step.batch.scheduled:
+                self.tokens[entry.slot].append(-1)
 
     def _update_slots(self, batch: Batch) -> None:
         for seq in batch.reset:
@@ -216,9 +309,36 @@ class Before:
         )
 
 
+class CheckedScheduler(Scheduler):
+    """Has the driver check every batch, and tells it which forks lose their prompt."""
+
+    def __init__(self, driver: "Driver"):
+        super().__init__(
+            driver.num_blocks,
+            driver.max_sequences,
+            driver.max_batch_tokens,
+            driver.prefix_caching,
+        )
+        self._driver = driver
+
+    def schedule(self, only: set[Sequence] | None = None) -> Batch:
+        before = Before.of(self, self._driver.live)
+        batch = super().schedule(only)
+        self._driver.check_schedule(batch, before, only)
+        return batch
+
+    def rewind(self, seq: Sequence) -> None:
+        was_running = seq.status is SequenceStatus.RUNNING
+        super().rewind(seq)
+        assert seq.num_tokens == len(seq.token_ids)
+        assert seq.num_computed == seq.num_completed
+        if was_running and seq.status is SequenceStatus.WAITING:
+            self._driver.rewound_forks.append(seq)
+
+
 @dataclass
 class Driver:
-    """`Engine` without a model: the same calls on the scheduler in the same order."""
+    """The engine's own scheduler and pipeline over a model of the device. Satisfies `Outputs`."""
 
     num_blocks: int = 16
     max_sequences: int = 4
@@ -226,23 +346,28 @@ class Driver:
     prefix_caching: bool = True
     can_end: bool = False
 
-    truths: dict[Sequence, Truth] = field(default_factory=dict)
     live: list[Sequence] = field(default_factory=list)
     """In the order of arrival, a fork behind its leader. That is the scheduler's order too,
     whatever happens, but for forks that cannot share: those go behind all that run.
     """
-    forced: dict[Sequence, int] = field(default_factory=dict)
-    """How many tokens will be forced behind the next one that is drawn."""
     finished: list[Sequence] = field(default_factory=list)
-    in_flight: deque[Step] = field(default_factory=deque)
-    suspects: list[set[Sequence]] = field(default_factory=list)
-    num_launched: int = 0
+    failed: list[Sequence] = field(default_factory=list)
+    rewound_forks: list[Sequence] = field(default_factory=list)
+    orphans: list[Sequence] = field(default_factory=list)
+    """Forks whose leader has failed."""
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            self.num_blocks, self.max_sequences, self.max_batch_tokens, self.prefix_caching
-        )
         self.device = Device(self.num_blocks, self.max_sequences)
+        self.scheduler = CheckedScheduler(self)
+        self.pipeline = StepPipeline(self.scheduler, self.device, outputs=self)
+
+    @property
+    def truths(self) -> dict[Sequence, Truth]:
+        return self.device.truths
+
+    @property
+    def in_flight(self) -> tuple[Batch, ...]:
+        return self.pipeline.in_flight
 
     # -- requests ---------------------------------------------------------------------
 
@@ -253,8 +378,9 @@ class Driver:
         salt: bytes = b"",
         num_forks: int = 0,
         prompt_logprobs: bool = False,
+        guided: bool = False,
     ) -> Sequence:
-        """The leader, if it has forks."""
+        """The leader, if it has forks. Tokens can be forced on `guided` sequences."""
         prompt = list(prompt)
         leader: Sequence | None = None
         for variant in range(num_forks + 1):
@@ -264,11 +390,15 @@ class Driver:
                 SamplingParams(),
                 StoppingParams(max_new_tokens),
                 salt,
+                grammar=Constraint() if guided else None,
                 prompt_logprobs=prompt_logprobs and leader is None,
             )
             seq = Sequence(request, leader)
             assert num_blocks_for(seq.max_tokens) <= self.num_blocks, "a request that can never run"
-            self.truths[seq] = Truth(seq, self.can_end, variant)
+            self.truths[seq] = truth = Truth(seq, self.can_end, variant)
+            if isinstance(seq.constraint, Constraint):
+                seq.constraint.tokens = truth.tokens
+                seq.constraint.num_seen = len(prompt)
             self.live.append(seq)
             self.scheduler.add(seq)
             leader = leader or seq
@@ -286,7 +416,8 @@ class Driver:
 
     def force(self, seq: Sequence, num_tokens: int) -> None:
         """So many tokens are forced behind the next that is drawn for it."""
-        self.forced[seq] = num_tokens
+        assert isinstance(seq.constraint, Constraint), "only guided sequences have forced tokens"
+        seq.constraint.num_forced = num_tokens
 
     @property
     def _pending(self) -> set[Sequence]:
@@ -303,115 +434,98 @@ class Driver:
                 index += 1
             self.live = kept[:index] + orphans + kept[index:]
 
+    # -- what sequences produce ---------------------------------------------------------
+
+    def take_token(self, seq: Sequence, token: SampledToken) -> bool:
+        tokens = self.truths[seq].tokens
+        assert token.token_id == seq.token_ids[-1]
+        assert seq.token_ids == tokens[: len(seq.token_ids)], "not the sequence's own token"
+        if token.token_id != END and len(seq.token_ids) < seq.max_tokens:
+            return False
+        self.live.remove(seq)
+        self.finished.append(seq)
+        return True
+
+    def take_prompt_logprobs(self, seq: Sequence, start: int, logprobs: list[float]) -> None:
+        assert seq.request.prompt_logprobs
+        assert start + len(logprobs) < seq.num_prompt_tokens
+
+    def take_failure(self, seq: Sequence, message: str) -> None:
+        """A sequence fails only alone in a step that was lost."""
+        assert message.startswith(StepLost.__name__), message
+        self.orphans += seq.forks if seq in self.scheduler.running else []
+        self.live.remove(seq)
+        self.failed.append(seq)
+
     # -- one step ---------------------------------------------------------------------
 
     def step(self) -> None:
-        """As `Engine.step`."""
-        if self.suspects:
-            if self.launch(only=self.suspects.pop()).scheduled:
-                self.collect()
-            return
+        """One step of the pipeline, as the engine takes it."""
         if len(self.in_flight) == MAX_IN_FLIGHT:
             self.collect()
-        launched = bool(self.launch().scheduled)
-        if self.in_flight and not (launched and len(self.in_flight) < MAX_IN_FLIGHT):
-            self.collect()
+        self._observe(self.pipeline.step)
 
     def launch(self, only: set[Sequence] | None = None, built: bool = True) -> Batch:
         """Schedule a step and launch it unless it is empty. One that is not `built` fails."""
         assert len(self.in_flight) < MAX_IN_FLIGHT
-        assert all(step.built for step in self.in_flight), "a launch on top of a failed one"
-        before = Before.of(self.scheduler, self.live)
-        batch = self.scheduler.schedule(only)
-        started = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
-        for leader, forks in before.forks.items():
-            if not leader.forks:
-                self._move_behind_running([fork for fork in forks if fork not in started])
-        self._check_batch(batch, before, only)
-        if batch.scheduled:
-            step = Step(self.num_launched, batch, built)
-            self.num_launched += 1
-            if built:
-                self.device.run(step, self.truths, self.in_flight)
-            self.in_flight.append(step)
+        self.device.fails_next = not built
+        batch = self.pipeline.launch(only)
+        self.device.fails_next = False
+        self.check()
+        return batch
+
+    def launch_suspects(self, built: bool = True) -> Batch:
+        self.device.fails_next = not built
+        batch = self.pipeline.launch_suspects()
+        self.device.fails_next = False
         self.check()
         return batch
 
     def collect(self) -> None:
-        if not self.in_flight[0].built:
-            self.lose()
-            return
-        step = self.in_flight.popleft()
-        self.scheduler.complete(step.batch)
-        for entry in step.batch.scheduled:
-            seq = entry.sequence
-            if entry.samples and not seq.is_finished and seq not in step.discarded:
-                self._append(seq)
-                self._append_forced(seq, self.forced.pop(seq, 0))
-        self.check()
-
-    def _append_forced(self, seq: Sequence, num_tokens: int) -> None:
-        """As `Engine._follow` and `Engine._emit_forced`."""
-        if num_tokens == 0:
-            return
-        for step in self.in_flight:
-            step.discarded.add(seq)
-            if step.built:
-                self.device.forget_draws(step, seq)
-        for _ in range(num_tokens):
-            if not seq.is_finished:
-                self._append(seq)
-        if not seq.is_finished:
-            self.scheduler.skip_ahead(seq)
-
-    def _append(self, seq: Sequence) -> None:
-        tokens = self.truths[seq].tokens
-        seq.token_ids.append(tokens[len(seq.token_ids)])
-        assert seq.token_ids == tokens[: len(seq.token_ids)]
-        if seq.token_ids[-1] == END or len(seq.token_ids) == seq.max_tokens:
-            self.scheduler.finish(seq)
-            self.live.remove(seq)
-            self.finished.append(seq)
+        self._observe(self.pipeline.collect)
 
     def lose(self, isolate: bool = True) -> None:
-        """The oldest step in flight has failed, and those after it ran on what it left."""
-        failed, lost = self.in_flight[0], tuple(self.in_flight)
-        self.in_flight.clear()
-        for step in lost:
-            if step.built:
-                self.device.lose(step)
-        sequences = {seq for step in lost for seq in step.sequences}
-        forks = [
-            entry.sequence
-            for step in lost
-            for entry in step.batch.scheduled
-            if entry.num_tokens == 0 and entry.is_current
-        ]
-        for seq in reversed(self.live):
-            if seq in sequences:
-                self.scheduler.rewind(seq)
-                assert seq.num_tokens == len(seq.token_ids)
-                assert seq.num_computed == seq.num_completed
-        self._move_behind_running([seq for seq in self.live if seq in forks])
+        """The oldest step in flight fails, and the ones behind it are taken back; `isolate`
+        looks for the sequence that is to blame.
+        """
+        self.device.lose()
         if isolate:
-            half = -(-len(failed.sequences) // 2)
-            halves = set(failed.sequences[half:]), set(failed.sequences[:half])
-            self.suspects += [group for group in halves if group]
+            self.collect()
+            return
+        self._observe(self.pipeline.take_back)
+        self.device.recover(StepLost())
+
+    def _observe(self, work: Callable[[], None]) -> None:
+        """Run a part of the pipeline in which steps may fail, and keep the order of `live`."""
+        work()
+        self._move_behind_running([seq for seq in self.live if seq in self.rewound_forks])
+        self._move_behind_running(self.orphans)
+        self.rewound_forks, self.orphans = [], []
         self.check()
 
     def drain(self) -> None:
         """Until nothing is left: a step computes at least one token of the oldest sequence."""
-        num_steps = 8 + len(self.suspects) + sum(2 * seq.max_tokens + 8 for seq in self.live)
+        num_steps = 16 + sum(2 * seq.max_tokens + 8 for seq in self.live)
         for _ in range(num_steps):
             if not self.live and not self.in_flight:
                 return
             self.step()
         raise AssertionError(f"no progress in {num_steps} steps")
 
+    def check_schedule(self, batch: Batch, before: Before, only: set[Sequence] | None) -> None:
+        """What must hold of every batch that is scheduled."""
+        started = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
+        for leader, forks in before.forks.items():
+            if not leader.forks:
+                self._move_behind_running([fork for fork in forks if fork not in started])
+        self._check_batch(batch, before, only)
+
     # -- what must hold ---------------------------------------------------------------
 
     def check(self) -> None:
         """After every operation."""
+        if self.device.violation is not None:
+            raise self.device.violation
         scheduler, pool = self.scheduler, self.scheduler.pool
         scheduler.check_integrity()
         pending = self._pending

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.core.config import BLOCK_SIZE
+from engine.core.pipeline import MAX_IN_FLIGHT
 from engine.core.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus
-from tests.engine.core.scheduling import (
-    END,
-    MAX_IN_FLIGHT,
-    Driver,
-    next_token,
-)
+from tests.engine.core.scheduling import END, Driver, next_token
 from tests.thorough import THOROUGH
 
 
@@ -606,10 +602,10 @@ class TestPromptLogprobs:
         driver.drain()
 
 
-class TestSkipAhead:
+class TestForcedTokens:
     def test_forced_tokens_are_computed_as_a_slice(self) -> None:
         driver = Driver()
-        seq = driver.add(prompt(5), 20)
+        seq = driver.add(prompt(5), 20, guided=True)
         driver.force(seq, 6)
         decode(driver, 1)
         assert seq.num_generated == 7
@@ -623,7 +619,7 @@ class TestSkipAhead:
 
     def test_the_step_in_flight_computes_and_draws_for_nothing(self) -> None:
         driver = Driver()
-        seq = driver.add(prompt(5), 20)
+        seq = driver.add(prompt(5), 20, guided=True)
         driver.force(seq, 6)
         driver.launch()
         driver.launch()
@@ -638,7 +634,7 @@ class TestSkipAhead:
 
     def test_a_slice_over_the_budget_is_taken_in_chunks(self) -> None:
         driver = Driver(max_batch_tokens=8)
-        seq = driver.add(prompt(5), 30)
+        seq = driver.add(prompt(5), 30, guided=True)
         driver.force(seq, 20)
         decode(driver, 1)
         batches = [driver.launch()]
@@ -653,7 +649,7 @@ class TestSkipAhead:
 
     def test_the_end_within_it_is_the_end(self) -> None:
         driver = Driver()
-        seq = driver.add(prompt(5), 4)
+        seq = driver.add(prompt(5), 4, guided=True)
         driver.force(seq, 20)
         driver.launch()
         driver.launch()
@@ -664,14 +660,14 @@ class TestSkipAhead:
 
     def test_it_may_preempt_for_its_blocks_and_be_preempted(self) -> None:
         driver = Driver(num_blocks=4)
-        first, second = (driver.add(prompt(15, stem), 40) for stem in range(2))
+        first, second = (driver.add(prompt(15, stem), 40, guided=True) for stem in range(2))
         driver.force(first, 38)
         decode(driver, 1)
         assert ranges(driver.launch()) == {first: (15, 54)}
         assert list(driver.scheduler.waiting) == [second]
         driver.drain()
         driver = Driver(num_blocks=4)
-        first, second = (driver.add(prompt(15, stem), 40) for stem in range(2))
+        first, second = (driver.add(prompt(15, stem), 40, guided=True) for stem in range(2))
         driver.force(second, 38)
         decode(driver, 1)
         assert ranges(driver.launch()) == {first: (15, 16)}
@@ -684,7 +680,7 @@ class TestSkipAhead:
         driver = Driver(num_blocks=22, max_sequences=2, max_batch_tokens=400)
         leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
         (fork,) = leader.forks
-        grows = driver.add(prompt(15, stem=1), 60)
+        grows = driver.add(prompt(15, stem=1), 60, guided=True)
         driver.force(grows, 39)
         decode(driver, 1)
         slot = grows.slot
@@ -697,7 +693,7 @@ class TestSkipAhead:
     def test_of_one_that_was_preempted_with_its_ids_in_flight(self) -> None:
         driver = Driver(num_blocks=3)
         driver.add(prompt(31), 10)
-        second = driver.add(prompt(4, stem=1), 12)
+        second = driver.add(prompt(4, stem=1), 12, guided=True)
         decode(driver, 1)
         driver.force(second, 5)
         driver.launch()
@@ -709,7 +705,7 @@ class TestSkipAhead:
 
     def test_a_lost_slice_is_computed_again(self) -> None:
         driver = Driver()
-        seq = driver.add(prompt(5), 20)
+        seq = driver.add(prompt(5), 20, guided=True)
         driver.force(seq, 6)
         decode(driver, 1)
         driver.launch()
@@ -720,7 +716,7 @@ class TestSkipAhead:
 
     def test_a_fork_may_take_its_first_slice_at_once(self) -> None:
         driver = Driver()
-        leader = driver.add(prompt(20), 20, num_forks=1)
+        leader = driver.add(prompt(20), 20, num_forks=1, guided=True)
         (fork,) = leader.forks
         driver.force(fork, 4)
         driver.launch()
@@ -764,7 +760,7 @@ def decode_in_flight(driver: Driver) -> Sequence:
 
 def rewound(driver: Driver) -> Sequence:
     seq = decode_in_flight(driver)
-    driver.lose()
+    driver.lose(isolate=False)
     return seq
 
 
@@ -958,11 +954,50 @@ class TestRewind:
         first, second = (driver.add(prompt(20, stem), 8) for stem in range(2))
         driver.launch(built=False)
         driver.lose()
-        driver.launch(only=driver.suspects.pop(), built=False)
+        driver.launch_suspects(built=False)
         driver.lose()
         driver.abort(first)
         driver.drain()
         assert driver.finished == [second]
+
+
+class TestFailedLaunch:
+    def test_nothing_is_launched_until_the_failed_launch_was_collected(self) -> None:
+        """The device has missed the block that the failed step appended: a step on top of it
+        would write to a block of another sequence.
+        """
+        driver = Driver()
+        seq, other = driver.add(prompt(15), 8), driver.add(prompt(15, stem=1), 8)
+        driver.launch()
+        driver.device.fails_next = True
+        driver.step()
+        assert len(driver.in_flight) == 1
+        assert driver.device.has_failed
+        driver.step()
+        assert driver.in_flight == ()
+        assert driver.pipeline.is_isolating
+        driver.drain()
+        assert set(driver.finished) == {seq, other}
+
+    def test_the_sequence_that_fails_alone_is_the_only_one_to_fail(self) -> None:
+        driver = Driver()
+        first, second, third = (driver.add(prompt(20, stem), 4) for stem in range(3))
+        driver.launch(built=False)
+        driver.collect()
+        driver.launch_suspects(built=False)  # the first alone
+        driver.collect()
+        driver.drain()
+        assert (driver.failed, driver.finished) == ([first], [second, third])
+
+    def test_a_sequence_that_is_only_in_the_step_behind_the_failed_one_is_rewound(self) -> None:
+        driver = Driver(max_batch_tokens=20)
+        first, second = (driver.add(prompt(20, stem), 4) for stem in range(2))
+        driver.launch()
+        assert second in ranges(driver.launch())
+        driver.lose()
+        assert second.num_computed == 0
+        driver.drain()
+        assert (driver.failed, driver.finished) == ([first], [second])
 
 
 class TestOnly:
@@ -1033,6 +1068,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from([b"", b"", b"", b"other"]),
         num_forks=st.just(0) | st.integers(1, 4),
         prompt_logprobs=st.sampled_from([False, False, True]),
+        guided=st.booleans(),
     )
     def add(
         self,
@@ -1043,6 +1079,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt: bytes,
         num_forks: int,
         prompt_logprobs: bool,
+        guided: bool,
     ) -> None:
         """Prefixes of one of two stems or of a finished text, perhaps with another token."""
         driver, room = self.driver, self.driver.num_blocks * BLOCK_SIZE
@@ -1052,14 +1089,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             if changed is not None and changed < len(tokens):
                 tokens[changed] = 3
             num_tokens = min(max_new_tokens, room - len(tokens))
-            driver.add(tokens, num_tokens, salt, num_forks, prompt_logprobs)
+            driver.add(tokens, num_tokens, salt, num_forks, prompt_logprobs, guided)
 
     @rule(num_steps=st.integers(1, 20))
     def run_steps(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self.driver.step()
 
-    @precondition(lambda self: not self.driver.suspects)
+    @precondition(lambda self: not self.driver.pipeline.is_isolating)
+    @precondition(lambda self: not self.driver.device.has_failed)
     @precondition(lambda self: len(self.driver.in_flight) < MAX_IN_FLIGHT)
     @rule()
     def launch(self) -> None:
@@ -1075,26 +1113,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, index: int) -> None:
         self.driver.abort(self.driver.live[index % len(self.driver.live)])
 
-    @precondition(lambda self: self.driver.live)
+    @precondition(lambda self: any(seq.constraint for seq in self.driver.live))
     @rule(index=st.integers(0, 30), num_tokens=st.integers(2, 30))
     def force(self, index: int, num_tokens: int) -> None:
-        self.driver.force(self.driver.live[index % len(self.driver.live)], num_tokens)
+        guided = [seq for seq in self.driver.live if seq.constraint is not None]
+        self.driver.force(guided[index % len(guided)], num_tokens)
 
     @precondition(lambda self: self.driver.in_flight)
     @rule(isolate=st.booleans())
     def lose_a_step(self, isolate: bool) -> None:
         self.driver.lose(isolate)
 
-    @precondition(lambda self: len(self.driver.in_flight) < MAX_IN_FLIGHT)
-    @rule(isolate=st.booleans())
-    def fail_a_launch(self, isolate: bool) -> None:
-        """The steps before it are collected first, as they would be."""
-        driver = self.driver
-        only = driver.suspects.pop() if driver.suspects else None
-        if driver.launch(only, built=False).scheduled:
-            while len(driver.in_flight) > 1:
-                driver.collect()
-            driver.lose(isolate)
+    @rule()
+    def fail_a_launch(self) -> None:
+        """The next launch fails before the device sees it, if there is anything to launch."""
+        self.driver.device.fails_next = True
+        self.driver.step()
+        self.driver.device.fails_next = False
 
     def teardown(self) -> None:
         """Whatever happened, everything that is left runs to its end."""

@@ -1,5 +1,7 @@
 """Arrays come out of the one buffer as they went in, wherever the buffer is copied to."""
 
+import pickle
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.device.packed_arrays import PackedArrays
 
-dtypes = st.sampled_from([np.int64, np.int32])
+dtypes = st.sampled_from([np.int64, np.int32, np.float32])
 shapes = st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 5), st.just(6)))
 
 
@@ -22,14 +24,25 @@ def arrays(draw: st.DrawFn) -> dict[str, np.ndarray]:
 
 
 @given(arrays())
-def test_what_goes_in_comes_out(packed: dict[str, np.ndarray]) -> None:
+def test_arrays_come_out_of_a_copy_as_they_went_in(packed: dict[str, np.ndarray]) -> None:
     whole = PackedArrays(packed)
     copy = whole.buffer.clone()
     assert len(copy) == whole.max_bytes
+    views = whole.unpack(copy)
+    assert list(views) == list(packed)
     for name, array in packed.items():
-        view = whole.view(copy, name)
-        assert view.shape == array.shape
-        assert torch.equal(view, torch.from_numpy(array))
+        assert views[name].shape == array.shape
+        assert torch.equal(views[name], torch.from_numpy(array))
+
+
+@given(arrays(), st.integers(0, 5))
+def test_pickled_arrays_come_out_as_they_went_in(packed: dict[str, np.ndarray], more: int) -> None:
+    capacity = len(packed[next(reversed(packed))]) + more
+    whole = pickle.loads(pickle.dumps(PackedArrays(packed, capacity or None)))
+    room = torch.zeros(whole.max_bytes, dtype=torch.uint8)
+    whole.copy_to(room)
+    for name, view in whole.unpack(room).items():
+        assert torch.equal(view[: len(packed[name])], torch.from_numpy(packed[name]))
 
 
 @given(arrays(), st.integers(0, 20))
@@ -38,8 +51,8 @@ def test_the_last_array_has_room_to_grow(packed: dict[str, np.ndarray], more: in
     capacity = len(packed[last]) + more
     whole = PackedArrays(packed, capacity or None)
     room = torch.zeros(whole.max_bytes, dtype=torch.uint8)
-    room[: len(whole.buffer)] = whole.buffer
-    view = whole.view(room, last)
+    whole.copy_to(room)
+    view = whole.unpack(room)[last]
     assert len(view) == capacity
     assert torch.equal(view[: len(packed[last])], torch.from_numpy(packed[last]))
 
@@ -49,5 +62,5 @@ def test_every_array_starts_where_a_vector_load_can(packed: dict[str, np.ndarray
     whole = PackedArrays(packed)
     room = torch.zeros(whole.max_bytes + 16, dtype=torch.uint8)
     start = -room.data_ptr() % 16
-    room = room[start : start + whole.max_bytes]
-    assert all(whole.view(room, n).data_ptr() % 16 == 0 for n, a in packed.items() if a.size)
+    views = whole.unpack(room[start : start + whole.max_bytes])
+    assert all(view.data_ptr() % 16 == 0 for view in views.values() if view.numel())

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CohereConfig, PhiConfig, PreTrainedConfig
 
-from engine.fusion.find import fuse, observed
+from engine.fusion.find import fuse, trace_forward
 from engine.fusion.merged_linear import MemberLinear, merge, unmerge
-from engine.loading.probe import difference, discover, own_logits
+from engine.loading.probe import difference, discover, reference_logits
 from kernels.ops import TORCH, Ops
 from tests.engine.driving import check_greedy, greedy, make_engine, run
-from tests.engine.models import FAMILIES, FUSED, adopted, build, reference
+from tests.engine.models import FAMILIES, FUSED, build, prepared, reference
 
 PER_LAYER = {  # of 4 layers: GEMMs of one input, norms besides the last, activations, rotations
     "llama": (2, 2, 1, 1),
@@ -34,10 +34,10 @@ def fusions_of(
 ) -> dict[str, int]:
     model = build(config_class, **options)
     calls = discover(model)
-    with observed(model, [call.module for call in calls]) as sights:
-        expected = own_logits(model)
+    with trace_forward(model, [call.module for call in calls]) as trace:
+        expected = reference_logits(model)
     problem = lambda: difference(model, calls, expected, ops)  # noqa: E731
-    fused = fuse(model, sights, ops, problem)
+    fused = fuse(model, trace, ops, problem)
     assert problem() is None
     return {fusion.name: fusion.count for fusion in fused}
 
@@ -74,7 +74,7 @@ def test_a_fusion_that_changes_the_answers_is_undone(
 
 def test_other_models_of_the_same_class_are_untouched() -> None:
     before = build(*FAMILIES["llama"][:1])
-    adopted("llama", FUSED)
+    prepared("llama", FUSED)
     after = build(*FAMILIES["llama"][:1])
     for module in (*before.modules(), *after.modules()):
         assert "forward" not in vars(module)
@@ -83,7 +83,7 @@ def test_other_models_of_the_same_class_are_untouched() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_where_nothing_is_launched_nothing_is_fused(name: str) -> None:
-    loaded = adopted(name, TORCH)
+    loaded = prepared(name, TORCH)
     assert not any("forward" in vars(module) for module in loaded.model.modules())
     request = greedy(b"once upon", 6)
     check_greedy(reference(name), run(make_engine(loaded), [(0, request)]), request)

@@ -18,7 +18,7 @@ from engine.core.errors import DownloadFailed, LoadError
 from engine.engine import Engine
 from engine.loading import checkpoint
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.loader import _scale_rotary, adopt, load
+from engine.loading.loader import _scale_rotary, load, prepare_model
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import build, byte_tokenizer, family, reference
 
@@ -143,7 +143,7 @@ def test_longrope_does_not_change_with_the_neighbours() -> None:
         original_max_position_embeddings=64,
         max_position_embeddings=256,
     )
-    loaded = adopt(model, byte_tokenizer(), Checkpoint(Path("/nowhere"), "tiny-phi3"))
+    loaded = prepare_model(model, byte_tokenizer(), Checkpoint(Path("/nowhere"), "tiny-phi3"))
     alone, neighbour = greedy([1, 2, 3], 12), greedy(range(100), 12)
     expected = run(make_engine(loaded), [(0, alone)]).ids(alone)
     in_company = greedy([1, 2, 3], 12)

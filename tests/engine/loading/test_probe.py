@@ -25,8 +25,8 @@ from transformers.masking_utils import (
 from engine.core.errors import LoadError
 from engine.loading.probe import (
     discover,
-    own_logits,
     read_mask,
+    reference_logits,
     verify,
 )
 from kernels.ops import TORCH
@@ -81,7 +81,7 @@ def test_families_beyond_the_usual_are_served(
 ) -> None:
     model = build(config_class, **options)
     calls = discover(model)
-    verify(model, calls, own_logits(model), TORCH)
+    verify(model, calls, reference_logits(model), TORCH)
     assert len(calls) == num_calls
 
 
@@ -108,7 +108,7 @@ def test_what_would_be_answered_wrongly_is_refused_by_name(
 ) -> None:
     model = build(config_class, **options)
     with pytest.raises(LoadError, match=reason) as refusal:
-        verify(model, discover(model), own_logits(model), TORCH)
+        verify(model, discover(model), reference_logits(model), TORCH)
     assert type(model).__name__.removesuffix("ForCausalLM") in str(refusal.value)
 
 
@@ -118,10 +118,10 @@ def test_a_wrong_packed_path_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> N
     calls = discover(model)
     monkeypatch.setattr("engine.loading.probe.read_mask", lambda *_: MaskSpec(window=11))
     with pytest.raises(LoadError, match="off by"):
-        verify(model, discover(model), own_logits(model), TORCH)
-    verify(model, calls, own_logits(model), TORCH)
+        verify(model, discover(model), reference_logits(model), TORCH)
+    verify(model, calls, reference_logits(model), TORCH)
 
 
 def test_half_precision_is_held_to_its_own_tolerance() -> None:
     model = build(LlamaConfig).to(torch.bfloat16)
-    verify(model, discover(model), own_logits(model), TORCH)
+    verify(model, discover(model), reference_logits(model), TORCH)

@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.sampling.logits_processors import (
-    LogitsProcessor,
     Penalties,
     Temperature,
     TopK,
     TopP,
     TypicalP,
-    select_rows,
 )
 from kernels.sampling import GENERATED
 
-CPU = torch.device("cpu")
 _DOUBT = 2e-5
 """Masses, and distances, closer than this to a threshold are not decided in float64."""
 
@@ -78,10 +75,11 @@ def batches(draw: st.DrawFn, name: str) -> tuple[Tensor, np.ndarray]:
 
 
 def process(name: str, scores: Tensor, values: np.ndarray) -> Tensor:
-    step: LogitsProcessor | None = STEPS[name][0].build(values, CPU)
+    step = STEPS[name][0]
+    arrays = step.plan(values)
     processed = scores.clone()
-    if step is not None:
-        step(processed)
+    if arrays:
+        step.from_arrays({k: torch.from_numpy(array) for k, array in arrays.items()})(processed)
     return processed
 
 
@@ -96,8 +94,8 @@ def bits(scores: Tensor) -> list[int]:
 @every_step
 def test_a_step_that_no_row_uses_is_not_built(name: str) -> None:
     step, _, neutral, dtype = STEPS[name]
-    assert step.build(np.full(3, neutral, dtype=dtype), CPU) is None
-    assert step.build(np.zeros(0, dtype=dtype), CPU) is None
+    assert step.plan(np.full(3, neutral, dtype=dtype)) == {}
+    assert step.plan(np.zeros(0, dtype=dtype)) == {}
 
 
 @every_step
@@ -377,14 +375,13 @@ def make_penalties(
 ) -> Penalties | None:
     """Row i has slot 2 * i + 1; other slots hold another's counts."""
     used = (repetition != 1) | (frequency != 0)
-    rows = select_rows(used, CPU)
-    if rows is None:
+    if not used.any():
         return None
     counts = torch.full((2 * len(contexts) + 1, vocab_size), 99, dtype=torch.int32)
     for i, context in enumerate(contexts):
         counts[2 * i + 1] = torch.bincount(torch.tensor(context), minlength=vocab_size)
     return Penalties(
-        rows=rows,
+        rows=torch.from_numpy(np.flatnonzero(used)),
         slots=torch.from_numpy(np.flatnonzero(used) * 2 + 1),
         repetition=torch.from_numpy(repetition[used])[:, None],
         frequency=torch.from_numpy(frequency[used])[:, None],

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.core.request import SamplingParams
-from engine.sampling.sampler import SampledTokens, Sampler
+from engine.sampling.sampler import SampledTokens
+from engine.sampling.torch_sampler import TorchSampler
 from kernels.sampling import gumbel_noise, noise_keys
 
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ class Batch:
         self.params, self.contexts = params, [list(context) for context in contexts]
         # In reverse order and with gaps: rows are not slots.
         self.slots = [2 * i for i in reversed(range(len(params)))]
-        self.sampler = Sampler(2 * len(params), vocab_size, CPU)
+        self.sampler = TorchSampler(2 * len(params), vocab_size, CPU)
         for slot, p, context in zip(self.slots, params, contexts, strict=True):
             start(self.sampler, slot, p, context)
 
@@ -142,16 +143,23 @@ class Batch:
         """One token for each of these rows."""
         slots = np.array([self.slots[i] for i in rows])
         positions = np.array([len(self.contexts[i]) for i in rows])
-        sampled = self.sampler.sample(
-            logits.clone(), self.sampler.plan(slots, positions).make(None)
-        )
+        sampled = run(self.sampler, logits, slots, positions)
         for i, token in zip(rows, sampled.ids.tolist(), strict=True):
             self.contexts[i].append(token)
         return sampled
 
 
+def run(
+    sampler: TorchSampler, logits: Tensor, slots: np.ndarray, positions: np.ndarray
+) -> SampledTokens:
+    """Plan and sample one step, leaving the logits as they are."""
+    plan = sampler.plan(slots, positions)
+    arrays = {name: torch.from_numpy(array) for name, array in plan.arrays.items()}
+    return sampler.sample(logits.clone(), arrays, plan.kind)
+
+
 def start(
-    sampler: Sampler,
+    sampler: TorchSampler,
     slot: int,
     params: SamplingParams,
     context: list[int],
@@ -159,9 +167,9 @@ def start(
 ) -> None:
     """What the engine does with a sequence new to a slot; its context is all prompt, or not."""
     sampler.set_parameters(slot, params)
-    if sampler.needs_counts(slot):
+    if sampler.slots.needs_counts(slot):
         num_prompt = len(context) if num_prompt is None else num_prompt
-        sampler.start_counts(slot, torch.tensor(context), num_prompt)
+        sampler.slots.start_counts(slot, torch.tensor(context), num_prompt)
 
 
 def sample(
@@ -387,17 +395,18 @@ def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
     many = [
         dataclasses.replace(params, do_sample=True, seed=2**63 + 77 * seed) for seed in range(2000)
     ]
-    sampler = Sampler(2000, 16, CPU)
+    sampler = TorchSampler(2000, 16, CPU)
     for slot, p in enumerate(many):
         start(sampler, slot, p, contexts[slot])
     slots, rows = np.arange(2000), logits.expand(2000, 16)
     counts = torch.zeros(16)
     for position in range(20):
-        plan = sampler.plan(slots, np.full(2000, position)).make(None)
-        counts += torch.bincount(sampler.sample(rows.clone(), plan).ids, minlength=16)
-        if plan.penalties is not None:  # the same context for each draw
-            for slot in range(2000):
-                sampler.start_counts(slot, torch.tensor(contexts[slot]), len(contexts[slot]))
+        ids = run(sampler, rows, slots, np.full(2000, position)).ids
+        counts += torch.bincount(ids, minlength=16)
+        for slot in range(2000):  # the same context for each draw
+            if sampler.slots.needs_counts(slot):
+                context = torch.tensor(contexts[slot])
+                sampler.slots.start_counts(slot, context, len(context))
     expected = process(logits, params, contexts[0]).double().softmax(-1) * 40_000
     assert counts[expected == 0].sum() == 0
     alive = expected > 0
@@ -414,7 +423,7 @@ def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
 def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataObject) -> None:
     """Sequences come, step in any company and go; the next in a slot starts from nothing."""
     vocab_size, num_slots = 6, 3
-    sampler = Sampler(num_slots, vocab_size, CPU)
+    sampler = TorchSampler(num_slots, vocab_size, CPU)
     live: dict[int, tuple[SamplingParams, list[int], int]] = {}
     rng = data.draw(st.randoms(use_true_random=True))
     for _ in range(data.draw(st.integers(1, 10))):
@@ -429,9 +438,7 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
         slots = rng.sample(sorted(live), rng.randint(1, len(live)))
         logits = data.draw(score_rows(len(slots), vocab_size))
         positions = np.array([len(live[s][1]) for s in slots])
-        sampled = sampler.sample(
-            logits.clone(), sampler.plan(np.array(slots), positions).make(None)
-        )
+        sampled = run(sampler, logits, np.array(slots), positions)
         for row, s in enumerate(slots):
             params, context, num_prompt = live[s]
             expected = process(logits[row], params, context, num_prompt).log_softmax(-1)
@@ -441,26 +448,26 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
 
 def test_counts_are_there_before_any_step_that_needs_them() -> None:
     """The thread that runs steps and the one that plans the next never allocate them both."""
-    sampler = Sampler(3, 8, CPU)
+    sampler = TorchSampler(3, 8, CPU)
     sampler.set_parameters(0, SamplingParams(temperature=0.5, do_sample=True))
-    assert sampler._counts is None
+    assert sampler.slots._counts is None
     sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
-    counts = sampler._counts
+    counts = sampler.slots._counts
     assert counts is not None
-    sampler.start_counts(1, torch.tensor([3, 3]), 2)
+    sampler.slots.start_counts(1, torch.tensor([3, 3]), 2)
     sampler.plan(np.array([0, 1]), np.array([2, 2]))
-    assert sampler._counts is counts
+    assert sampler.slots._counts is counts
 
 
 def test_counts_are_needed_by_penalties_alone() -> None:
-    sampler = Sampler(4, 10, CPU)
+    sampler = TorchSampler(4, 10, CPU)
     sampler.set_parameters(0, SamplingParams(do_sample=True, temperature=0.5, top_k=3, seed=1))
     sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
     sampler.set_parameters(2, SamplingParams(frequency_penalty=-0.1))
     sampler.set_parameters(3, SamplingParams(presence_penalty=-0.1))
-    assert [sampler.needs_counts(slot) for slot in range(4)] == [False, True, True, True]
+    assert [sampler.slots.needs_counts(slot) for slot in range(4)] == [False, True, True, True]
     sampler.set_parameters(1, SamplingParams())
-    assert not sampler.needs_counts(1)
+    assert not sampler.slots.needs_counts(1)
 
 
 # -- what is reported -----------------------------------------------------------------

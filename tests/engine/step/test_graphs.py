@@ -25,7 +25,7 @@ from engine.sampling import triton_sampler
 from engine.text.grammar import GrammarCompiler
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, run
-from tests.engine.models import VOCAB_SIZE, adopted, reference
+from tests.engine.models import VOCAB_SIZE, prepared, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
 LAYERS = (1, 2)
@@ -35,7 +35,7 @@ PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), l
 @cache
 def fused(name: str, num_layers: int = 2) -> LoadedModel:
     """A model on the Triton kernels, each of them one operation of a recording."""
-    return adopted(name, recorded(TRITON), num_hidden_layers=num_layers)
+    return prepared(name, recorded(TRITON), num_hidden_layers=num_layers)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_what_few_steps_have_is_done_around_replayed_ones(
 @pytest.mark.slow
 def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
-    while ahead.prepare():
+    while ahead.capture_next_graph():
         pass
     steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
     assert not any(ahead.runner.needs_capture(step) for step in steps)
@@ -176,7 +176,7 @@ def test_prompts_that_come_while_others_decode_are_replayed_too(
 ) -> None:
     """Short ones, and what a cached prefix has left of a long one."""
     prepared = engine(fused(name), with_graphs=True)
-    while prepared.prepare():
+    while prepared.capture_next_graph():
         pass
     monkeypatch.setattr(prepared.runner, "forward", None)  # any step without a graph fails
     long = list(range(60, 100))
@@ -215,7 +215,7 @@ def decode_recording(num_layers: int) -> Recording:
         return recording, result
 
     config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=64)
-    assert Engine(fused("llama", num_layers), config, capture=remember).prepare()
+    assert Engine(fused("llama", num_layers), config, capture=remember).capture_next_graph()
     return recordings[0]
 
 

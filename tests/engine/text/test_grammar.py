@@ -30,7 +30,7 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.checkpoint import Checkpoint, locate
-from engine.loading.loader import LoadedModel, adopt
+from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.grammar import (
     Grammar,
     GrammarCompiler,
@@ -69,7 +69,7 @@ def loaded() -> LoadedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return adopt(model, tokenizer(), Checkpoint(Path("/nowhere"), "tiny-guided"))
+    return prepare_model(model, tokenizer(), Checkpoint(Path("/nowhere"), "tiny-guided"))
 
 
 @cache
@@ -636,20 +636,22 @@ def test_a_grammar_in_error_fails_its_own_request_alone() -> None:
     check_same(answers, others)
 
 
-def test_a_token_that_the_grammar_does_not_allow_fails_its_own_request_alone() -> None:
+def test_a_token_that_the_grammar_does_not_allow_fails_its_own_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As where a mask was lost on the way to the device."""
     serving = engine()
     bad, good = json_request(ORDER), guided_requests()[0]
-    fill = serving._masks.fill
+    fill = TokenMasks.fill
 
-    def fill_wrongly(states: Any) -> Any:
-        masks = fill(states)
+    def fill_wrongly(self: TokenMasks, states: Any) -> Any:
+        masks = fill(self, states)
         masks[[i for i, s in enumerate(states) if s is wrong]] = -1
         return masks
 
-    serving._masks.fill = fill_wrongly  # type: ignore[method-assign]
+    monkeypatch.setattr(TokenMasks, "fill", fill_wrongly)
     serving.add(bad)
-    wrong = serving._live[bad.request_id][0].grammar
+    wrong = serving._live[bad.request_id][0].constraint
     answers = run(serving, [(0, good)])
     failed = answers.last(bad)
     assert isinstance(failed, Failed)

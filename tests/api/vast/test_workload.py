@@ -1,4 +1,4 @@
-"""The books add up, whatever happens and whichever reports are heard."""
+"""The workload add up, whatever happens and whichever reports are heard."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api.vast.books import DEFAULT_WORKLOAD, MAX_WORKLOAD, Books, Job, Load, Outcome, workload_of
+from api.vast.workload import (
+    DEFAULT_WORKLOAD,
+    MAX_WORKLOAD,
+    Job,
+    Load,
+    Outcome,
+    Workload,
+    declared_tokens,
+)
 
 TOKENS = st.integers(0, 500)
 
 
 @dataclass
 class Truth:
-    """What happened, kept apart from the books."""
+    """What happened, kept apart from the workload."""
 
     received: int = 0
     served: int = 0
@@ -36,29 +44,29 @@ class Account:
     generated: int = 0
 
     @property
-    def workload(self) -> int:
+    def tokens(self) -> int:
         return max(self.accepted or self.limit, self.generated)
 
 
 class AnyBusiness(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.books, self.truth = Books(), Truth()
+        self.workload, self.truth = Workload(), Truth()
         self.running: dict[Job, Account] = {}
         self.on_its_way: tuple[Load, int] | None = None
         self.num_jobs = 0
 
-    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3), listed=st.booleans())
-    def starts(self, limit: int, idx: int | None, listed: bool) -> None:
-        job = self.books.enter(idx, limit, listed=listed)
-        self.books.start(job)
-        self.num_jobs += listed
+    @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3), is_listed=st.booleans())
+    def starts(self, limit: int, idx: int | None, is_listed: bool) -> None:
+        job = self.workload.add_job(idx, limit, is_listed=is_listed)
+        self.workload.start(job)
+        self.num_jobs += is_listed
         self.running[job] = Account(limit)
         self.truth.received += limit
 
     @rule(limit=TOKENS, idx=st.none() | st.integers(0, 3))
     def is_rejected_at_the_door(self, limit: int, idx: int | None) -> None:
-        self.books.end(self.books.enter(idx, limit), Outcome.REJECTED)
+        self.workload.end(self.workload.add_job(idx, limit), Outcome.REJECTED)
         self.num_jobs += 1
         self.truth.rejected += limit
         if idx is not None:
@@ -77,14 +85,14 @@ class AnyBusiness(RuleBasedStateMachine):
     def _change(self, data: st.DataObject, limit: int, count: int) -> None:
         job = data.draw(st.sampled_from(list(self.running)))
         account = self.running[job]
-        before = account.workload
+        before = account.tokens
         account.accepted += limit
         account.generated += count
         if limit:
-            job.accept(limit)
+            job.count_accepted(limit)
         if count:
-            job.generate(count)
-        self.truth.received += account.workload - before
+            job.count_generated(count)
+        self.truth.received += account.tokens - before
         self.truth.served += count
 
     @precondition(lambda self: self.running)
@@ -92,18 +100,18 @@ class AnyBusiness(RuleBasedStateMachine):
     def ends(self, data: st.DataObject, outcome: Outcome) -> None:
         job = data.draw(st.sampled_from(list(self.running)))
         account = self.running.pop(job)
-        self.books.end(job, outcome)
-        job.generate(7)  # a last step that was under way
-        self.truth.given_back += account.workload - account.generated
+        self.workload.end(job, outcome)
+        job.count_generated(7)  # a last step that was under way
+        self.truth.given_back += account.tokens - account.generated
         if outcome is Outcome.REJECTED:
-            self.truth.rejected += account.workload
-        if job.listed and job.request_idx is not None:
+            self.truth.rejected += account.tokens
+        if job.is_listed and job.request_idx is not None:
             self.truth.ended.append((job.request_idx, outcome))
 
     @precondition(lambda self: self.on_its_way is None)
     @rule()
     def a_report_leaves(self) -> None:
-        self.on_its_way = self.books.load(), len(self.books.ended)
+        self.on_its_way = self.workload.load(), len(self.workload.ended)
 
     @precondition(lambda self: self.on_its_way is not None)
     @rule(is_heard=st.booleans())
@@ -119,32 +127,32 @@ class AnyBusiness(RuleBasedStateMachine):
         truth.told_received += load.received
         truth.told_served += load.served
         truth.told_rejected += load.rejected
-        told = [self.books.ended[n] for n in range(num_ended)]
+        told = [self.workload.ended[n] for n in range(num_ended)]
         truth.told_ended += [(each.request_idx, each.outcome) for each in told]
-        self.books.delivered(load)
-        self.books.forget(num_ended)
+        self.workload.mark_delivered(load)
+        self.workload.discard_ended(num_ended)
 
     @invariant()
     def received_is_served_and_owed_and_given_back(self) -> None:
         truth = self.truth
-        assert truth.received == truth.served + self.books.owed + truth.given_back
+        assert truth.received == truth.served + self.workload.pending + truth.given_back
 
     @invariant()
     def what_is_owed_is_what_runs(self) -> None:
-        load, accounts = self.books.load(), self.running.values()
-        assert load.owed == sum(account.workload - account.generated for account in accounts)
-        assert len(load.working) == sum(job.listed for job in self.running)
+        load, accounts = self.workload.load(), self.running.values()
+        assert load.pending == sum(account.tokens - account.generated for account in accounts)
+        assert len(load.working) == sum(job.is_listed for job in self.running)
         assert load.num_received == self.num_jobs
 
     @invariant()
     def no_report_tells_of_less_than_nothing(self) -> None:
-        load = self.books.load()
-        assert min(load.received, load.served, load.rejected, load.owed) >= 0
+        load = self.workload.load()
+        assert min(load.received, load.served, load.rejected, load.pending) >= 0
 
     @invariant()
     def reports_come_to_the_truth(self) -> None:
         """What was given back after it was told is set off against what comes next."""
-        load, truth = self.books.load(), self.truth
+        load, truth = self.workload.load(), self.truth
         assert truth.told_served + load.served == truth.served
         assert truth.told_rejected + load.rejected == truth.rejected
         net = truth.received - truth.given_back
@@ -154,25 +162,25 @@ class AnyBusiness(RuleBasedStateMachine):
 
     @invariant()
     def every_end_is_told_once(self) -> None:
-        left = [(each.request_idx, each.outcome) for each in self.books.ended]
+        left = [(each.request_idx, each.outcome) for each in self.workload.ended]
         assert self.truth.told_ended + left == self.truth.ended
 
     def teardown(self) -> None:
         """All ends well, more comes than was ever given back, and a last report is heard."""
         self.on_its_way = None
         for job in list(self.running):
-            job.fail()
-            self.books.end(job, Outcome.CANCELLED)
+            job.mark_failed()
+            self.workload.end(job, Outcome.CANCELLED)
             account = self.running.pop(job)
-            self.truth.given_back += account.workload - account.generated
+            self.truth.given_back += account.tokens - account.generated
         truth = self.truth
         extra = int(truth.told_received) + truth.given_back - truth.received + 1000
-        job = self.books.enter(None, extra)
-        self.books.start(job)
-        job.generate(extra)
-        self.books.end(job, Outcome.SUCCESS)
-        self._hear(self.books.load(), 0)
-        assert self.books.owed == 0
+        job = self.workload.add_job(None, extra)
+        self.workload.start(job)
+        job.count_generated(extra)
+        self.workload.end(job, Outcome.SUCCESS)
+        self._hear(self.workload.load(), 0)
+        assert self.workload.pending == 0
         assert truth.told_served == truth.told_received == truth.served + extra
 
 
@@ -183,36 +191,36 @@ TestAnyBusiness.settings = settings(
 
 
 def test_what_is_cancelled_is_given_back() -> None:
-    books = Books()
-    job = books.enter(1, 100)
-    books.start(job)
-    job.generate(30)
-    books.end(job, Outcome.CANCELLED)
-    load = books.load()
-    assert (load.received, load.served, load.owed) == (30, 30, 0)
+    workload = Workload()
+    job = workload.add_job(1, 100)
+    workload.start(job)
+    job.count_generated(30)
+    workload.end(job, Outcome.CANCELLED)
+    load = workload.load()
+    assert (load.received, load.served, load.pending) == (30, 30, 0)
 
 
 def test_what_is_cancelled_after_it_was_told_is_set_off_against_what_comes() -> None:
-    books = Books()
-    job = books.enter(1, 100)
-    books.start(job)
-    books.delivered(books.load())
-    books.end(job, Outcome.CANCELLED)
-    assert books.load().received == 0
-    books.delivered(books.load())
-    books.start(books.enter(2, 120))
-    assert books.load().received == 20
+    workload = Workload()
+    job = workload.add_job(1, 100)
+    workload.start(job)
+    workload.mark_delivered(workload.load())
+    workload.end(job, Outcome.CANCELLED)
+    assert workload.load().received == 0
+    workload.mark_delivered(workload.load())
+    workload.start(workload.add_job(2, 120))
+    assert workload.load().received == 20
 
 
 def test_to_end_twice_is_to_end_once() -> None:
-    books = Books()
-    job = books.enter(1, 100)
-    books.start(job)
-    books.end(job, Outcome.SUCCESS)
-    job.accept(50)
-    job.generate(50)
-    load = books.load()
-    assert (load.received, load.served, load.owed) == (0, 0, 0)
+    workload = Workload()
+    job = workload.add_job(1, 100)
+    workload.start(job)
+    workload.end(job, Outcome.SUCCESS)
+    job.count_accepted(50)
+    job.count_generated(50)
+    load = workload.load()
+    assert (load.received, load.served, load.pending) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +244,4 @@ def test_to_end_twice_is_to_end_once() -> None:
     ],
 )
 def test_a_request_costs_what_it_may_generate(payload: dict[str, object], workload: float) -> None:
-    assert workload_of(payload) == workload
+    assert declared_tokens(payload) == workload

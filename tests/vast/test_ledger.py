@@ -1,11 +1,11 @@
-"""Books that add up are silent, and each way in which they do not is told."""
+"""Ledger that add up are silent, and each way in which they do not is told."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.vast.books import Attempt, Books, Deletion, Report
+from tests.vast.ledger import Attempt, Deletion, Ledger, Report
 
 IDLE: dict[str, Any] = {
     "id": 1,
@@ -49,10 +49,10 @@ def deletion(request_idx: int, status: str, **changes: Any) -> Deletion:
     return replace(entry, **changes)
 
 
-def one_of_each() -> Books:
+def one_of_each() -> Ledger:
     """Served 5, errored 7, cancelled 11, rejected 13: any sum tells which are in it."""
     costs = {"Success": 5, "Error": 7, "Cancelled": 11, "Rejected": 13}
-    return Books(
+    return Ledger(
         attempts=[Attempt(0.0, 1, n, n, cost) for n, cost in enumerate(costs.values(), 1)],
         reports=[
             report(new_load=23, cur_load=23, num_requests_recieved=3, **working(1, 2, 3)),
@@ -69,13 +69,13 @@ def working(*request_idxs: int) -> dict[str, Any]:
     }
 
 
-def last(books: Books, **changes: Any) -> None:
+def last(books: Ledger, **changes: Any) -> None:
     books.reports[-1] = Report(0.0, "", books.reports[-1].body | changes)
 
 
 def test_one_of_each_outcome_adds_up() -> None:
     assert one_of_each().complaints() == []
-    assert Books().complaints() == []
+    assert Ledger().complaints() == []
 
 
 def test_what_was_cancelled_before_it_was_reported_adds_up_too() -> None:
@@ -102,7 +102,7 @@ def test_a_deletion_too_many_is_told() -> None:
 
 
 def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> None:
-    books = Books(attempts=[Attempt(0.0, 1, 1, None, 5)])
+    books = Ledger(attempts=[Attempt(0.0, 1, 1, None, 5)])
     books.reports = [report(num_requests_recieved=1, new_load=5, cur_perf=5)]
     assert books.complaints() == []
     last(books, cur_perf=0, new_load=0)
@@ -180,6 +180,6 @@ def test_a_counter_starts_again_with_its_process() -> None:
 
 def test_loadtimes_are_told_once_each() -> None:
     times = (0.0, 2.5, 2.5, 0.0, 3.5)
-    books = Books(reports=[report(loadtime=loadtime) for loadtime in times])
+    books = Ledger(reports=[report(loadtime=loadtime) for loadtime in times])
     assert books.loadtimes(1) == [2.5, 3.5]
     assert books.loadtimes(2) == []

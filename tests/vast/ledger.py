@@ -138,7 +138,7 @@ class Deletion:
 
 
 @dataclass
-class Books:
+class Ledger:
     attempts: list[Attempt] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     deletions: list[Deletion] = field(default_factory=list)

@@ -1,0 +1,107 @@
+"""What both samplers keep for the sequence in each slot.
+
+Sampling parameters are on the host, in one record array derived from `SamplingParams`.
+Token counts, which only penalties need, are on the device.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.core.request import SamplingParams
+from kernels.sampling import GENERATED
+
+HOST_ONLY = ("seed", "logprobs", "watermark")
+"""Parameters that are not values of a sampling step.
+
+The seed becomes noise keys, `logprobs` decides on the host which results are computed, and
+the watermark changes the logits before sampling starts.
+"""
+STEP_PARAMETERS = tuple(f.name for f in fields(SamplingParams) if f.name not in HOST_ONLY)
+"""Parameters that every sampler has to heed."""
+
+_NEUTRAL = SamplingParams()
+_TYPES = {bool: np.bool_, int: np.int64, float: np.float32}
+_PARAMETERS = np.dtype(
+    [
+        (f.name, np.uint64 if f.name == "seed" else _TYPES[type(f.default)])
+        for f in fields(SamplingParams)
+    ]
+)
+
+
+def check_heeded(sampler: str, names: Iterable[str]) -> None:
+    """Assert that a sampler heeds every step parameter, and no other."""
+    differing = sorted(set(names) ^ set(STEP_PARAMETERS))
+    assert not differing, f"{sampler} and SamplingParams differ in {', '.join(differing)}"
+
+
+class SamplingSlots:
+    """Parameters and token counts by slot. The extra last slot pads captured graphs."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
+        self._vocab_size = vocab_size
+        self._device = device
+        self._parameters = np.zeros(max_sequences + 1, dtype=_PARAMETERS)
+        # Most slots of a batch are often plain: greedy, and every other parameter neutral.
+        self._is_plain = np.ones(max_sequences + 1, dtype=np.bool_)
+        self._counts: Tensor | None = None
+        self.set_parameters(max_sequences, _NEUTRAL)
+
+    # -- engine thread, ahead of the step ---------------------------------------------
+
+    def set_parameters(self, slot: int, params: SamplingParams) -> None:
+        """Store the parameters of a sequence that is new to this slot."""
+        self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.names or ())
+        steps_only = replace(params, **{name: getattr(_NEUTRAL, name) for name in HOST_ONLY})
+        self._is_plain[slot] = steps_only == _NEUTRAL
+        if self.needs_counts(slot):
+            self.all_counts()  # allocated by this thread, before the step's own thread reads it
+
+    def parameters(self, slots: np.ndarray) -> np.ndarray:
+        """The records of these slots, with one field for each sampling parameter."""
+        return self._parameters[slots]
+
+    def are_plain(self, slots: np.ndarray) -> bool:
+        """Whether all of these slots are greedy, with every other step parameter neutral."""
+        return bool(self._is_plain[slots].all())
+
+    def want_logprobs(self, slots: np.ndarray) -> bool:
+        return bool(self._parameters["logprobs"][slots].any())
+
+    def have_penalties(self, slots: np.ndarray) -> np.ndarray:
+        """Which of these slots have a penalty, [slots] bool."""
+        p = self._parameters[slots]
+        return (
+            (p["repetition_penalty"] != 1)
+            | (p["frequency_penalty"] != 0)
+            | (p["presence_penalty"] != 0)
+        )
+
+    def needs_counts(self, slot: int) -> bool:
+        return bool(self.have_penalties(np.array([slot]))[0])
+
+    def watermarked(self, slots: np.ndarray) -> np.ndarray:
+        """Return the indices of these slots that are watermarked, [n] int64."""
+        return np.flatnonzero(self._parameters["watermark"][slots])
+
+    # -- in stream order --------------------------------------------------------------
+
+    def all_counts(self) -> Tensor:
+        """Token counts of all slots, [slots, vocab_size] int32.
+
+        The tensor is allocated when the first request with a penalty arrives.
+        """
+        if self._counts is None:
+            shape = (len(self._parameters), self._vocab_size)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        return self._counts
+
+    def start_counts(self, slot: int, token_ids: Tensor, num_prompt_tokens: int) -> None:
+        """Count the known tokens, [n] int64, of a sequence that is new to this slot."""
+        counts = self.all_counts()[slot].zero_()
+        counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
+        counts[token_ids[num_prompt_tokens:]] |= GENERATED

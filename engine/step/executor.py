@@ -1,0 +1,102 @@
+"""The pipeline's executor: batches become steps of the model, results become Python numbers."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+import torch
+
+from engine.core.errors import EngineDead
+from engine.core.pipeline import SampledToken, StepOutput, new_sampled_token
+from engine.core.request import ConstraintState
+from engine.core.scheduler import Batch
+from engine.device.packed_arrays import PackedArrays
+from engine.device.stream import Pending
+from engine.sampling.sampler import SampledTokens
+from engine.step.builder import StepBuilder
+from engine.step.runner import Forward, ModelRunner, StepResult
+from engine.text.grammar import GrammarState, TokenMasks
+
+
+class ModelExecutor:
+    """Builds, launches and reads back steps of one model. Satisfies `Executor`."""
+
+    def __init__(self, builder: StepBuilder, runner: ModelRunner, masks: TokenMasks):
+        self._builder = builder
+        self._runner = runner
+        self._masks = masks
+
+    def launch(self, batch: Batch) -> "ModelStep":
+        step = self._builder.build(batch)
+        if any(entry.sequence.constraint is not None for entry in batch.scheduled):
+            return ModelStep(self._runner, self._masks, self._runner.launch_forward(step))
+        return ModelStep(self._runner, self._masks, None, self._runner.launch(step))
+
+    def recover(self, error: Exception) -> None:
+        """Free cached memory after an out-of-memory error. Raises EngineDead if the device's
+        context is gone, because whatever runs next would fail the same way.
+        """
+        if isinstance(error, torch.AcceleratorError):
+            raise EngineDead(f"{type(error).__name__}: {error}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+
+
+class ModelStep:
+    """A step in flight. One with guided sequences has a `forward` whose sampling comes later."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        masks: TokenMasks,
+        forward: Forward | None,
+        pending: Pending[StepResult] | None = None,
+    ):
+        self._runner = runner
+        self._masks = masks
+        self._forward = forward
+        self._pending = pending
+
+    @property
+    def needs_sampling(self) -> bool:
+        return self._pending is None
+
+    def sample(self, guided: list[tuple[int, ConstraintState]]) -> None:
+        assert self._forward is not None
+        masks = None
+        if guided:
+            rows, states = zip(*guided, strict=True)
+            filled = self._masks.fill(cast(tuple[GrammarState, ...], states))
+            masks = PackedArrays({"rows": np.array(rows), "masks": filled})
+        self._pending = self._runner.launch_sampling(self._forward, masks)
+
+    def result(self) -> StepOutput:
+        assert self._pending is not None, "the sampling was not launched"
+        return _output(self._pending.result())
+
+    def wait(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._pending is not None:
+                self._pending.result()
+            elif self._forward is not None and self._forward.pending is not None:
+                self._forward.pending.result()
+
+
+def _output(result: StepResult) -> StepOutput:
+    logprobs = result.prompt_logprobs
+    return StepOutput(
+        tokens=None if result.sampled is None else _tokens(result.sampled),
+        prompt_logprobs=[] if logprobs is None else logprobs.tolist(),
+    )
+
+
+def _tokens(sampled: SampledTokens) -> Iterable[SampledToken]:
+    ids = sampled.ids.tolist()
+    logprobs = [None] * len(ids) if sampled.logprobs is None else sampled.logprobs.tolist()
+    if sampled.top_ids is None or sampled.top_logprobs is None:
+        top: list[list[tuple[int, float]]] = [[]] * len(ids)
+    else:
+        pairs = zip(sampled.top_ids.tolist(), sampled.top_logprobs.tolist(), strict=True)
+        top = [list(zip(i, p, strict=True)) for i, p in pairs]
+    return map(new_sampled_token, zip(ids, logprobs, top, strict=True))
