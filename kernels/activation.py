@@ -1,8 +1,9 @@
 """The product in the middle of a gated MLP: act(gate) * up.
 
-The functions follow torch's CUDA kernels operation by operation, down to how CUDA's own
-math library takes exp and tanh, because half a unit in the last place of float32 is enough
-to turn the last bit of a bfloat16 now and then.
+The Triton kernel follows torch's CUDA kernels operation by operation, down to how CUDA's math
+library computes exp and tanh, because half a unit in the last place of float32 is enough to
+turn the last bit of a bfloat16 now and then. The torch op is what transformers calls, and takes
+its exp and erf from whichever library torch chooses for the device, type and layout.
 """
 
 from collections.abc import Callable
@@ -21,19 +22,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-"""Those of gated MLPs: silu nearly everywhere (transformers' "swish" is the same), gelu_tanh
-in gemma ("gelu_pytorch_tanh"), gelu in its first configs, relu in sparse llamas, relu2 in
-bitnet."""
+"""The activations of gated MLPs: silu nearly everywhere (transformers also calls it "swish"),
+gelu_tanh in gemma ("gelu_pytorch_tanh"), gelu in gemma's first configs, relu in sparse llamas,
+relu2 in bitnet."""
 
 _BLOCK = 1024
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the activation of that name."""
     return ACTIVATIONS[activation](x)
 
 
 def act_mul_torch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) rounded to its type, times `up`; contiguous.
+    """Return act(gate), rounded to its type, times `up`, as a contiguous tensor.
 
     gate, up  [..., n], any strides
     """
@@ -41,8 +43,10 @@ def act_mul_torch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def act_mul_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """As `act_mul_torch`, for rows that are contiguous, and lie at one stride from each other:
-    the halves of a fused projection for example.
+    """Do what `act_mul_torch` does, in one launch.
+
+    Rows must be contiguous and lie at one stride from each other, as the halves of a fused
+    projection do.
 
     Reads gate and up once and writes as much as one of them: 3 * rows * n elements.
     """
@@ -100,9 +104,10 @@ def _act_mul_kernel(
 
 @triton.jit
 def _exp(x):
-    """CUDA's expf: `tl.exp` rounds x * log2(e) once, which costs a large x its last bits.
+    """Return e^x as CUDA's expf computes it.
 
-    Below the clamp e^x is nothing beside the 1 it is added to, above it infinity.
+    `tl.exp` rounds x * log2(e) once, which costs a large x its last bits. Below the clamp, e^x
+    vanishes beside the 1 that the caller adds; above it, e^x is infinite.
     """
     bounded = tl.clamp(x, -87.0, 88.7228)
     whole = tl.minimum(tl.floor(bounded * 1.4426950216293335), 126.0)
@@ -114,7 +119,7 @@ def _exp(x):
 
 @triton.jit
 def _tanh(x):
-    """CUDA's tanhf: a polynomial near 0, elsewhere 1 - 2 / (e^2|x| + 1)."""
+    """Return tanh(x) as CUDA's tanhf computes it: a polynomial near 0, else from e^2|x|."""
     square = x * x
     near = tl.fma(0.01573968306183815, square, -0.05230396240949631)
     near = tl.fma(near, square, 0.13315297663211823)

@@ -165,12 +165,12 @@ def rotary_store_kv(setting: Setting, batch: int) -> KernelCase:
     def make() -> Callable[[], object]:
         qkv = setting.randn(batch, sum(heads), shape.head_dim)
         cos, sin = setting.randn(2, batch, shape.head_dim)
-        caches = setting.randn(2, batch, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+        keys, values = setting.randn(2, batch, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
         slots = torch.arange(batch, device=setting.device) * BLOCK_SIZE
         rotary = Rotary(cos, sin, interleaved=False)
-        return partial(
-            setting.ops.rotary_store_kv, *qkv.split(heads, dim=1), rotary, *caches, slots
-        )
+        query, key, value = qkv.split(heads, dim=1)
+        store = setting.ops.rotary_store_kv
+        return partial(store, query, key, value, rotary, keys, values, slots)
 
     num_bytes = 2 * batch * (shape.qkv + shape.head_dim) * itemsize
     return KernelCase("rotary_store_kv", make, num_bytes, size={"batch": batch})

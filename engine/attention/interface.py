@@ -167,8 +167,8 @@ def _store(
     caches = call.key, call.value, slot_mapping, call.k_scale, call.v_scale
     if isinstance(query, Rotated) and isinstance(key, Rotated) and call.writes:
         rotary = query.rotation.rotary
-        sources = _packed(query.source), _packed(key.source), _packed(value)
-        return ops.rotary_store_kv(*sources, rotary, *caches)
+        rows = _packed(query.source)
+        return ops.rotary_store_kv(rows, _packed(key.source), _packed(value), rotary, *caches)
     query, key = (x.materialize() if isinstance(x, Rotated) else x for x in (query, key))
     if call.writes:
         ops.store_kv(_packed(key), _packed(value), *caches)

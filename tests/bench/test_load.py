@@ -10,7 +10,8 @@ import orjson
 import pytest
 import uvloop
 
-from bench.load import LoadError, main, run_load
+from bench.client import LoadError
+from bench.load import main, run_load
 from bench.report import (
     Latency,
     RequestRecord,

@@ -23,7 +23,7 @@ from engine.loading.loader import LoadedModel
 from tests.engine.driving import Answers, check_greedy, generate, greedy, run
 from tests.engine.models import FAMILIES, build, prepared
 
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 
 
 class EagerAgain:

@@ -127,16 +127,14 @@ def test_paged_attention_over_an_8_bit_cache(batch: str) -> None:
     shape = SHAPES["Llama-3.1-8B"]
     step = Step(shape, batch, torch.bfloat16)
     scales = torch.rand(2, shape.num_kv_heads, device=CUDA) * 0.1 + 0.01
-    stored = [
-        (cache / scale[:, None]).to(torch.float8_e4m3fn)
-        for cache, scale in zip((step.keys, step.values), scales, strict=True)
-    ]
-    step.keys, step.values = (
-        s.double() * scale[:, None] for s, scale in zip(stored, scales, strict=True)
-    )
+    keys = (step.keys / scales[0, :, None]).to(torch.float8_e4m3fn)
+    values = (step.values / scales[1, :, None]).to(torch.float8_e4m3fn)
+    step.keys = keys.double() * scales[0, :, None]
+    step.values = values.double() * scales[1, :, None]
     output = TRITON.paged_attention(
         step.query,
-        *stored,
+        keys,
+        values,
         step.metadata,
         shape.mask,
         scale=shape.head_dim**-0.5,
@@ -191,12 +189,12 @@ def test_rotation_with_the_kv_write(shape: Shape, dtype: torch.dtype) -> None:
     angles = torch.rand(tokens, dim // 2, device=CUDA).repeat(1, 2) * 6
     rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), interleaved=False)
     slots = step.metadata.slot_mapping
-    caches = [torch.zeros_like(step.keys) for _ in range(4)]
-    actual = TRITON.rotary_store_kv(query, key, value, rotary, *caches[:2], slots)
-    expected = TORCH.rotary_store_kv(query, key, value, rotary, *caches[2:], slots)
+    actual_keys, actual_values, keys, values = torch.zeros_like(step.keys).repeat(4, 1, 1, 1, 1)
+    actual = TRITON.rotary_store_kv(query, key, value, rotary, actual_keys, actual_values, slots)
+    expected = TORCH.rotary_store_kv(query, key, value, rotary, keys, values, slots)
     assert torch.equal(actual, expected)
-    assert torch.equal(caches[0], caches[2])
-    assert torch.equal(caches[1], caches[3])
+    assert torch.equal(actual_keys, keys)
+    assert torch.equal(actual_values, values)
 
 
 PARAMS = [

@@ -67,7 +67,7 @@ def a_module(family: str, hidden: int, dtype: torch.dtype) -> tuple[nn.Module, N
     module = make(hidden).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += torch.randn(hidden) * 0.3
+            parameter.add_(torch.randn(hidden) * 0.3)
     return module.requires_grad_(False), form
 
 

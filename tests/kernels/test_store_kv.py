@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.ops import RotaryStoreKv, StoreKv
 from kernels.store_kv import (
     Rotary,
     rotary_store_kv_torch,
@@ -25,8 +26,6 @@ from tests.kernels.rounding import DEVICE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 E4M3 = torch.float8_e4m3fn
 
-StoreKV = Callable[..., None]
-RotaryStoreKV = Callable[..., Tensor]
 each_store = pytest.mark.parametrize("store_kv", [store_kv_torch, store_kv_triton])
 each_rotary_store = pytest.mark.parametrize(
     "rotary_store_kv", [rotary_store_kv_torch, rotary_store_kv_triton]
@@ -67,7 +66,7 @@ def check_stored(cache: Tensor, before: Tensor, slots: Tensor, stored: Tensor) -
     st.sampled_from(DTYPES), st.data(),
 )  # fmt: skip
 def test_any_slots_in_any_order(
-    store_kv: StoreKV,
+    store_kv: StoreKv,
     num_blocks: int,
     block_size: int,
     num_heads: int,
@@ -76,8 +75,8 @@ def test_any_slots_in_any_order(
     dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
-    caches = make_caches(num_blocks, block_size, num_heads, head_dim, value_dim)
-    caches = tuple(cache.to(dtype) for cache in caches)
+    keys, values = make_caches(num_blocks, block_size, num_heads, head_dim, value_dim)
+    caches = keys.to(dtype), values.to(dtype)
     before = [cache.clone() for cache in caches]
     order = data.draw(st.permutations(range(num_blocks * block_size)))
     slots = torch.tensor(order[: data.draw(st.integers(1, len(order)))])
@@ -91,7 +90,7 @@ def test_any_slots_in_any_order(
 
 @each_store
 @pytest.mark.parametrize("slots", [[-1], [-1, -7, -1], [-1, 0, -1], [5, -1, 0], [-1, -1, 11, 3]])
-def test_a_row_with_a_negative_slot_is_not_stored(store_kv: StoreKV, slots: list[int]) -> None:
+def test_a_row_with_a_negative_slot_is_not_stored(store_kv: StoreKv, slots: list[int]) -> None:
     """Whatever it holds."""
     caches = make_caches(3, 4, 2, 5, 3)
     before = [cache.clone() for cache in caches]
@@ -137,7 +136,7 @@ KINDS = [
     + [(store_kv_torch, "dim first")],
 )
 @pytest.mark.parametrize("num_tokens", [1, 11])
-def test_strided_inputs(store_kv: StoreKV, kind: str, num_tokens: int) -> None:
+def test_strided_inputs(store_kv: StoreKv, kind: str, num_tokens: int) -> None:
     caches = make_caches(3, 8, 2, 6, 10)
     before = [cache.clone() for cache in caches]
     slots = torch.randperm(24)[:num_tokens]
@@ -149,7 +148,7 @@ def test_strided_inputs(store_kv: StoreKV, kind: str, num_tokens: int) -> None:
 
 
 @each_store
-def test_a_layer_of_a_shared_tensor_leaves_the_others_alone(store_kv: StoreKV) -> None:
+def test_a_layer_of_a_shared_tensor_leaves_the_others_alone(store_kv: StoreKv) -> None:
     keys, values = torch.zeros(3, 2, 4, 1, 5), torch.zeros(3, 2, 4, 1, 5)
     key, value = torch.ones(2, 1, 5), torch.ones(2, 1, 5)
     store_kv(key, value, keys[1], values[1], torch.tensor([6, 1]))
@@ -160,7 +159,7 @@ def test_a_layer_of_a_shared_tensor_leaves_the_others_alone(store_kv: StoreKV) -
 
 
 @each_store
-def test_what_was_stored_may_be_overwritten(store_kv: StoreKV) -> None:
+def test_what_was_stored_may_be_overwritten(store_kv: StoreKv) -> None:
     caches = make_caches(1, 4, 1, 2, 2)
     for n in range(3):
         rows = torch.full((1, 1, 2), float(n))
@@ -171,7 +170,7 @@ def test_what_was_stored_may_be_overwritten(store_kv: StoreKV) -> None:
 
 @each_store
 @pytest.mark.parametrize("num_kv_heads", [1, 9, 40])
-def test_more_heads_than_one_program_takes(store_kv: StoreKV, num_kv_heads: int) -> None:
+def test_more_heads_than_one_program_takes(store_kv: StoreKv, num_kv_heads: int) -> None:
     caches = make_caches(1, 4, num_kv_heads, 128, 200)
     before = [cache.clone() for cache in caches]
     slots = torch.tensor([3, 0])
@@ -191,7 +190,7 @@ def float8_caches(num_heads: int, head_dim: int, value_dim: int) -> tuple[Tensor
 
 @each_store
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_float8_holds_each_head_over_its_scale(store_kv: StoreKV, dtype: torch.dtype) -> None:
+def test_float8_holds_each_head_over_its_scale(store_kv: StoreKv, dtype: torch.dtype) -> None:
     caches = float8_caches(3, 20, 8)
     k_scale, v_scale = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([2.0, 0.3, 0.01])
     key, value = torch.randn(4, 3, 20).to(dtype), torch.randn(4, 3, 8).to(dtype)
@@ -210,7 +209,7 @@ def test_float8_holds_each_head_over_its_scale(store_kv: StoreKV, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.slow
 def test_every_number_of_16_bits_is_rounded_to_float8_as_torch_does(
-    store_kv: StoreKV, dtype: torch.dtype
+    store_kv: StoreKv, dtype: torch.dtype
 ) -> None:
     """To nearest, ties to even, saturated at 448; infinities too, NaN stays NaN."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -227,7 +226,7 @@ def test_every_number_of_16_bits_is_rounded_to_float8_as_torch_does(
 
 
 @each_store
-def test_halves_between_two_float8_go_to_the_even_one(store_kv: StoreKV) -> None:
+def test_halves_between_two_float8_go_to_the_even_one(store_kv: StoreKv) -> None:
     codes = torch.arange(0x7E, dtype=torch.uint8)
     halfway = (codes.view(E4M3).float() + (codes + 1).view(E4M3).float()) / 2
     caches = float8_caches(1, len(codes), len(codes))
@@ -288,7 +287,7 @@ def make_tables(form: dict[str, Any], num_tokens: int, rotary_dim: int) -> tuple
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
 def test_the_rotation_of_each_family(
-    rotary_store_kv: RotaryStoreKV, family: tuple[str, dict[str, Any], bool, float], dtype: Any
+    rotary_store_kv: RotaryStoreKv, family: tuple[str, dict[str, Any], bool, float], dtype: Any
 ) -> None:
     name, form, float32_tables, share = family
     head_dim, value_dim, num_tokens, slots = 24, 10, 5, torch.tensor([7, 0, -1, 30, 16])
@@ -315,7 +314,7 @@ def test_the_rotation_of_each_family(
 @each_rotary_store
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_product_is_rounded_unless_the_tables_are_float32(
-    rotary_store_kv: RotaryStoreKV, dtype: torch.dtype
+    rotary_store_kv: RotaryStoreKv, dtype: torch.dtype
 ) -> None:
     """Or said to be taken as such: it shows in many elements."""
     query = torch.randn(20, 2, 64).to(dtype)
@@ -336,10 +335,11 @@ def test_each_product_is_rounded_unless_the_tables_are_float32(
 @each_rotary_store
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_query_alone_leaves_the_caches_as_they_are(
-    rotary_store_kv: RotaryStoreKV, interleaved: bool
+    rotary_store_kv: RotaryStoreKv, interleaved: bool
 ) -> None:
     query = torch.randn(3, 2, 16)
-    rotary = Rotary(*(table[0] for table in make_tables({}, 3, 12)), interleaved)
+    cos, sin = make_tables({}, 3, 12)
+    rotary = Rotary(cos[0], sin[0], interleaved)
     caches = make_caches(1, 16, 1, 16, 16)
     before = [cache.clone() for cache in caches]
     rotated = rotary_store_kv(query, None, None, rotary, *caches, torch.tensor([1, 2, 3]))
@@ -353,7 +353,7 @@ def test_a_query_alone_leaves_the_caches_as_they_are(
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotating_strided_inputs(
-    rotary_store_kv: RotaryStoreKV, interleaved: bool, kind: str
+    rotary_store_kv: RotaryStoreKv, interleaved: bool, kind: str
 ) -> None:
     query, key, value = (strided(kind, 7, n, 16) for n in (6, 2, 2))
     cos, sin = (table[0].repeat(1, 2)[::2, :12] for table in make_tables({}, 14, 12))
@@ -369,9 +369,10 @@ def test_rotating_strided_inputs(
 
 
 @each_rotary_store
-def test_a_key_is_rounded_to_its_type_before_float8(rotary_store_kv: RotaryStoreKV) -> None:
+def test_a_key_is_rounded_to_its_type_before_float8(rotary_store_kv: RotaryStoreKv) -> None:
     query, key, value = (torch.randn(9, n, 32).bfloat16() for n in (4, 2, 2))
-    rotary = Rotary(*(table[0].bfloat16() for table in make_tables({}, 9, 32)), False)
+    cos, sin = make_tables({}, 9, 32)
+    rotary = Rotary(cos[0].bfloat16(), sin[0].bfloat16(), interleaved=False)
     caches, scale = float8_caches(2, 32, 32), torch.tensor([0.02, 0.7])
     slots = torch.arange(9)
     rotary_store_kv(query, key, value, rotary, *caches, slots, scale, scale)

@@ -263,8 +263,9 @@ def test_the_end_of_a_long_context(queries: int) -> None:
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 5000])
 def test_a_decode_of_the_most_splits_that_there_are(length: int) -> None:
     [seq] = make_sequences([(1, length)], 1, 4, 16)
-    items = page(case := Case([seq]), spare_items=0).batch.decode.items
-    assert len(items) == MAX_SPLITS
+    decode = page(case := Case([seq]), spare_items=0).batch.decode
+    assert decode is not None
+    assert len(decode.items) == MAX_SPLITS
     check(case)
 
 
@@ -476,13 +477,15 @@ def test_dummies_are_zero() -> None:
 def test_a_batch_of_dummies() -> None:
     [seq] = make_sequences([(1, 1)])
     paged = page(Case([seq]), dummies=3)
+    assert paged.batch.decode is not None
     items = paged.batch.decode.items
-    paged.batch.decode.items[0] = items[1]
+    items[0] = items[1]
     assert not torch.cat(paged.run())[1:].any()
 
 
 def test_a_batch_without_items_writes_nothing() -> None:
     paged = page(Case(make_sequences(MIXED)))
+    assert paged.batch.decode is not None
     for work in (paged.batch.decode, *paged.batch.prefill.values()):
         work.num_items.zero_()
     paged.run()  # nonsense items and counters, were they touched, would show
