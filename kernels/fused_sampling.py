@@ -54,24 +54,23 @@ _NOTHING = tl.constexpr(-(1 << 63))
 _GENERATED = tl.constexpr(sampling.GENERATED)
 
 
-def _word(name: str) -> tl.constexpr:
-    fields = ROW_PARAMETERS.fields
-    assert fields is not None
-    return tl.constexpr(fields[name][1] // 4)
-
-
-_TEMPERATURE = _word("temperature")
-_TOP_K = _word("top_k")
-_TOP_P = _word("top_p")
-_TYPICAL_P = _word("typical_p")
-_REPETITION = _word("repetition_penalty")
-_FREQUENCY = _word("frequency_penalty")
-_PRESENCE = _word("presence_penalty")
-_DO_SAMPLE = _word("do_sample")
-_NOISE_KEY = _word("noise_key")
-_SLOT = _word("slot")
-_CONTEXT_LENGTH = _word("context_length")
-_TOP_N = _word("top_n_tokens")
+_words = {
+    name: tl.constexpr(offset // 4)
+    for name, (_, offset, *_) in (ROW_PARAMETERS.fields or {}).items()
+}
+_TEMPERATURE = _words.pop("temperature")
+_TOP_K = _words.pop("top_k")
+_TOP_P = _words.pop("top_p")
+_TYPICAL_P = _words.pop("typical_p")
+_REPETITION = _words.pop("repetition_penalty")
+_FREQUENCY = _words.pop("frequency_penalty")
+_PRESENCE = _words.pop("presence_penalty")
+_DO_SAMPLE = _words.pop("do_sample")
+_NOISE_KEY = _words.pop("noise_key")
+_SLOT = _words.pop("slot")
+_CONTEXT_LENGTH = _words.pop("context_length")
+_TOP_N = _words.pop("top_n_tokens")
+assert not _words, f"no kernel reads {', '.join(_words)}"
 
 
 def greedy(logits: Tensor, want_logprobs: bool) -> tuple[Tensor, Tensor | None]:
