@@ -118,7 +118,7 @@ class Recording(TorchDispatchMode):
 
 def recorded(ops: Ops) -> Ops:
     """The same kernels, each of which counts as one operation where a recording is active."""
-    kernels = {
+    kernels: dict[str, Any] = {
         field.name: recorded_kernel(getattr(ops, field.name))
         for field in fields(ops)
         if callable(getattr(ops, field.name))

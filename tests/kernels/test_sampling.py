@@ -44,14 +44,14 @@ def check_chi_square(observed: Tensor, expected: Tensor) -> None:
 
     Classes too rare for it are counted with the rarest of the others.
     """
-    observed, expected = (np.array(x.tolist()).ravel() for x in (observed, expected))
-    rare = expected < 8
-    rarest = np.where(rare, np.inf, expected).argmin()
-    for counts in (observed, expected):
+    found, wanted = (np.array(x.tolist()).ravel() for x in (observed, expected))
+    rare = wanted < 8
+    rarest = np.where(rare, np.inf, wanted).argmin()
+    for counts in (found, wanted):
         counts[rarest] += counts[rare].sum()
-    observed, expected = observed[~rare], expected[~rare]
-    df = len(observed) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
+    found, wanted = found[~rare], wanted[~rare]
+    df = len(found) - 1
+    statistic = ((found - wanted) ** 2 / wanted).sum()
     z = ((statistic / df) ** (1 / 3) - 1 + 2 / (9 * df)) / math.sqrt(2 / (9 * df))
     assert abs(z) < _Z, f"chi-square {statistic:.1f} at {df} degrees of freedom"
 

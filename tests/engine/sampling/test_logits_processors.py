@@ -370,6 +370,10 @@ def penalised(draw: st.DrawFn) -> tuple[Tensor, list[list[int]], np.ndarray, np.
     return scores, contexts, np.array(repetition, np.float32), np.array(frequency, np.float32)
 
 
+def single(values: list[float]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
 def make_penalties(
     contexts: list[list[int]], repetition: np.ndarray, frequency: np.ndarray, vocab_size: int
 ) -> Penalties | None:
@@ -429,8 +433,10 @@ def test_penalties_of_each_row_are_those_it_would_get_alone(
     batch: tuple[Tensor, list[list[int]], np.ndarray, np.ndarray],
 ) -> None:
     together = penalise(*batch)
+    scores, contexts, repetition, frequency = batch
     for i in range(len(together)):
-        alone = penalise(*(part[i : i + 1] for part in batch))
+        row = slice(i, i + 1)
+        alone = penalise(scores[row], contexts[row], repetition[row], frequency[row])
         assert bits(together[i]) == bits(alone)
 
 
@@ -450,19 +456,19 @@ def test_one_penalty_alone_is_as_if_the_other_were_absent(
 
 def test_repetition_is_charged_once_however_often_the_token_occurs() -> None:
     scores = torch.tensor([[2.0, -2.0, 2.0]])
-    out = penalise(scores, [[0, 0, 0, 1]], np.float32([2.0]), np.float32([0.0]))
+    out = penalise(scores, [[0, 0, 0, 1]], single([2.0]), single([0.0]))
     assert out.tolist() == [[1.0, -4.0, 2.0]]
 
 
 def test_frequency_is_a_share_of_the_context_not_a_count() -> None:
     scores = torch.zeros(1, 3)
-    out = penalise(scores, [[0, 0, 0, 1]], np.float32([1.0]), np.float32([2.0]))
+    out = penalise(scores, [[0, 0, 0, 1]], single([1.0]), single([2.0]))
     assert out.tolist() == [[-1.5, -0.5, 0.0]]
 
 
 def test_repetition_comes_before_frequency() -> None:
     """2 / 2 - 1.5 = -0.5; the other way round (2 - 1.5) / 2 = 0.25."""
-    out = penalise(torch.tensor([[2.0, 0.0]]), [[0]], np.float32([2.0]), np.float32([1.5]))
+    out = penalise(torch.tensor([[2.0, 0.0]]), [[0]], single([2.0]), single([1.5]))
     assert out.tolist() == [[-0.5, 0.0]]
 
 
@@ -470,13 +476,13 @@ def test_a_short_context_beside_a_long_one_is_not_padded() -> None:
     """Text Generation Inference pads it with token 0 and divides by the padded length."""
     scores = torch.ones(2, 3)
     contexts = [[1], [2] * 9 + [0]]
-    out = penalise(scores, contexts, np.float32([2.0, 2.0]), np.float32([1.0, 1.0]))
+    out = penalise(scores, contexts, single([2.0, 2.0]), single([1.0, 1.0]))
     torch.testing.assert_close(out, torch.tensor([[1.0, -0.5, 1.0], [0.4, 1.0, -0.4]]))
 
 
 def test_counting_marks_and_adds_each_rows_new_token_in_its_own_slot() -> None:
-    neutral = np.float32([1.0, 1.0, 1.0])
-    penalties = make_penalties([[0], [1], [2]], neutral, np.float32([1.0, 0.0, 1.0]), 4)
+    neutral = single([1.0, 1.0, 1.0])
+    penalties = make_penalties([[0], [1], [2]], neutral, single([1.0, 0.0, 1.0]), 4)
     assert penalties is not None
     before = penalties.counts.clone()
     penalties.count(torch.tensor([3, 0, 2]))

@@ -268,7 +268,19 @@ def test_neutral_rows_are_untouched_by_what_others_use(
 
 def test_a_row_of_nan_harms_no_other() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [math.nan] * 3, [1.0, 3.0, 2.0]])
-    all_steps = SamplingParams(True, 0.5, 2, 0.9, 0.9, 1.1, 0.1, 5, True, 2)
+    all_steps = SamplingParams(
+        do_sample=True,
+        temperature=0.5,
+        top_k=2,
+        top_p=0.9,
+        typical_p=0.9,
+        repetition_penalty=1.1,
+        frequency_penalty=0.1,
+        presence_penalty=0.5,
+        seed=5,
+        logprobs=True,
+        top_n_tokens=2,
+    )
     sampled = sample(logits, all_steps, all_steps, SamplingParams(logprobs=True))
     own = sample(logits[:1], all_steps)
     assert sampled.ids[0] == own.ids[0]

@@ -1,6 +1,7 @@
 """Every sampling parameter reaches both samplers: a forgotten one fails here by its name."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from engine.sampling.triton_sampler import TritonSampler
 
 CPU = torch.device("cpu")
 NEUTRAL = SamplingParams()
-USED: dict[str, bool | int | float] = {
+USED: dict[str, Any] = {
     "do_sample": True,
     "temperature": 0.5,
     "top_k": 3,

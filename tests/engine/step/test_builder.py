@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.core.config import EngineConfig
 from engine.core.request import Finished, Request, SamplingParams, StoppingParams
+from engine.core.scheduler import Batch
 from engine.engine import Engine
 from engine.step.builder import HostStep
 from kernels.ops import TORCH, TRITON, Ops
@@ -49,9 +50,9 @@ class _PicklingEngine(Engine):
         self.num_pickled = 0
         build = self._builder.build
 
-        def build_and_pickle(*args: Any) -> HostStep:
+        def build_and_pickle(batch: Batch) -> HostStep:
             self.num_pickled += 1
-            return pickled(build(*args))
+            return pickled(build(batch))
 
         self._builder.build = build_and_pickle  # type: ignore[method-assign]
 

@@ -21,8 +21,8 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
-from engine.sampling import triton_sampler
 from engine.text.grammar import GrammarCompiler
+from kernels import fused_sampling
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, run
 from tests.engine.models import VOCAB_SIZE, adopted, reference
@@ -41,8 +41,8 @@ def fused(name: str, num_layers: int = 2) -> LoadedModel:
 @pytest.fixture(autouse=True)
 def recorded_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("greedy", "sample"):
-        kernel = getattr(triton_sampler.fused_sampling, name)
-        monkeypatch.setattr(triton_sampler.fused_sampling, name, recorded_kernel(kernel))
+        kernel = getattr(fused_sampling, name)
+        monkeypatch.setattr(fused_sampling, name, recorded_kernel(kernel))
 
 
 def engine(loaded: LoadedModel, with_graphs: bool) -> Engine:
