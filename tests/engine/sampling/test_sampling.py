@@ -1,4 +1,4 @@
-"""The same seed gives the same text: alone or in company, before and after preemption."""
+"""The same seed gives the same text: alone or in a batch, before and after preemption."""
 
 import random
 from typing import Any
@@ -44,7 +44,7 @@ def alone() -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_in_company(alone: list[list[int]]) -> None:
+def test_sampled_tokens_in_a_batch_are_those_of_the_request_alone(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     company = [greedy([i, i + 1, i + 2], 9) for i in range(4)]
     sampled = requests()
@@ -53,7 +53,7 @@ def test_in_company(alone: list[list[int]]) -> None:
     assert [answers.ids(r) for r in sampled] == alone
 
 
-def test_through_preemption(alone: list[list[int]]) -> None:
+def test_sampled_tokens_survive_preemption(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), num_blocks=8, max_total_tokens=96)
     sampled = requests()
     answers = run(engine, [(0, r) for r in sampled])
@@ -77,7 +77,7 @@ def test_the_seed_is_reported_for_sampled_requests_only() -> None:
     assert [e.seed for e in endings if isinstance(e, Finished)] == [11, None]
 
 
-def test_top_tokens_stand_beside_each_token() -> None:
+def test_each_token_comes_with_its_top_tokens() -> None:
     engine = make_engine(family("llama"))
     request = greedy([1, 2, 3], 5, top_n_tokens=3)
     outputs = run(engine, [(0, request)]).tokens(request)

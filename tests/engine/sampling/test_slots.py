@@ -65,7 +65,7 @@ def test_every_parameter_changes_the_plan_of_a_step(
 ) -> None:
     sampled = replace(NEUTRAL, do_sample=name != "do_sample")
     changed = replace(sampled, **{name: USED[name]})
-    if name == "watermark":  # not a matter of the plan: it changes the logits before
+    if name == "watermark":  # not in the plan: the runner changes the logits before sampling
         sampler = make(1, 10, CPU)
         sampler.set_parameters(0, changed)
         assert sampler.slots.watermarked(np.array([1, 0])).tolist() == [1]
