@@ -1,26 +1,27 @@
-"""Sampling in two launches: no sort, no word to the host, every row by its own parameters.
+"""Sampling in two launches: no sort, nothing sent to the host, each row by its own parameters.
 
-The first launch has a program for each `CHUNK` tokens of each row. It penalises, divides by
-the temperature, and leaves of its chunk the best token (its noise added, where the row is
-sampled from all of its tokens), the mass, and, where the row needs them, its highest scores:
-at most `KEPT`, and the bound above which there are no others. The second has a program for
-each row, which merges the chunks and is done, unless the row has a threshold to be found.
+The first launch has a program for each `CHUNK` tokens of each row. It applies penalties and the
+temperature, and stores its chunk's best token (with noise added, if the row is sampled from
+all of its tokens) and mass. For rows that need them it also stores the chunk's highest scores:
+at most `KEPT`, and the bound above which there are no others. The second launch has a program
+for each row, which merges the chunks. If the row has no threshold, that is all.
 
-All thresholds are one question. A token is kept if those ranked above it weigh less than a
-limit; top-k ranks by score and counts them, top-p sums their probabilities, typical-p ranks
-by how near a surprise is to the entropy. It is answered by bisection over float32's ordered
-bits, exactly. Ties stay or go together.
+All thresholds are one question: a token is kept if the tokens ranked above it weigh less than
+a limit. Top-k ranks by score and counts them, top-p sums their probabilities, typical-p ranks
+by how near a token's surprise is to the entropy. The question is answered exactly, by
+bisection over float32's ordered bits. Tied tokens are kept or dropped together.
 
-Weights are integers: a probability relative to the best token's, in units of 2^-40. Their
-sums have no order, so a row's result depends on no layout and no company. They stand for
-real masses up to float32's error in an exponential: a token whose mass above it is within
-1e-6 of a limit may fall on either side, as may one whose surprise is that near typical-p's.
+Weights are integers: a probability relative to the best token's, in units of 2^-40. Integer
+sums do not depend on their order, so a row's result depends neither on the layout nor on other
+rows. Weights equal the real masses up to float32's error in an exponential: a token may fall on
+either side of a limit if the mass above it is within 1e-6 of that limit, or if its surprise
+is that near to typical-p's limit.
 
-Bytes, for V tokens of b bytes each: both paths read the logits once, V * b, and a row with
-penalties its counts, V * 4, in the first launch. The candidates are V / 16 * 8 bytes, and
-the search passes over them some ten times, in the L1 cache. A row whose threshold lies below
-its candidates (flat distributions, top_k above KEPT / 2, typical_p alone) is processed once
-more by its one program, which writes V * 4 bytes and passes over those instead.
+Bytes, for V tokens of b bytes each: both paths read the logits once, V * b, and for rows with
+penalties their counts, V * 4, in the first launch. The candidates are V / 16 * 8 bytes, and
+the search passes over them some ten times, in the L1 cache. If a row's threshold lies below
+its candidates (flat distributions, top_k above KEPT / 2, typical_p alone), its one program
+processes the row once more: it writes V * 4 bytes and passes over those instead.
 """
 
 from typing import Any, NamedTuple
@@ -36,50 +37,49 @@ from kernels.sampling import ROW_PARAMETERS
 CHUNK = 2048
 """Tokens of a row that one program reads: few enough that a row alone spreads over the GPU."""
 KEPT = 128
-"""Candidates of a chunk."""
+"""Most candidates of a chunk: the tokens whose scores are stored for the second launch."""
 BLOCK = 4096
-"""Tokens of a row that its one program has in registers."""
+"""Tokens of a row that the second launch's program holds in registers at a time."""
 
 _WORDS = tl.constexpr(ROW_PARAMETERS.itemsize // 4)
 _FIELDS = tl.constexpr(4)
-"""Of a chunk, int64 each: its best token, highest score, mass, and bound."""
+"""Values that a chunk leaves, int64 each: best token, highest score, mass, and bound."""
 _BEST, _HIGHEST, _MASS, _BOUND = (tl.constexpr(field) for field in range(4))
 
 _UNIT = tl.constexpr(2.0**40)
 _LOWEST = tl.constexpr(-(1 << 31))
 _ABOVE_ALL = tl.constexpr((1 << 31) - 1)
 _MINUS_INFINITY = tl.constexpr(-(0x7F800000 + 1))
-"""Its place in the order of `_ordered`."""
+"""What `_ordered` makes of -inf."""
 _NOTHING = tl.constexpr(-(1 << 63))
 _GENERATED = tl.constexpr(sampling.GENERATED)
 
 
-def _word(name: str) -> tl.constexpr:
-    fields = ROW_PARAMETERS.fields
-    assert fields is not None
-    return tl.constexpr(fields[name][1] // 4)
-
-
-_TEMPERATURE = _word("temperature")
-_TOP_K = _word("top_k")
-_TOP_P = _word("top_p")
-_TYPICAL_P = _word("typical_p")
-_REPETITION = _word("repetition_penalty")
-_FREQUENCY = _word("frequency_penalty")
-_PRESENCE = _word("presence_penalty")
-_DO_SAMPLE = _word("do_sample")
-_NOISE_KEY = _word("noise_key")
-_SLOT = _word("slot")
-_CONTEXT_LENGTH = _word("context_length")
-_TOP_N = _word("top_n_tokens")
+_words = {
+    name: tl.constexpr(offset // 4)
+    for name, (_, offset, *_) in (ROW_PARAMETERS.fields or {}).items()
+}
+_TEMPERATURE = _words.pop("temperature")
+_TOP_K = _words.pop("top_k")
+_TOP_P = _words.pop("top_p")
+_TYPICAL_P = _words.pop("typical_p")
+_REPETITION = _words.pop("repetition_penalty")
+_FREQUENCY = _words.pop("frequency_penalty")
+_PRESENCE = _words.pop("presence_penalty")
+_DO_SAMPLE = _words.pop("do_sample")
+_NOISE_KEY = _words.pop("noise_key")
+_SLOT = _words.pop("slot")
+_CONTEXT_LENGTH = _words.pop("context_length")
+_TOP_N = _words.pop("top_n_tokens")
+assert not _words, f"no kernel reads {', '.join(_words)}"
 
 
 def greedy(logits: Tensor, want_logprobs: bool) -> tuple[Tensor, Tensor | None]:
-    """The best token of each row, of equals the lowest id: [rows] int64, and its logprob.
+    """Return each row's best token, the lowest id among equals, [rows] int64, and its logprob.
 
     logits  [rows, vocab_size], any float type and stride between rows
 
-    Reads the logits once. A row comes out bit for bit as a neutral one does of `sample`.
+    Reads the logits once. The result is bit for bit that of `sample` for neutral parameters.
     """
     rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
@@ -99,20 +99,20 @@ def greedy(logits: Tensor, want_logprobs: bool) -> tuple[Tensor, Tensor | None]:
 def sample(
     logits: Tensor, parameters: Tensor, counts: Tensor | None, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Penalties, temperature, top-k, top-p, typical-p and a draw, as the parameters ask.
+    """Apply penalties, temperature, top-k, top-p and typical-p, and sample, row by row.
 
     logits      [rows, vocab_size], any float type and stride between rows
     parameters  [rows, words] int32, contiguous: `ROW_PARAMETERS`
-    counts      [slots, vocab_size] int32, contiguous: each slot's tokens so far, those that were
-                generated marked as `GENERATED`, to which the chosen ones of rows with a penalty
-                are added; None where there are none
+    counts      [slots, vocab_size] int32, contiguous: how often each token occurs in each slot,
+                with the bit `GENERATED` where it was generated; the tokens chosen for rows with
+                a penalty are added. None if no row has a penalty
 
-    Returns ids [rows] int64 and their logprobs [rows] float32; where `num_top` is not 0, also
-    the ids and logprobs of that many tokens (or all there are), best first, of equals the
-    lowest id. Tokens that were dropped are none of these: id 0, logprob -inf in their stead,
-    as in all of a row whose `top_n_tokens` is 0.
+    Returns ids [rows] int64 and their logprobs [rows] float32. If `num_top` is not 0, also
+    returns the ids and logprobs of that many tokens (or all there are), best first, the lowest id
+    first among equals. Dropped tokens are not among them: their places have id 0 and logprob
+    -inf, and so has all of a row whose `top_n_tokens` is 0.
 
-    Scratch is 4 bytes a token and 8 a candidate, of which rows without a threshold use none.
+    Scratch is 4 bytes per token and 8 per candidate; rows without a threshold use none of it.
     """
     rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
@@ -122,7 +122,7 @@ def sample(
     assert counts is None or (counts.is_contiguous() and counts.shape[1] == vocab_size)
     num_candidates = num_chunks * KEPT
     partials = logits.new_empty(rows, _FIELDS.value, num_chunks, dtype=torch.int64)
-    # Each row's candidates, and behind them room for all of its scores.
+    # Each row's candidates, followed by room for all of its scores.
     scores = logits.new_empty(rows, num_candidates + num_chunks * CHUNK, dtype=torch.float32)
     candidate_ids = logits.new_empty(rows, num_candidates, dtype=torch.int32)
     ids = logits.new_empty(rows, dtype=torch.int64)
@@ -175,7 +175,7 @@ def sample(
 
 @triton.jit
 def _ordered(x):
-    """float32 to int32 of the same order."""
+    """Map float32 to int32 of the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -187,7 +187,7 @@ def _unordered(key):
 
 @triton.jit
 def _packed(x, ids):
-    """One integer that is higher where x is, and of equals where the id is lower."""
+    """Pack a score and its id in one integer that orders by score, then by lower id."""
     return (_ordered(x).to(tl.int64) << 32) + (0x7FFFFFFF - ids)
 
 
@@ -198,13 +198,13 @@ def _packed_id(packed):
 
 @triton.jit
 def _finite(x):
-    """Something to subtract: 0 for a row that has no probabilities."""
+    """Replace infinities and NaN by 0, so that x can be subtracted."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def _share(x, reference):
-    """exp(x - reference), at most 1; 0 for NaN."""
+    """Return exp(x - reference), at most 1; 0 for NaN."""
     share = tl.exp(tl.minimum(x - reference, 0.0))
     return tl.where(share <= 1.0, share, 0.0)
 
@@ -221,7 +221,7 @@ def _logprob(x, reference, mass):
 
 @triton.jit
 def hash31(ids, key_0, key_1):
-    """`kernels.sampling.hash31`."""
+    """Compute what `kernels.sampling.hash31` does, for one key."""
     x = ids.to(tl.uint32) + key_0.to(tl.uint32, bitcast=True)
     x ^= x >> 17
     x *= 0xED5AD4BB
@@ -236,10 +236,11 @@ def hash31(ids, key_0, key_1):
 
 @triton.jit
 def _gumbel(ids, key_0, key_1):
-    """`kernels.sampling.gumbel_noise`: its integers to the bit, its logarithms to about 2e-6.
+    """Compute what `kernels.sampling.gumbel_noise` does, for one key.
 
-    Below 1/4, -log(1 - u) is 2 atanh(u / (2 - u)) by its series, whose first term left out
-    is 4e-10 of it: a logarithm near 1 that is good to 2^-22 leaves nothing of a small u.
+    The integers agree to the bit, the logarithms to about 2e-6. For u below 1/4, -log(1 - u) is
+    computed as 2 atanh(u / (2 - u)) by its series, whose first omitted term is 4e-10 of it: the
+    hardware's logarithm near 1, which is good to 2^-22, would leave nothing of a small u.
     """
     uniform = (hash31(ids, key_0, key_1).to(tl.float32) + 0.5) * 2.0**-31
     uniform = tl.minimum(uniform, 1 - 2.0**-24)
@@ -266,7 +267,7 @@ def _has_penalty(words):
 
 @triton.jit
 def _top_k(words, vocab_size):
-    """0 where it drops nothing."""
+    """Return the row's top-k, or 0 if it drops nothing."""
     k = tl.load(words + _TOP_K)
     return tl.where(k >= vocab_size, 0, k)
 
@@ -282,7 +283,7 @@ def _has_threshold(words, vocab_size):
 
 @triton.jit
 def _processed(logits_ptr, counts_ptr, words, ids, vocab_size):
-    """Scores before any is dropped; -inf past the vocabulary."""
+    """Return the scores of `ids` after penalties and temperature; -inf past the vocabulary."""
     mask = ids < vocab_size
     x = tl.load(logits_ptr + ids, mask=mask, other=float("-inf")).to(tl.float32)
     if counts_ptr is not None and _has_penalty(words):
@@ -319,7 +320,7 @@ def _greedy_chunk_kernel(
 
 @triton.jit
 def _store_best(partial, x, noisy, ids, vocab_size, WITH_MASS: tl.constexpr):
-    """Returns the highest score."""
+    """Store a chunk's best token, highest score and mass. Returns the highest score, ordered."""
     best = tl.max(tl.where(ids < vocab_size, _packed(noisy, ids), _NOTHING), 0)
     tl.store(partial + _BEST * tl.num_programs(0), best)
     highest = tl.max(_ordered(x), 0)
@@ -373,7 +374,7 @@ def _chunk_kernel(
 
 @triton.jit
 def _find_bound(keys, highest, KEPT: tl.constexpr):
-    """A key with at most KEPT others above it, and no fewer than half as many but for ties."""
+    """Return a key with at most KEPT keys above it, and at least KEPT / 2 unless keys are tied."""
     exists = keys > _MINUS_INFINITY
     above = tl.sum(exists.to(tl.int32), 0)
     bound = tl.full([], _MINUS_INFINITY, tl.int32)
@@ -395,9 +396,10 @@ def _find_bound(keys, highest, KEPT: tl.constexpr):
 
 @triton.jit
 def _between(low, high, step):
-    """A key from low up to, not including, high: the middle of their values, or of their bits.
+    """Return a key in [low, high): in turns the middle of their values and of their bits.
 
-    The one is nearer the middle of the scores, the other is there in 32 steps whatever they are.
+    The middle of the values is nearer to the middle of the scores. The middle of the bits ends
+    any search within 32 steps.
     """
     value = _ordered(0.5 * _unordered(low) + 0.5 * _unordered(high))
     bits = (low & high) + ((low ^ high) >> 1)
@@ -429,14 +431,14 @@ def _field(partials, FIELD: tl.constexpr, num_chunks, other, CHUNKS: tl.constexp
 
 @triton.jit
 def _merge(partials, num_chunks, CHUNKS: tl.constexpr):
-    """The row's highest score and the mass relative to it."""
+    """Return the row's highest score and the row's mass relative to it."""
     keys = _field(partials, _HIGHEST, num_chunks, _MINUS_INFINITY, CHUNKS).to(tl.int32)
     highest = _finite(_unordered(tl.max(keys, 0)))
     masses = _field(partials, _MASS, num_chunks, 0, CHUNKS).to(tl.float32)
     return highest, tl.sum((masses * _share(_unordered(keys), highest)).to(tl.int64), 0)
 
 
-# Not compiled anew for another number of top tokens.
+# Another number of top tokens does not compile the kernel again.
 @triton.jit(do_not_specialize=["num_top"])
 def _row_kernel(
     logits_ptr,
@@ -477,7 +479,7 @@ def _row_kernel(
     if has_threshold | wants_top:
         num_candidates = num_chunks * KEPT
         scores = scores_ptr + row * scores_stride
-        # Below the highest bound of a chunk, the candidates are not all there is.
+        # Below the highest bound of a chunk, some tokens are not among the candidates.
         bounds = _field(partials, _BOUND, num_chunks, _MINUS_INFINITY, CHUNKS)
         tokens = _all_above(tl.max(bounds, 0).to(tl.int32), scores, num_candidates, highest)
         are_listed = _suffice(tokens, mass, words, vocab_size, num_top, BLOCK)
@@ -502,19 +504,20 @@ def _row_kernel(
     tl.store(ids_ptr + row, token)
     tl.store(logprobs_ptr + row, _logprob(x, reference, mass))
     if counts_ptr is not None and _has_penalty(words):
-        tl.debug_barrier()  # all threads have read the count that one of them changes
+        tl.debug_barrier()  # all threads must have read the count before one changes it
         count_ptr = counts_ptr + tl.load(words + _SLOT).to(tl.int64) * vocab_size + token
         tl.store(count_ptr, (tl.load(count_ptr) + 1) | _GENERATED)
 
 
-# -- what survives --------------------------------------------------------------------
+# -- thresholds -----------------------------------------------------------------------
 
 
 class _Tokens(NamedTuple):
-    """Some of a row: of `scores` [n] float32, its candidates or all there are, those above
-    the key `floor` whose closeness to a gap of `center` is at least the key `nearest`.
+    """A set of a row's tokens, given by its thresholds.
 
-    A gap is the distance to `highest`, a score.
+    `scores` [n] float32 are those of the row's candidates, or of all its tokens. The set has the
+    tokens whose score is above the key `floor`, and whose gap, the distance of the score to
+    the score `highest`, is so near to `center` that the closeness is at least the key `nearest`.
     """
 
     scores: Any
@@ -538,9 +541,10 @@ def _with_floor(tokens, floor):
 
 @triton.jit
 def _tile(tokens, start, BLOCK: tl.constexpr):
-    """Indices, scores, keys of closeness, and which are in the set: [BLOCK] each.
+    """Return indices, scores, keys of closeness, and which tokens are in the set, [BLOCK] each.
 
-    A surprise is its gap and a constant, and so is the mean of surprises, the entropy.
+    A gap is a surprise up to a constant. The same constant separates the mean gap from the mean
+    surprise, which is the entropy.
     """
     index = start + tl.arange(0, BLOCK)
     x = tl.load(tokens.scores + index, mask=index < tokens.n, other=float("-inf"))
@@ -550,7 +554,7 @@ def _tile(tokens, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _survey(tokens, reference, BLOCK: tl.constexpr):
-    """The set's lowest and highest key, number, mass, and mass times gap."""
+    """Return the set's lowest and highest key, its size, its mass, and its mass times gap."""
     low = tl.full([BLOCK], _ABOVE_ALL, tl.int32)
     high = tl.full([BLOCK], _LOWEST, tl.int32)
     count = tl.full([BLOCK], 0, tl.int32)
@@ -579,10 +583,10 @@ def _search(
     BY_CLOSENESS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The lowest key that is kept: those above it weigh less than `limit`, at no lower one.
+    """Return the lowest key that is kept: the tokens above it weigh less than `limit`.
 
-    It is that of a token between `low` and `high`, which close in on it from token to token.
-    They rank by score or by closeness, and weigh 1 or their mass.
+    The key is that of a token between `low` and `high`, which close in on it from token to
+    token. Keys are scores or closeness; a token weighs 1 or its mass.
     """
     step = 0
     while low < high:
@@ -610,14 +614,14 @@ def _search(
 
 @triton.jit
 def _top_p_limit(words, mass):
-    """What is dropped may weigh 1 - p, in float32, of the mass."""
+    """Return the mass to keep: the dropped tokens may weigh 1 - p, in float32, of the mass."""
     dropped = (1.0 - _float(words + _TOP_P)).to(tl.float64) * mass.to(tl.float64)
     return tl.maximum(mass - dropped.to(tl.int64), 1)
 
 
 @triton.jit
 def _suffice(candidates, mass, words, vocab_size, num_top, BLOCK: tl.constexpr):
-    """Whether every token that will be asked for is among the candidates above the bound."""
+    """Return whether the candidates above the bound have every token that the row can need."""
     suffice = candidates.floor == _MINUS_INFINITY
     if not suffice:
         _low, _high, count, above, _moment = _survey(candidates, candidates.highest, BLOCK)
@@ -642,10 +646,10 @@ def _store_scores(scores, logits, counts_ptr, words, vocab_size, BLOCK: tl.const
 
 @triton.jit
 def _cut(tokens, mass, words, vocab_size, BLOCK: tl.constexpr):
-    """Top-k and top-p: the survivors and their mass.
+    """Apply top-k and top-p; return the surviving tokens and their mass.
 
-    `mass` is the row's, of which top-p drops a share, be it in the tokens or not. Behind
-    top-k, all that is left is in the tokens.
+    `mass` is that of the whole row, of which top-p drops a share, even if `tokens` are a part of
+    the row. After top-k, everything that is left is among `tokens`.
     """
     low, high, count, listed, _ = _survey(tokens, tokens.highest, BLOCK)
     top_k = _top_k(words, vocab_size).to(tl.int64)
@@ -664,7 +668,7 @@ def _cut(tokens, mass, words, vocab_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cut_typical(tokens, words, BLOCK: tl.constexpr):
-    """Typical-p: the survivors, the highest score of them, and their mass."""
+    """Apply typical-p; return the surviving tokens, their highest score, and their mass."""
     scores, n, floor, highest, _center, nearest = tokens
     _low, _high, _count, mass, moment = _survey(tokens, highest, BLOCK)
     mass = tl.maximum(mass, 1)
@@ -679,12 +683,12 @@ def _cut_typical(tokens, words, BLOCK: tl.constexpr):
     return tokens, reference, _survey(tokens, reference, BLOCK)[3]
 
 
-# -- what becomes of it ---------------------------------------------------------------
+# -- results --------------------------------------------------------------------------
 
 
 @triton.jit
 def _token_ids(ids, index, n):
-    """Candidates' are listed; of a whole row they are the indices."""
+    """Return the token ids at `index`: candidates have them listed, a whole row's are the index."""
     candidate_ids, are_listed = ids
     listed = tl.load(candidate_ids + index, mask=(index < n) & are_listed, other=0)
     return tl.where(are_listed, listed, index)
@@ -692,7 +696,7 @@ def _token_ids(ids, index, n):
 
 @triton.jit
 def _draw(survivors, ids, words, BLOCK: tl.constexpr):
-    """The best of them, packed; with its noise, if the row is sampled."""
+    """Return the best survivor, packed; noise is added first if the row is sampled."""
     do_sample = tl.load(words + _DO_SAMPLE) != 0
     key_0, key_1 = tl.load(words + _NOISE_KEY), tl.load(words + _NOISE_KEY + 1)
     best = tl.full([BLOCK], _NOTHING, tl.int64)
@@ -715,9 +719,10 @@ def _clear_top(top_ids, top_logprobs, num_top, TOP_BLOCK: tl.constexpr):
 
 @triton.jit
 def _list_top(survivors, ids, top_ids, top_scores, num_top, BLOCK: tl.constexpr):
-    """Store the num_top best, or all there are, in no order, and return how many.
+    """Store the `num_top` best survivors, or all if there are fewer; return how many.
 
-    First those above the lowest that has a place; of that and its equals, the lowest ids.
+    They are stored in no order: all those above the lowest score that has a place, and of those
+    with that score the lowest ids.
     """
     low, high, count, _mass, _moment = _survey(survivors, survivors.highest, BLOCK)
     last = low
@@ -728,7 +733,7 @@ def _list_top(survivors, ids, top_ids, top_scores, num_top, BLOCK: tl.constexpr)
     for start in range(0, survivors.n, BLOCK):
         index, x, _closeness, survives = _tile(survivors, start, BLOCK)
         is_above, is_equal = survives & (_ordered(x) > last), survives & (_ordered(x) == last)
-        # Both numbers in one: a tile has fewer than 2^16 of either.
+        # Both counts are packed in one integer: a tile has fewer than 2^16 of either.
         so_far = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
         above, equal = num_above + (so_far & 0xFFFF), num_equal + (so_far >> 16)
         place = tl.where(is_above, above, equal) - 1
@@ -742,7 +747,7 @@ def _list_top(survivors, ids, top_ids, top_scores, num_top, BLOCK: tl.constexpr)
 
 @triton.jit
 def _sort_top(top_ids, top_logprobs, num_listed, reference, mass, TOP_BLOCK: tl.constexpr):
-    """Each to the place that is the number of those better than it."""
+    """Sort the top tokens: the place of each is the number of better ones."""
     tl.debug_barrier()
     index = tl.arange(0, TOP_BLOCK)
     ids, x = _load_top(top_ids, top_logprobs, index, num_listed)

@@ -1,4 +1,4 @@
-"""Noise for sampling, as a function of what is sampled rather than of a generator's state.
+"""Noise for sampling, a function of what is sampled and not of a random generator's state.
 
 Adding Gumbel noise to the scores and taking the argmax draws from their softmax
 (Gumbel 1954; Maddison et al. 2014). The noise of a token is a hash of the request's
@@ -26,23 +26,24 @@ ROW_PARAMETERS = np.dtype(
         ("top_n_tokens", np.int32),
     ]
 )
-"""What `kernels.fused_sampling` knows of a row: words of 4 bytes, uploaded as int32 all together.
+"""What `kernels.fused_sampling` reads for each row: words of 4 bytes, uploaded as int32.
 
 Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, penalties
-1, 0 and 0. Of `do_sample` and `top_n_tokens` only whether they are 0 matters. `slot` is the
-row of the token counts, `context_length` the sum of it; both count for penalties alone.
+1, 0 and 0. `do_sample` and `top_n_tokens` are only compared with 0. `slot` is the row's index
+in the token counts and `context_length` the sum of its counts; only penalties read them.
 """
 
 GENERATED = 1 << 30
-"""Added to a token's count where it was generated at least once."""
+"""Bit flag in a token's count: the token was generated at least once."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Two 32-bit key words per row: [rows, 2] int32, from uint64 seeds and positions.
+    """Return two 32-bit key words per row, [rows, 2] int32, from uint64 seeds and positions.
 
-    splitmix64 (Steele et al. 2014) started from the seed and stepped by the position.
+    The generator is splitmix64 (Steele et al. 2014), started from the seed and stepped by the
+    position.
     """
     with np.errstate(over="ignore"):
         state = _mix64(seeds.astype(np.uint64)) + _GOLDEN * (positions.astype(np.uint64) + 1)
@@ -56,7 +57,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, [rows, vocab_size] float32.
+    """Return standard Gumbel noise, [rows, vocab_size] float32.
 
     keys  [rows, 2] int32 from `noise_keys`
 
@@ -68,11 +69,11 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def hash31(keys: Tensor, vocab_size: int) -> Tensor:
-    """31 bits of each token id under each key, [rows, vocab_size] int32.
+    """Hash each token id under each key to 31 bits, [rows, vocab_size] int32.
 
     keys  [rows, 2] int32
 
-    triple32 (Wellons 2018), keyed before its first and second round.
+    The hash is triple32 (Wellons 2018), keyed before its first and second round.
     """
     x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) + keys[:, :1]
     x ^= (x >> 17) & 0x7FFF  # int32 shifts copy the sign: the mask makes them logical

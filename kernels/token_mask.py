@@ -1,4 +1,4 @@
-"""Scores of the tokens that a grammar forbids become -inf."""
+"""Masking tokens that a grammar forbids: their scores become -inf."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ _BLOCK = 1024
 
 
 def mask_tokens_torch(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
-    """In place, for some rows of a batch.
+    """Mask the forbidden tokens of some rows of a batch, in place.
 
     logits  [batch, vocab_size]
     rows    [masked] int64
@@ -22,7 +22,10 @@ def mask_tokens_torch(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
 
 
 def mask_tokens_triton(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
-    """As `mask_tokens_torch`. Reads V / 8 bytes of mask a row, and writes what it forbids."""
+    """Do what `mask_tokens_torch` does.
+
+    Reads V / 8 bytes of mask per row, and writes the scores of forbidden tokens.
+    """
     vocab_size = logits.shape[1]
     assert logits.stride(1) == masks.stride(1) == 1
     _mask_tokens_kernel[(triton.cdiv(vocab_size, _BLOCK), len(rows))](

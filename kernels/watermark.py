@@ -1,10 +1,11 @@
 """A watermark in the choice of tokens (Kirchenbauer et al. 2023, "A Watermark for LLMs").
 
-The token before seeds a hash that puts a share `gamma` of the vocabulary on a green list,
-whose scores rise by `delta`. Who knows the hash finds more green tokens in a watermarked
-text than chance would have put there. The hash is the one of `kernels.sampling`: a list is
-a function of the token before, computed where it is needed. (Text Generation Inference
-draws a permutation from the device's generator, so its lists differ from device to device.)
+The previous token seeds a hash that puts a share `gamma` of the vocabulary on a green list;
+the scores of green tokens are raised by `delta`. A detector that knows the hash finds more
+green tokens in a watermarked text than chance would have put there. The hash is that of
+`kernels.sampling`: a green list is a function of the previous token, computed where it is
+needed. (Text Generation Inference draws a permutation from the device's generator, so its
+lists differ from device to device.)
 """
 
 import torch
@@ -16,12 +17,12 @@ from kernels import fused_sampling
 from kernels.sampling import hash31
 
 _SEED = 15485863
-"""Text Generation Inference's: a large prime, to be multiplied by the token before."""
+"""A large prime, Text Generation Inference's, by which the previous token is multiplied."""
 _BLOCK = 1024
 
 
 def green_list(previous: Tensor, gamma: float, vocab_size: int) -> Tensor:
-    """Which tokens are green after these, [rows, vocab_size] bool.
+    """Return which tokens are green after the `previous` tokens, [rows, vocab_size] bool.
 
     previous  [rows] int64
     """
@@ -40,7 +41,7 @@ def watermark_torch(
 
     logits    [batch, vocab_size]
     rows      [watermarked] int64
-    previous  [batch] int64: the token before, of every row
+    previous  [batch] int64: the previous token of every row
     """
     green = green_list(previous[rows], gamma, logits.shape[1])
     x = logits[rows]
@@ -50,7 +51,7 @@ def watermark_torch(
 def watermark_triton(
     logits: Tensor, rows: Tensor, previous: Tensor, gamma: float, delta: float
 ) -> None:
-    """As `watermark_torch`. Reads and writes V scores a row."""
+    """Do what `watermark_torch` does. Reads and writes V scores per row."""
     vocab_size = logits.shape[1]
     assert logits.stride(1) == 1
     _watermark_kernel[(triton.cdiv(vocab_size, _BLOCK), len(rows))](

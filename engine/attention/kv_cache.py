@@ -37,7 +37,7 @@ def cache_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def bytes_per_block(calls: list[AttentionCall], dtype: torch.dtype) -> int:
-    """Device memory of one block over all layers."""
+    """Return the device memory of one block, over all layers."""
     values = sum(
         call.num_kv_heads * (call.head_dim + call.value_dim)
         for call in calls
@@ -56,10 +56,9 @@ def bind_kv_cache(
     """Allocate the cache, uninitialised, and give every attention module its share of it.
 
     Calls of equal geometry share one K and one V tensor of
-    [calls, num_blocks, block_size, num_kv_heads, dim]. The step's metadata then reaches
-    the modules through the returned context. A cache bound before is dropped first. What an
-    8-bit cache holds is the values themselves: scales of 1, as long as no checkpoint brings
-    others.
+    [calls, num_blocks, block_size, num_kv_heads, dim]. Each step's metadata reaches the modules
+    through the returned context. A cache that was bound before is dropped first. The scales of
+    an 8-bit cache are 1, since no checkpoint brings others: it stores the values themselves.
     """
     for call in calls:
         call.module.paged_attention = None  # type: ignore[assignment]
@@ -74,7 +73,7 @@ def bind_kv_cache(
 
 
 def copy_blocks(pools: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """What is in some blocks, to others, of all layers.
+    """Copy the contents of the source blocks to the target blocks, in all layers.
 
     sources, targets  [copies] int64
     """
@@ -85,7 +84,7 @@ def copy_blocks(pools: list[torch.Tensor], sources: torch.Tensor, targets: torch
 def _allocate(
     calls: list[AttentionCall], num_blocks: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[LayerCache], list[torch.Tensor]]:
-    """The layers' caches, and the tensors they are parts of, [calls, num_blocks, ...] each."""
+    """Return the layers' caches, and the tensors they are parts of, [calls, num_blocks, ...]."""
     by_geometry: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for index, call in enumerate(calls):
         if call.shared_with is None:
@@ -109,5 +108,5 @@ def _allocate(
         )
         for index, call in enumerate(calls)
     ]
-    # Bytes, where they are 8-bit floats, which cannot be indexed.
+    # 8-bit floats cannot be indexed, but their bytes can.
     return caches, [pool.view(torch.uint8) if is_scaled else pool for pool in pools]

@@ -57,7 +57,7 @@ class Capture(Protocol):
     Returns the recording, and the result of `work`, which every replay overwrites.
     """
 
-    def __call__(self, work: Callable[[], T]) -> tuple[Graph, T]: ...
+    def __call__(self, work: Callable[[], T], /) -> tuple[Graph, T]: ...
 
 
 class CudaCapture:

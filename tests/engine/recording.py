@@ -1,5 +1,7 @@
-"""What a step does to the device, one operation after the other: to count it, to refuse
-what would make the host wait, and to do it again as a CUDA graph does, without the Python.
+"""Recording a step's operations on the device, one after the other.
+
+A recording counts them, refuses those that would make the host wait for the device, and replays
+them as a CUDA graph does, without the Python around them.
 """
 
 from collections.abc import Callable
@@ -14,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from kernels.ops import Ops
 
 aten = torch.ops.aten
-# They make no kernel: memory is taken, or looked at otherwise.
+# These launch no kernel: they allocate memory.
 _FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
-# They read the device's memory into Python, which waits for everything launched before.
+# These read the device's memory into Python, which waits for everything launched before.
 _WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -29,7 +31,7 @@ _WAITS = {
 
 
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-"""By a mask, how many elements there are is for the device to say."""
+"""These wait if they index by a mask: only the device knows how many elements it selects."""
 
 
 def _has_mask(indices: Any) -> bool:
@@ -37,7 +39,7 @@ def _has_mask(indices: Any) -> bool:
 
 
 class HostWaits(AssertionError):
-    """The step would make the host wait for the device."""
+    """The recorded work would make the host wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Call:
 
     @property
     def is_view(self) -> bool:
-        """It looks at memory of its arguments, and computes nothing."""
+        """Whether the result is only a view of the arguments' memory."""
         if not getattr(self.func, "is_view", False):
             return False
         return _storages(self.result) <= _storages((self.args, self.kwargs))
@@ -65,7 +67,7 @@ def _storages(tree: Any) -> set[int]:
 
 
 class Recording(TorchDispatchMode):
-    """Everything that runs while it is active, kernels of `recorded(ops)` included."""
+    """Records everything that runs while it is active, kernels of `recorded(ops)` included."""
 
     active: "Recording | None" = None
 
@@ -102,11 +104,11 @@ class Recording(TorchDispatchMode):
 
     @property
     def launches(self) -> list[Call]:
-        """The calls that a GPU would run a kernel for."""
+        """The calls for which a GPU would run a kernel."""
         return [call for call in self.calls if not call.is_view and call.func not in _FREE]
 
     def replay(self) -> None:
-        """The same operations on the same memory; nothing of Python's is looked at again."""
+        """Run the same operations on the same memory, without the Python around them."""
         for call in self.calls:
             if call.is_view or call.func in _FREE:
                 continue
@@ -117,8 +119,8 @@ class Recording(TorchDispatchMode):
 
 
 def recorded(ops: Ops) -> Ops:
-    """The same kernels, each of which counts as one operation where a recording is active."""
-    kernels = {
+    """Return the same kernels, each of which is one operation in an active recording."""
+    kernels: dict[str, Any] = {
         field.name: recorded_kernel(getattr(ops, field.name))
         for field in fields(ops)
         if callable(getattr(ops, field.name))
@@ -140,8 +142,9 @@ def recorded_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture(work: Callable[[], Any]) -> tuple[Recording, Any]:
-    """In place of a CUDA graph's: unlike one it does what it records, so what that changes is
-    put back.
+    """Record `work`, in place of a CUDA graph's capture.
+
+    Unlike a CUDA graph's capture this runs what it records, so the changed memory is restored.
     """
     with Recording() as recording:
         result = work()

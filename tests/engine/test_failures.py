@@ -66,7 +66,7 @@ def test_a_step_that_is_too_large_runs_in_halves() -> None:
     engine = make_engine(family("llama"))
     sabotage(
         engine,
-        lambda inputs: len(inputs.attention.seq_lens) > 2,
+        lambda inputs: len(inputs.sampled_slots) > 2,
         torch.OutOfMemoryError("out of memory"),
     )
     requests = [greedy([i, i + 1, i + 2], 8) for i in range(5)]

@@ -1,4 +1,4 @@
-"""Sampling in two launches against the processors of the torch implementation.
+"""Sampling in two launches agrees with the processors of the torch implementation.
 
 Where rounding may decide, a row says so itself: its masses, or its distances from the
 entropy, come within `_DOUBT` of a limit in float64. Such rows are not compared.
@@ -6,6 +6,7 @@ entropy, come within `_DOUBT` of a limit in float64. Such rows are not compared.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,11 +41,14 @@ NEUTRAL = {"temperature": 1, "top_p": 1, "typical_p": 1, "repetition_penalty": 1
 entropies = st.integers(0, 2**32 - 1)
 
 
-# -- rows, and what becomes of them by the torch implementation -------------------------
+# -- rows, and their reference in torch -------------------------------------------------
 
 
 def rows(n: int = 1, **values: object) -> np.ndarray:
-    """Neutral but for `values`, one for all rows or one for each; row i has slot n - 1 - i."""
+    """Return neutral rows but for `values`, one for all rows or one for each.
+
+    Row i has slot n - 1 - i.
+    """
     parameters = np.zeros(n, ROW_PARAMETERS)
     parameters["slot"] = np.arange(n)[::-1]
     parameters["noise_key"] = noise_keys(np.arange(n, dtype=np.uint64), np.arange(n) + 7)
@@ -91,7 +95,7 @@ def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tens
 
 
 def is_doubtful(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> bool:
-    """Of one row: whether float32 may decide on a border."""
+    """Return whether one row has a threshold so near to a token that float32 may decide it."""
     before = p.copy()
     before["top_p"], before["typical_p"] = 1, 1
     scores = process(logits, before, counts)[0].double()
@@ -115,14 +119,14 @@ def is_doubtful(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> 
 
 
 def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
-    """All that `sample` returns and changes, with as many top tokens as there are."""
+    """Check all that `sample` returns and changes, with as many top tokens as there are."""
     vocab_size = logits.shape[-1]
     before = None if counts is None else counts.clone()
     ids, logprobs, top_ids, top_logprobs = run(logits, p, counts, vocab_size)
     expected_counts = None if before is None else before.clone()
     for i in range(len(p)):
         row, own = logits[i : i + 1], p[i : i + 1]
-        if before is not None and has_penalty(own)[0]:
+        if expected_counts is not None and has_penalty(own)[0]:
             expected_counts[own["slot"][0], ids[i]] += 1
             expected_counts[own["slot"][0], ids[i]] |= GENERATED
         if is_doubtful(row, own, before):
@@ -134,7 +138,7 @@ def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
         check_choice(scores, own, int(ids[i]))
         if own["top_n_tokens"][0]:
             check_top(scores, top_ids[i], top_logprobs[i], atol)
-    if counts is not None:
+    if counts is not None and expected_counts is not None:
         assert torch.equal(counts, expected_counts)
 
 
@@ -149,7 +153,7 @@ def check_choice(scores: Tensor, p: np.ndarray, chosen: int) -> None:
 
 
 def check_top(scores: Tensor, top_ids: Tensor, top_logprobs: Tensor, atol: float) -> None:
-    """The best survivors, with their logprobs, best first and of equals the lowest id.
+    """Check the best survivors and their logprobs: best first, the lowest id first among equals.
 
     Equal are scores: their logprobs, rounded once more, may be equal where they are not.
     """
@@ -166,7 +170,7 @@ def check_top(scores: Tensor, top_ids: Tensor, top_logprobs: Tensor, atol: float
 
 
 def random_logits(rng: np.random.Generator, num_rows: int, vocab_size: int) -> Tensor:
-    """Half of the rows full of ties; some tokens of some rows excluded, never all."""
+    """Draw logits: half of the rows are full of ties, and some rows exclude some tokens."""
     shape = num_rows, vocab_size
     tied, loose = rng.integers(-6, 7, shape) / 2, rng.normal(0, 3, shape)
     logits = np.where(rng.random((num_rows, 1)) < 0.5, tied, loose)
@@ -206,7 +210,7 @@ def random_counts(rng: np.random.Generator, num_slots: int, vocab_size: int) -> 
 
 
 def tiles(chunk: int, kept: int, block: int) -> pytest.MonkeyPatch:
-    """Smaller than in earnest: many chunks, and thresholds below their candidates."""
+    """Shrink the tiles, so that rows have many chunks and thresholds below their candidates."""
     patch = pytest.MonkeyPatch()
     for name, value in {"CHUNK": chunk, "KEPT": kept, "BLOCK": block}.items():
         patch.setattr(fused_sampling, name, value)
@@ -237,7 +241,7 @@ def test_greedy_takes_the_best_token_and_its_logprob(dtype: torch.dtype, vocab_s
     assert greedy(logits.to(DEVICE), want_logprobs=False)[1] is None
 
 
-def test_greedy_takes_the_lowest_id_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_among_equals() -> None:
     logits = torch.zeros(3, 5003)
     logits[0, [4999, 2047, 2048]] = 2.0
     logits[1] = -math.inf
@@ -246,14 +250,14 @@ def test_greedy_takes_the_lowest_id_of_equals() -> None:
     assert run(logits, rows(3))[0].tolist() == [2047, 0, 0]
 
 
-def test_rows_may_lie_apart() -> None:
+def test_rows_of_logits_may_have_a_stride() -> None:
     wide = torch.randn(4, 2 * 700, generator=torch.Generator().manual_seed(0))
     logits = wide[::2, 3:703]
     assert torch.equal(greedy(logits.to(DEVICE), False)[0].cpu(), logits.argmax(-1))
     check(logits, rows(2, top_k=[5, 0], top_n_tokens=1))
 
 
-def test_neutral_rows_are_those_of_greedy_bit_for_bit() -> None:
+def test_neutral_rows_come_out_of_sample_as_of_greedy_bit_for_bit() -> None:
     logits = 5 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(5)).bfloat16()
     ids, logprobs = greedy(logits.to(DEVICE), want_logprobs=True)
     assert logprobs is not None
@@ -293,8 +297,8 @@ def test_many_rows_come_out_as_the_processors_have_them(
 
 @settings(max_examples=3, deadline=None)
 @given(entropies)
-def test_a_row_in_a_batch_is_the_row_alone(entropy: int) -> None:
-    """Bit for bit, whatever the others ask for."""
+def test_a_row_in_a_batch_comes_out_as_it_would_alone(entropy: int) -> None:
+    """The results are equal bit for bit, whatever the other rows ask for."""
     rng = np.random.default_rng(entropy)
     n, vocab_size, patch = 3, 300, tiles(64, 8, 128)
     counts = random_counts(rng, n, vocab_size)
@@ -315,7 +319,7 @@ def test_logits_of_half_precision_are_processed_in_float32(dtype: torch.dtype) -
     check(logits, rows(2, temperature=[0.7, 1.3], top_p=[1, 0.8], do_sample=1, top_n_tokens=1))
 
 
-def test_a_vocabulary_of_many_chunks_in_earnest() -> None:
+def test_a_vocabulary_of_many_full_chunks_is_sampled() -> None:
     logits = 3 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(2))
     check(logits, rows(3, top_k=[40, 0, 0], top_p=[0.9, 0.7, 1], temperature=0.7, do_sample=1))
 
@@ -339,21 +343,23 @@ def test_a_vocabulary_of_many_chunks_in_earnest() -> None:
     ],
     ids=str,
 )
-def test_each_threshold(asked: dict[str, float], small_tiles: None) -> None:
+def test_each_threshold_keeps_what_the_processors_keep(
+    asked: dict[str, Any], small_tiles: None
+) -> None:
     del small_tiles
     logits = 2 * torch.randn(1, 300, generator=torch.Generator().manual_seed(11))
     assert not is_doubtful(logits, rows(**asked))
     check(logits, rows(do_sample=1, top_n_tokens=1, **asked))
 
 
-def test_top_p_of_just_as_many_candidates_as_top_k_asks_for(small_tiles: None) -> None:
-    """One of these counts is that of the candidates, between half of KEPT and all of it."""
+def test_top_p_after_a_top_k_of_exactly_the_number_of_candidates(small_tiles: None) -> None:
+    """One of these top_k equals the number of candidates, which is KEPT / 2 to KEPT."""
     del small_tiles
     logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)).expand(4, 64)
     check(logits, rows(4, top_k=[5, 6, 7, 8], top_p=0.55, top_n_tokens=1))
 
 
-def test_ties_at_a_border_all_stay(small_tiles: None) -> None:
+def test_all_ties_at_a_threshold_are_kept(small_tiles: None) -> None:
     del small_tiles
     logits = torch.full((4, 200), -5.0)
     logits[:, ::7] = 1.0
@@ -365,7 +371,7 @@ def test_ties_at_a_border_all_stay(small_tiles: None) -> None:
     assert kept == [30, 1, 30, 1]
 
 
-def test_a_flat_row_keeps_everything(small_tiles: None) -> None:
+def test_a_flat_row_keeps_every_token(small_tiles: None) -> None:
     del small_tiles
     p = rows(3, top_k=[1, 0, 0], top_p=[1, 0.01, 1], typical_p=[1, 1, 0.01], top_n_tokens=1)
     ids, logprobs, top_ids, _ = run(torch.zeros(3, 200), p, None, 200)
@@ -374,7 +380,7 @@ def test_a_flat_row_keeps_everything(small_tiles: None) -> None:
     assert torch.equal(top_ids, torch.arange(200).expand(3, 200))
 
 
-def test_a_sole_survivor_has_logprob_zero(small_tiles: None) -> None:
+def test_the_only_token_left_has_logprob_zero(small_tiles: None) -> None:
     del small_tiles
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
     logits[4] = -math.inf
@@ -392,7 +398,9 @@ def test_a_sole_survivor_has_logprob_zero(small_tiles: None) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 100.0, 1e4])
-def test_extreme_temperatures(temperature: float, small_tiles: None) -> None:
+def test_extreme_temperatures_give_what_the_processors_give(
+    temperature: float, small_tiles: None
+) -> None:
     del small_tiles
     logits = 5 * torch.randn(3, 200, generator=torch.Generator().manual_seed(9))
     top_p, top_k = [1, 0.9, 1], [0, 0, 30]
@@ -400,7 +408,7 @@ def test_extreme_temperatures(temperature: float, small_tiles: None) -> None:
 
 
 def test_scores_of_all_magnitudes_are_searched(small_tiles: None) -> None:
-    """Bisection of values alone would take a step for each power of two."""
+    """Bisecting the values alone would take one step per power of two."""
     del small_tiles
     exponents = torch.arange(-126, 127).float()
     logits = torch.cat([-(2.0**exponents), 2.0**exponents])[None]
@@ -411,10 +419,10 @@ def test_scores_of_all_magnitudes_are_searched(small_tiles: None) -> None:
         assert (top_logprobs > -math.inf).sum() == finite.sum()
 
 
-# -- penalties, top tokens, and harm --------------------------------------------------------
+# -- penalties, top tokens, and rows of NaN -------------------------------------------------
 
 
-def test_chosen_tokens_are_counted_for_rows_with_a_penalty_alone() -> None:
+def test_chosen_tokens_are_counted_only_for_rows_with_a_penalty() -> None:
     counts = torch.zeros(3, 100, dtype=torch.int32)
     counts[:, 5] = 4
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
@@ -426,7 +434,7 @@ def test_chosen_tokens_are_counted_for_rows_with_a_penalty_alone() -> None:
     assert torch.equal(counts, expected)
 
 
-def test_repetition_before_frequency_before_temperature() -> None:
+def test_the_repetition_penalty_then_the_frequency_penalty_then_temperature_apply() -> None:
     """((4 / 2) - 1 * 1) / 0.5 = 2."""
     p = rows(
         temperature=0.5,
@@ -441,7 +449,9 @@ def test_repetition_before_frequency_before_temperature() -> None:
 
 
 @pytest.mark.parametrize("num_top", [1, 5, 21])
-def test_top_tokens_are_the_best_of_equals_the_lowest_id(num_top: int, small_tiles: None) -> None:
+def test_top_tokens_are_the_best_with_the_lowest_ids_among_equals(
+    num_top: int, small_tiles: None
+) -> None:
     del small_tiles
     rng = np.random.default_rng(num_top)
     logits = torch.from_numpy(rng.integers(0, 9, (2, 300)).astype(np.float32))
@@ -452,7 +462,7 @@ def test_top_tokens_are_the_best_of_equals_the_lowest_id(num_top: int, small_til
     assert (top_logprobs[1] == -math.inf).all()
 
 
-def test_a_row_of_nan_harms_no_other_and_has_a_token_all_the_same() -> None:
+def test_a_row_of_nan_still_gets_a_token_and_changes_no_other() -> None:
     logits = torch.randn(5, 258, generator=torch.Generator().manual_seed(0))
     everything = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "typical_p": 0.9, "do_sample": 1}
     expected = run(logits, rows(5, **everything))[0]
@@ -465,8 +475,12 @@ def test_a_row_of_nan_harms_no_other_and_has_a_token_all_the_same() -> None:
 # -- noise ------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _gumbel_kernel(keys_ptr, noise_ptr, BLOCK: tl.constexpr):  # noqa: N803
+@triton.jit  # type: ignore[untyped-decorator]
+def _gumbel_kernel(  # type: ignore[no-untyped-def]
+    keys_ptr,
+    noise_ptr,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(noise_ptr + ids, _gumbel(ids, tl.load(keys_ptr), tl.load(keys_ptr + 1)))
 
@@ -483,7 +497,7 @@ def test_noise_is_that_of_the_torch_implementation(seed: int) -> None:
 
 @pytest.mark.parametrize(("p", "n"), [({}, 120), ({"top_k": 3}, 20)], ids=str)
 def test_draws_follow_the_processed_softmax(p: dict[str, float], n: int) -> None:
-    """Chi-square of the draws of a batch's rows; beyond 5 deviations it is no chance."""
+    """Chi-square of the draws of a batch's rows; more than 5 deviations is not chance."""
     logits = torch.linspace(2.0, -2.0, 16)
     keys = noise_keys(np.arange(n, dtype=np.uint64), np.full(n, 9))
     parameters = rows(n, do_sample=1, noise_key=keys, **p)

@@ -30,34 +30,35 @@ def keys(seeds: Iterable[int], positions: Iterable[int]) -> Tensor:
 
 
 def noise(seed: int, positions: range, vocab_size: int) -> Tensor:
-    """[positions, vocab_size] float64"""
+    """Return the noise of one seed, [positions, vocab_size] float64."""
     return gumbel_noise(keys([seed] * len(positions), positions), vocab_size).double()
 
 
 def uniform(gumbel: Tensor) -> Tensor:
-    """What is uniform if `gumbel` is standard Gumbel: its own distribution function."""
+    """Apply the Gumbel distribution function: the result is uniform if `gumbel` is Gumbel."""
     return torch.exp(-torch.exp(-gumbel.double()))
 
 
 def check_chi_square(observed: Tensor, expected: Tensor) -> None:
-    """Neither too far from the expectation nor too close (Wilson and Hilferty 1931).
+    """Check that counts are neither too far from the expectation nor too close to it.
 
-    Classes too rare for it are counted with the rarest of the others.
+    The statistic is made normal by Wilson and Hilferty (1931). Classes that are too rare for it
+    are counted with the rarest of the others.
     """
-    observed, expected = (np.array(x.tolist()).ravel() for x in (observed, expected))
-    rare = expected < 8
-    rarest = np.where(rare, np.inf, expected).argmin()
-    for counts in (observed, expected):
+    found, wanted = (np.array(x.tolist()).ravel() for x in (observed, expected))
+    rare = wanted < 8
+    rarest = np.where(rare, np.inf, wanted).argmin()
+    for counts in (found, wanted):
         counts[rarest] += counts[rare].sum()
-    observed, expected = observed[~rare], expected[~rare]
-    df = len(observed) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
+    found, wanted = found[~rare], wanted[~rare]
+    df = len(found) - 1
+    statistic = ((found - wanted) ** 2 / wanted).sum()
     z = ((statistic / df) ** (1 / 3) - 1 + 2 / (9 * df)) / math.sqrt(2 / (9 * df))
     assert abs(z) < _Z, f"chi-square {statistic:.1f} at {df} degrees of freedom"
 
 
 def check_independent(a: Tensor, b: Tensor, num_bins: int = 16) -> None:
-    """All pairs of bins of the two are equally frequent."""
+    """Check that all pairs of bins of the two are equally frequent."""
     bins_a, bins_b = ((uniform(x).ravel() * num_bins).long() for x in (a, b))
     counts = torch.bincount(bins_a * num_bins + bins_b, minlength=num_bins**2)
     check_chi_square(counts, torch.full_like(counts, len(bins_a) / num_bins**2, dtype=torch.double))
@@ -90,7 +91,9 @@ def test_seeds_that_agree_in_63_bits_or_in_either_half_differ() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(u64, st.integers(0, 2**20)), min_size=1, max_size=8), st.data())
-def test_noise_is_the_same_in_any_company(rows: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_noise_does_not_depend_on_the_other_rows(
+    rows: list[tuple[int, int]], data: st.DataObject
+) -> None:
     order = data.draw(st.permutations(range(len(rows))))
     seeds, positions = zip(*rows, strict=True)
     together = gumbel_noise(keys(seeds, positions), 777)
@@ -106,7 +109,7 @@ def test_noise_of_a_token_does_not_depend_on_the_vocabulary(num_tokens: int) -> 
     assert torch.equal(gumbel_noise(key, num_tokens), gumbel_noise(key, 4099)[:, :num_tokens])
 
 
-def test_noise_leaves_the_keys_alone() -> None:
+def test_noise_does_not_change_the_keys() -> None:
     key = keys([1, 2], [3, 4])
     before = key.clone()
     gumbel_noise(key, 100)
@@ -118,7 +121,7 @@ def test_noise_leaves_the_keys_alone() -> None:
 
 @pytest.fixture(scope="module")
 def census() -> dict[str, Tensor]:
-    """One long count over 2^25 noises: 8,192 rows of 4,096 tokens, of many seeds."""
+    """Count 2^25 noises once for several tests: 8,192 rows of 4,096 tokens, of many seeds."""
     lower = torch.tensor([-math.log(-math.log(p)) for p in _TAILS])
     upper = torch.tensor([-math.log(-math.log1p(-p)) for p in _TAILS])
     below, above = torch.zeros(len(_TAILS)), torch.zeros(len(_TAILS))
@@ -149,7 +152,7 @@ def test_tails_are_right_out_to_one_in_a_million(census: dict[str, Tensor], side
 
 @pytest.mark.slow
 def test_the_highest_noises_hardly_ever_tie(census: dict[str, Tensor]) -> None:
-    """The 335 above the 1e-5 quantile are those that decide draws; 23 bits leave 84 values."""
+    """The 335 noises above the 1e-5 quantile decide draws; 23 bits would leave 84 values."""
     highest = census["highest"]
     assert highest.isfinite().all()
     assert len(highest.unique()) > 0.97 * len(highest)
@@ -172,7 +175,7 @@ def test_extremes_are_finite_and_never_nan() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**63 + 12345, 2**64 - 1])
 def test_noise_is_standard_gumbel(seed: int) -> None:
-    """Kolmogorov and Smirnov, along the positions and along the token ids."""
+    """The test is Kolmogorov and Smirnov's, along the positions and along the token ids."""
     for drawn in (noise(seed, range(2**16), 4), noise(seed, range(4), 2**16)):
         sample = uniform(drawn).ravel().sort().values
         n = len(sample)
@@ -181,7 +184,7 @@ def test_noise_is_standard_gumbel(seed: int) -> None:
         assert float(distance) * math.sqrt(n) < 2.2  # p = 1.2e-4
 
 
-def test_moments() -> None:
+def test_noise_has_the_mean_and_variance_of_gumbel() -> None:
     drawn = noise(99, range(512), 2048).ravel()
     root = math.sqrt(len(drawn))
     variance = math.pi**2 / 6
@@ -201,7 +204,7 @@ def test_draws_follow_the_softmax(seed: int, temperature: float) -> None:
 
 
 def test_one_draw_of_many_seeds_follows_the_softmax() -> None:
-    """Seeds that a client would count up: 0, 1, 2, ..., all at the same position."""
+    """The seeds are 0, 1, 2, ..., as a client would count them, all at the same position."""
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.5, 2.0])
     seeds = range(60_000)
     drawn = (scores + gumbel_noise(keys(seeds, [17] * len(seeds)), 6)).argmax(dim=-1)
@@ -238,7 +241,7 @@ def test_seed_plus_one_is_not_position_plus_one() -> None:
     check_independent(a, b)
 
 
-def test_seed_and_position_do_not_trade_places() -> None:
+def test_swapping_seed_and_position_gives_other_noise() -> None:
     small = range(2048)
     a = gumbel_noise(keys(small, [50] * 2048), 128)
     b = gumbel_noise(keys([50] * 2048, small), 128)
@@ -246,7 +249,7 @@ def test_seed_and_position_do_not_trade_places() -> None:
     check_independent(a[51:], b[51:])
 
 
-def test_a_row_is_no_shifted_copy_of_another() -> None:
+def test_no_row_is_a_shifted_copy_of_another() -> None:
     """Keys whose first words are close start the hash at overlapping counters."""
     base = keys([77], [5])
     near = base.repeat(64, 1) + torch.stack([torch.arange(1, 65), torch.arange(64) * 977 + 1], 1)
@@ -256,7 +259,7 @@ def test_a_row_is_no_shifted_copy_of_another() -> None:
 
 
 def test_both_words_of_a_key_matter() -> None:
-    """Not only their sum or their difference."""
+    """The noise depends on more than their sum or their difference."""
     base = keys([78], [6])
     words = [(0, 0), (5, 0), (0, 5), (5, 5), (5, -5), (1 << 20, 0), (0, 1 << 20)]
     rows = gumbel_noise(base + torch.tensor(words, dtype=torch.int32), 8192)
@@ -266,7 +269,7 @@ def test_both_words_of_a_key_matter() -> None:
 
 
 def test_seeds_apart_by_the_step_of_splitmix_are_unrelated() -> None:
-    """Unmixed, such seeds give the same stream one position later."""
+    """Without mixing, such seeds would give the same stream one position later."""
     step = 0x9E3779B97F4A7C15
     a = gumbel_noise(keys([100 + step] * 64, range(64)), 1024)
     b = gumbel_noise(keys([100] * 65, range(65)), 1024)
@@ -275,7 +278,7 @@ def test_seeds_apart_by_the_step_of_splitmix_are_unrelated() -> None:
 
 
 def test_consecutive_draws_are_independent() -> None:
-    """Pairs (token, next token) of one long generation, from a skewed distribution."""
+    """The test counts pairs of a token and the next, drawn from a skewed distribution."""
     scores = torch.tensor([1.5, 0.0, 0.7, -0.4, 0.2])
     drawn = (scores + noise(123456789, range(80_001), 5)).argmax(dim=-1)
     p = scores.double().softmax(-1)

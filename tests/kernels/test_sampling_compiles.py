@@ -1,4 +1,4 @@
-"""Sampling for GPUs that are not there: it fits their registers and shared memory."""
+"""The sampling kernels compiled for GPUs that are not here fit their registers and memory."""
 
 from typing import Any
 
@@ -33,20 +33,20 @@ def check(
 
 
 def chunks(vocab_size: int) -> int:
-    """Rounded up to a power of 2."""
+    """Return the number of chunks of a row, rounded up to a power of 2."""
     return 1 << (-(-vocab_size // CHUNK) - 1).bit_length()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_greedy_chunks(logprobs: bool) -> None:
+def test_the_greedy_kernel_of_chunks_fits_every_gpu(logprobs: bool) -> None:
     arguments = {**LOGITS, "partials_ptr": "*i64", "vocab_size": "i32"}
     check("_greedy_chunk_kernel", arguments, {"LOGPROBS": logprobs, "CHUNK": CHUNK}, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [49_152, 128_256, 256_000])
-def test_greedy_rows(vocab_size: int) -> None:
+def test_the_greedy_kernel_of_rows_fits_every_gpu(vocab_size: int) -> None:
     arguments = {"partials_ptr": "*i64", "num_chunks": "i32", **CHOSEN}
     check("_greedy_row_kernel", arguments, {"CHUNKS": chunks(vocab_size)}, 1)
 
@@ -54,7 +54,7 @@ def test_greedy_rows(vocab_size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("counts", ["*i32", None])
-def test_chunks(dtype: str, counts: str | None) -> None:
+def test_the_sampling_kernel_of_chunks_fits_every_gpu(dtype: str, counts: str | None) -> None:
     arguments = {**LOGITS, **REQUEST, **SCRATCH, "vocab_size": "i32", "logits_ptr": dtype}
     constants: dict[str, Any] = {"CHUNK": CHUNK, "KEPT": KEPT}
     if counts is None:
@@ -67,9 +67,9 @@ def test_chunks(dtype: str, counts: str | None) -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "top_block"), [(49_152, 32), (128_256, 0), (128_256, 32), (256_000, 32)]
 )
-def test_rows(vocab_size: int, top_block: int) -> None:
+def test_the_sampling_kernel_of_rows_fits_every_gpu(vocab_size: int, top_block: int) -> None:
     arguments = {**LOGITS, **REQUEST, **SCRATCH, **CHOSEN, **SIZES}
-    constants = {
+    constants: dict[str, Any] = {
         "CHUNKS": chunks(vocab_size),
         "KEPT": KEPT,
         "TOP_BLOCK": top_block,
@@ -78,5 +78,5 @@ def test_rows(vocab_size: int, top_block: int) -> None:
     if top_block:
         arguments |= TOP
     else:
-        constants |= dict.fromkeys(TOP)
+        constants.update(dict.fromkeys(TOP))
     check("_row_kernel", arguments, constants, 16)

@@ -1,4 +1,4 @@
-"""What a grammar forbids becomes -inf, and nothing else changes."""
+"""The scores of forbidden tokens become -inf, and nothing else changes."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,7 +25,7 @@ def device() -> Iterator[None]:
 
 
 def masks_of(allowed: Tensor) -> Tensor:
-    """[rows, vocab_size] bool to the bits of int32 words; those past the vocabulary are set."""
+    """Pack [rows, vocab_size] bool in int32 words; bits past the vocabulary are set."""
     rows, vocab_size = allowed.shape
     num_words = -(-vocab_size // 32)
     padded = torch.ones(rows, num_words * 32, dtype=torch.bool)
@@ -37,7 +37,7 @@ def masks_of(allowed: Tensor) -> Tensor:
 @each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_what_is_forbidden_becomes_minus_infinity(
+def test_scores_of_forbidden_tokens_become_minus_infinity(
     mask_tokens: MaskTokens, dtype: torch.dtype, vocab_size: int
 ) -> None:
     logits = torch.randn(5, vocab_size).to(dtype)
@@ -62,7 +62,7 @@ def test_everything_or_nothing_may_be_allowed(mask_tokens: MaskTokens, allowed: 
 @each_implementation
 @pytest.mark.parametrize("bit", [0, 1, 30, 31, 32, 63])
 def test_each_bit_is_its_own_token(mask_tokens: MaskTokens, bit: int) -> None:
-    """The 32nd of a word is its sign."""
+    """The 32nd bit of a word is its sign."""
     allowed = torch.zeros(1, 64, dtype=torch.bool)
     allowed[0, bit] = True
     logits = torch.zeros(1, 64)
@@ -71,7 +71,7 @@ def test_each_bit_is_its_own_token(mask_tokens: MaskTokens, bit: int) -> None:
 
 
 @each_implementation
-def test_scores_that_are_no_numbers_stay_where_they_are_allowed(mask_tokens: MaskTokens) -> None:
+def test_nan_scores_of_allowed_tokens_stay(mask_tokens: MaskTokens) -> None:
     special = [torch.inf, -torch.inf, torch.nan, -0.0]
     logits = torch.tensor([special * 2])
     allowed = torch.tensor([[True] * 4 + [False] * 4])

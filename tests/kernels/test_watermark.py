@@ -1,4 +1,4 @@
-"""Green lists: a share of the vocabulary, decided by the token before and nothing else."""
+"""A green list is a share of the vocabulary that depends on the previous token alone."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -27,7 +27,7 @@ def device() -> Iterator[None]:
 @each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_green_tokens_rise_and_the_others_stay(
+def test_only_the_scores_of_green_tokens_are_raised(
     watermark: Watermark, dtype: torch.dtype, vocab_size: int
 ) -> None:
     logits = torch.randn(5, vocab_size).to(dtype)
@@ -44,8 +44,10 @@ def test_green_tokens_rise_and_the_others_stay(
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("delta", [0.3, -1.7, 5.01])
 @pytest.mark.slow
-def test_both_give_the_same_to_the_last_bit(dtype: torch.dtype, gamma: float, delta: float) -> None:
-    """Also where the addition has to be rounded."""
+def test_torch_and_triton_agree_to_the_last_bit(
+    dtype: torch.dtype, gamma: float, delta: float
+) -> None:
+    """They agree also where the addition has to be rounded."""
     logits = torch.randn(3, 2000).to(dtype)
     other, previous, rows = logits.clone(), torch.tensor([0, 49151, 256000]), torch.arange(3)
     watermark_torch(logits, rows, previous, gamma, delta)
@@ -55,7 +57,7 @@ def test_both_give_the_same_to_the_last_bit(dtype: torch.dtype, gamma: float, de
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_the_share_of_green_tokens_is_gamma(gamma: float) -> None:
-    """Of each list, and of each token over the lists, as of coins thrown independently."""
+    """The share holds in each list and, for each token, over the lists: as for fair coins."""
     vocab_size, num_lists = 20_000, 200
     green = green_list(torch.arange(num_lists), gamma, vocab_size).double()
     for dim, size in ((1, vocab_size), (0, num_lists)):
@@ -71,8 +73,8 @@ def test_two_tokens_have_unrelated_lists() -> None:
 
 
 @each_implementation
-def test_a_rows_list_depends_on_the_token_before_alone(watermark: Watermark) -> None:
-    """Not on the row, its company, its scores, or the size of the vocabulary."""
+def test_a_rows_green_list_depends_on_the_previous_token_alone(watermark: Watermark) -> None:
+    """It does not depend on the row, other rows, the scores, or the size of the vocabulary."""
     alone = torch.zeros(1, 600)
     watermark(alone, torch.tensor([0]), torch.tensor([17]), 0.5, 1.0)
     company = torch.randn(6, 1100).round()
@@ -84,7 +86,7 @@ def test_a_rows_list_depends_on_the_token_before_alone(watermark: Watermark) -> 
     assert not raised[[0, 2, 4]].any()
 
 
-def test_a_larger_share_contains_the_smaller() -> None:
+def test_the_green_list_of_a_larger_share_contains_that_of_a_smaller_one() -> None:
     previous = torch.arange(20)
     lists = [green_list(previous, gamma, 1000) for gamma in GAMMAS]
     for smaller, larger in pairwise(lists):
@@ -92,7 +94,7 @@ def test_a_larger_share_contains_the_smaller() -> None:
 
 
 @each_implementation
-def test_what_is_excluded_stays_excluded(watermark: Watermark) -> None:
+def test_a_token_that_is_excluded_stays_excluded(watermark: Watermark) -> None:
     logits = torch.full((1, 300), -torch.inf)
     watermark(logits, torch.tensor([0]), torch.tensor([1]), 0.5, 2.0)
     assert (logits == -torch.inf).all()

@@ -25,7 +25,7 @@ from engine.sampling.logits_processors import (
 from kernels.sampling import GENERATED
 
 _DOUBT = 2e-5
-"""Masses, and distances, closer than this to a threshold are not decided in float64."""
+"""Masses and distances closer than this to a threshold are not compared with float64."""
 
 examples = settings(max_examples=50, deadline=None)
 
@@ -34,7 +34,7 @@ examples = settings(max_examples=50, deadline=None)
 
 @st.composite
 def score_rows(draw: st.DrawFn) -> Tensor:
-    """[1..5 rows, 1..24 tokens] float32; some of a row's scores may be -inf, never all.
+    """Draw [1..5 rows, 1..24 tokens] float32; some of a row's scores may be -inf, never all.
 
     The shape is hypothesis's, the numbers are a generator's, which is far cheaper.
     """
@@ -67,7 +67,7 @@ every_step = pytest.mark.parametrize("name", STEPS)
 
 @st.composite
 def batches(draw: st.DrawFn, name: str) -> tuple[Tensor, np.ndarray]:
-    """Scores, and a value of the step's parameter for each row, neutral for some."""
+    """Draw scores, and a value of the step's parameter for each row, neutral for some."""
     _, used, neutral, dtype = STEPS[name]
     scores = draw(score_rows())
     values = [draw(some_neutral(used, neutral)) for _ in scores]
@@ -84,15 +84,15 @@ def process(name: str, scores: Tensor, values: np.ndarray) -> Tensor:
 
 
 def bits(scores: Tensor) -> list[int]:
-    """To compare exactly, the sign of zero included."""
+    """Return the scores' bits, to compare them exactly, with the sign of zero."""
     return scores.contiguous().view(torch.int32).flatten().tolist()
 
 
-# -- the company a row keeps ------------------------------------------------------------
+# -- independence of the other rows -----------------------------------------------------
 
 
 @every_step
-def test_a_step_that_no_row_uses_is_not_built(name: str) -> None:
+def test_a_step_that_no_row_uses_uploads_nothing(name: str) -> None:
     step, _, neutral, dtype = STEPS[name]
     assert step.plan(np.full(3, neutral, dtype=dtype)) == {}
     assert step.plan(np.zeros(0, dtype=dtype)) == {}
@@ -120,7 +120,7 @@ def test_each_row_comes_out_as_it_would_alone(name: str, data: st.DataObject) ->
 
 @every_step
 def test_each_row_of_a_large_batch_comes_out_as_it_would_alone(name: str) -> None:
-    """Rows long enough for vectors, blocks and threads to come into play."""
+    """The rows are long enough for vectors, blocks and threads to matter."""
     generator = torch.Generator().manual_seed(1)
     scores = 4 * torch.randn(17, 5003, generator=generator)
     used = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "typical_p": 0.8}[name]
@@ -160,7 +160,7 @@ def check_kept(
     neutral: float,
     reference: Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """What is kept is unchanged, what is dropped is -inf, and which is as the reference says.
+    """Check that kept scores are unchanged and that those the reference drops are -inf.
 
     The reference returns (kept, doubtful), [vocab_size] bool each.
     """
@@ -177,7 +177,7 @@ def check_kept(
 
 @examples
 @given(batches("temperature"))
-def test_temperature_divides(batch: tuple[Tensor, np.ndarray]) -> None:
+def test_temperature_divides_the_scores(batch: tuple[Tensor, np.ndarray]) -> None:
     scores, values = batch
     exact = scores.double() / torch.from_numpy(values).double()[:, None]
     assert bits(process("temperature", scores, values)) == bits(exact.float())
@@ -185,7 +185,7 @@ def test_temperature_divides(batch: tuple[Tensor, np.ndarray]) -> None:
 
 @examples
 @given(batches("top_k"))
-def test_top_k_keeps_what_reaches_the_kth_highest(batch: tuple[Tensor, np.ndarray]) -> None:
+def test_top_k_keeps_scores_that_reach_the_kth_highest(batch: tuple[Tensor, np.ndarray]) -> None:
     def reference(row: np.ndarray, k: float) -> tuple[np.ndarray, np.ndarray]:
         kth = sorted(row, reverse=True)[min(int(k), len(row)) - 1]
         return row >= kth, np.zeros(len(row), dtype=bool)
@@ -198,7 +198,7 @@ def test_top_k_keeps_what_reaches_the_kth_highest(batch: tuple[Tensor, np.ndarra
 def test_top_p_drops_the_least_likely_up_to_a_mass_of_1_minus_p(
     batch: tuple[Tensor, np.ndarray],
 ) -> None:
-    """Of equal scores, which are dropped with all that are lower, or not at all."""
+    """Equal scores are dropped together, with all lower ones, or kept together."""
 
     def reference(row: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
         probs = softmax64(row)
@@ -278,7 +278,7 @@ def test_the_same_tokens_are_kept_as_by_the_float32_definition(
         assert bits(out) == bits(row if value == 1 else literal(row, float(value)))
 
 
-# -- single cases worth reading -----------------------------------------------------------
+# -- examples ----------------------------------------------------------------------------
 
 
 def log(*probabilities: float) -> Tensor:
@@ -332,15 +332,15 @@ def test_top_p_always_keeps_the_best(p: float) -> None:
 
 
 def test_typical_p_may_drop_the_most_likely() -> None:
-    """Entropy 1.58: a surprise of 0.69 is farther from it than one of 1.9."""
+    """The entropy is 1.58: a surprise of 0.69 is farther from it than one of 1.9."""
     scores = log(0.5, *[0.15] * 3, 0.05)
     assert kept("typical_p", scores, 0.3) == [1, 2, 3]
     assert kept("typical_p", scores, 0.6) == [0, 1, 2, 3]
     assert kept("typical_p", scores, 0.98) == [0, 1, 2, 3, 4]
 
 
-def test_typical_p_is_content_with_a_mass_of_exactly_p() -> None:
-    """Surprises of 1, 2, 3, 3 bits around an entropy of 1.75."""
+def test_typical_p_stops_at_a_mass_of_exactly_p() -> None:
+    """The surprises are 1, 2, 3 and 3 bits, around an entropy of 1.75."""
     scores = log(0.5, 0.25, 0.125, 0.125)
     if scores.softmax(-1).tolist() != [[0.5, 0.25, 0.125, 0.125]]:
         pytest.skip("this machine's logarithms round otherwise")
@@ -350,7 +350,7 @@ def test_typical_p_is_content_with_a_mass_of_exactly_p() -> None:
 
 @pytest.mark.parametrize("p", [1e-45, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("name", ["top_p", "typical_p"])
-def test_a_sole_survivor_survives(name: str, p: float) -> None:
+def test_the_only_token_left_is_kept(name: str, p: float) -> None:
     scores = torch.full((1, 9), -math.inf)
     scores[0, 4] = -3.5
     assert kept(name, scores, p) == [4]
@@ -361,7 +361,7 @@ def test_a_sole_survivor_survives(name: str, p: float) -> None:
 
 @st.composite
 def penalised(draw: st.DrawFn) -> tuple[Tensor, list[list[int]], np.ndarray, np.ndarray]:
-    """Scores, each row's context, repetition and frequency penalties, some neutral."""
+    """Draw scores, contexts, and repetition and frequency penalties, some of them neutral."""
     scores = draw(score_rows())
     token = st.integers(0, scores.shape[-1] - 1)
     contexts = [draw(st.lists(token, min_size=1, max_size=12)) for _ in scores]
@@ -370,10 +370,14 @@ def penalised(draw: st.DrawFn) -> tuple[Tensor, list[list[int]], np.ndarray, np.
     return scores, contexts, np.array(repetition, np.float32), np.array(frequency, np.float32)
 
 
+def single(values: list[float]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
 def make_penalties(
     contexts: list[list[int]], repetition: np.ndarray, frequency: np.ndarray, vocab_size: int
 ) -> Penalties | None:
-    """Row i has slot 2 * i + 1; other slots hold another's counts."""
+    """Row i has slot 2 * i + 1; the other slots hold counts of other sequences."""
     used = (repetition != 1) | (frequency != 0)
     if not used.any():
         return None
@@ -429,8 +433,10 @@ def test_penalties_of_each_row_are_those_it_would_get_alone(
     batch: tuple[Tensor, list[list[int]], np.ndarray, np.ndarray],
 ) -> None:
     together = penalise(*batch)
+    scores, contexts, repetition, frequency = batch
     for i in range(len(together)):
-        alone = penalise(*(part[i : i + 1] for part in batch))
+        row = slice(i, i + 1)
+        alone = penalise(scores[row], contexts[row], repetition[row], frequency[row])
         assert bits(together[i]) == bits(alone)
 
 
@@ -448,21 +454,21 @@ def test_one_penalty_alone_is_as_if_the_other_were_absent(
     assert torch.equal(penalise(scores, contexts, repetition, 0 * frequency), only)
 
 
-def test_repetition_is_charged_once_however_often_the_token_occurs() -> None:
+def test_the_repetition_penalty_applies_once_however_often_the_token_occurs() -> None:
     scores = torch.tensor([[2.0, -2.0, 2.0]])
-    out = penalise(scores, [[0, 0, 0, 1]], np.float32([2.0]), np.float32([0.0]))
+    out = penalise(scores, [[0, 0, 0, 1]], single([2.0]), single([0.0]))
     assert out.tolist() == [[1.0, -4.0, 2.0]]
 
 
-def test_frequency_is_a_share_of_the_context_not_a_count() -> None:
+def test_the_frequency_penalty_takes_a_share_of_the_context_not_a_count() -> None:
     scores = torch.zeros(1, 3)
-    out = penalise(scores, [[0, 0, 0, 1]], np.float32([1.0]), np.float32([2.0]))
+    out = penalise(scores, [[0, 0, 0, 1]], single([1.0]), single([2.0]))
     assert out.tolist() == [[-1.5, -0.5, 0.0]]
 
 
-def test_repetition_comes_before_frequency() -> None:
-    """2 / 2 - 1.5 = -0.5; the other way round (2 - 1.5) / 2 = 0.25."""
-    out = penalise(torch.tensor([[2.0, 0.0]]), [[0]], np.float32([2.0]), np.float32([1.5]))
+def test_the_repetition_penalty_comes_before_the_frequency_penalty() -> None:
+    """2 / 2 - 1.5 = -0.5; in the other order, (2 - 1.5) / 2 = 0.25."""
+    out = penalise(torch.tensor([[2.0, 0.0]]), [[0]], single([2.0]), single([1.5]))
     assert out.tolist() == [[-0.5, 0.0]]
 
 
@@ -470,13 +476,13 @@ def test_a_short_context_beside_a_long_one_is_not_padded() -> None:
     """Text Generation Inference pads it with token 0 and divides by the padded length."""
     scores = torch.ones(2, 3)
     contexts = [[1], [2] * 9 + [0]]
-    out = penalise(scores, contexts, np.float32([2.0, 2.0]), np.float32([1.0, 1.0]))
+    out = penalise(scores, contexts, single([2.0, 2.0]), single([1.0, 1.0]))
     torch.testing.assert_close(out, torch.tensor([[1.0, -0.5, 1.0], [0.4, 1.0, -0.4]]))
 
 
-def test_counting_marks_and_adds_each_rows_new_token_in_its_own_slot() -> None:
-    neutral = np.float32([1.0, 1.0, 1.0])
-    penalties = make_penalties([[0], [1], [2]], neutral, np.float32([1.0, 0.0, 1.0]), 4)
+def test_each_rows_new_token_is_counted_and_marked_in_its_own_slot() -> None:
+    neutral = single([1.0, 1.0, 1.0])
+    penalties = make_penalties([[0], [1], [2]], neutral, single([1.0, 0.0, 1.0]), 4)
     assert penalties is not None
     before = penalties.counts.clone()
     penalties.count(torch.tensor([3, 0, 2]))

@@ -1,4 +1,4 @@
-"""The sampler against a literal, row by row, version of Text Generation Inference's steps.
+"""The torch sampler agrees with a literal version of Text Generation Inference's steps.
 
 All logprobs are read off `top_ids` by asking for as many as there are tokens.
 """
@@ -31,7 +31,7 @@ examples = settings(max_examples=40, deadline=None)
 def process(
     logits: Tensor, params: SamplingParams, context: list[int], num_prompt: int | None = None
 ) -> Tensor:
-    """One row's scores after all steps, [vocab_size] float32; each in its defined order.
+    """Return one row's scores after all steps, in their order, [vocab_size] float32.
 
     The context is all prompt, unless it is said how much of it is.
     """
@@ -89,12 +89,12 @@ STEPS = (
 
 
 def single(value: float) -> float:
-    """As the wire has it: parameters are float32 there."""
+    """Round to float32, the type that parameters have in the HTTP API."""
     return float(np.float32(value))
 
 
 def random_params(entropy: int) -> SamplingParams:
-    """Each step is used by about half of them; drawn by a generator, which is cheaper."""
+    """Draw parameters that use about half of the steps; a generator is cheaper than hypothesis."""
     rng = random.Random(entropy)
 
     def maybe(neutral: float, *used: float) -> float:
@@ -120,7 +120,7 @@ sampling_params = st.integers(0, 2**32 - 1).map(random_params)
 
 @st.composite
 def score_rows(draw: st.DrawFn, num_rows: int, vocab_size: int) -> Tensor:
-    """float32, half of the rows full of ties."""
+    """Draw float32 scores; half of the rows are full of ties."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = num_rows, vocab_size
     tied, loose = rng.integers(-6, 7, shape) / 2, rng.normal(0, 3, shape)
@@ -140,7 +140,7 @@ class Batch:
             start(self.sampler, slot, p, context)
 
     def step(self, logits: Tensor, rows: list[int]) -> SampledTokens:
-        """One token for each of these rows."""
+        """Sample one token for each of these rows."""
         slots = np.array([self.slots[i] for i in rows])
         positions = np.array([len(self.contexts[i]) for i in rows])
         sampled = run(self.sampler, logits, slots, positions)
@@ -165,7 +165,10 @@ def start(
     context: list[int],
     num_prompt: int | None = None,
 ) -> None:
-    """What the engine does with a sequence new to a slot; its context is all prompt, or not."""
+    """Do what the engine does with a sequence that is new to a slot.
+
+    Its context is all prompt unless `num_prompt` is given.
+    """
     sampler.set_parameters(slot, params)
     if sampler.slots.needs_counts(slot):
         num_prompt = len(context) if num_prompt is None else num_prompt
@@ -223,10 +226,10 @@ def test_tokens_and_logprobs_are_those_of_the_processed_scores(
 
 @examples
 @given(batches(num_steps=3), st.data())
-def test_a_row_in_a_batch_is_the_row_alone(
+def test_a_row_in_a_batch_comes_out_as_it_would_alone(
     batch: tuple[list[SamplingParams], list[list[int]], list[Tensor]], data: st.DataObject
 ) -> None:
-    """Over several steps, each of them with some of the rows only."""
+    """The batch runs several steps, each with only some of the rows."""
     params, contexts, steps = batch
     together = Batch(params, contexts, steps[0].shape[-1])
     alone = [
@@ -256,7 +259,7 @@ def test_a_row_in_a_batch_is_the_row_alone(
 def test_neutral_rows_are_untouched_by_what_others_use(
     batch: tuple[list[SamplingParams], list[list[int]], list[Tensor]], data: st.DataObject
 ) -> None:
-    """Bit for bit the log-softmax of the row's own logits."""
+    """The neutral row's logprobs are bit for bit the log-softmax of its own logits."""
     params, contexts, [logits] = batch
     neutral = data.draw(st.integers(0, len(params) - 1))
     asked = [dataclasses.replace(p, top_n_tokens=logits.shape[-1]) for p in params]
@@ -268,7 +271,19 @@ def test_neutral_rows_are_untouched_by_what_others_use(
 
 def test_a_row_of_nan_harms_no_other() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [math.nan] * 3, [1.0, 3.0, 2.0]])
-    all_steps = SamplingParams(True, 0.5, 2, 0.9, 0.9, 1.1, 0.1, 5, True, 2)
+    all_steps = SamplingParams(
+        do_sample=True,
+        temperature=0.5,
+        top_k=2,
+        top_p=0.9,
+        typical_p=0.9,
+        repetition_penalty=1.1,
+        frequency_penalty=0.1,
+        presence_penalty=0.5,
+        seed=5,
+        logprobs=True,
+        top_n_tokens=2,
+    )
     sampled = sample(logits, all_steps, all_steps, SamplingParams(logprobs=True))
     own = sample(logits[:1], all_steps)
     assert sampled.ids[0] == own.ids[0]
@@ -289,7 +304,7 @@ def test_logits_are_processed_in_float32(dtype: torch.dtype) -> None:
 # -- the order of the steps: each example comes out differently with two of them swapped
 
 
-def test_repetition_before_frequency_before_temperature() -> None:
+def test_the_repetition_penalty_then_the_frequency_penalty_then_temperature_apply() -> None:
     """((4 / 2) - 1 * 1) / 0.5 = 2. Frequency first gives 3, temperature before it 3."""
     params = SamplingParams(
         temperature=0.5, repetition_penalty=2.0, frequency_penalty=1.0, top_n_tokens=2
@@ -299,22 +314,22 @@ def test_repetition_before_frequency_before_temperature() -> None:
     torch.testing.assert_close(all_logprobs(sampled, 0), expected)
 
 
-def test_temperature_before_top_p() -> None:
-    """0.6, 0.3, 0.1 become 0.78, 0.20, 0.02 at 0.5: the first then suffices for 0.7."""
+def test_temperature_applies_before_top_p() -> None:
+    """At 0.5, 0.6, 0.3, 0.1 become 0.78, 0.20, 0.02: the first alone reaches 0.7."""
     scores = torch.tensor([[0.6, 0.3, 0.1]]).log()
     sampled = sample(scores, SamplingParams(temperature=0.5, top_p=single(0.7), top_n_tokens=3))
     assert all_logprobs(sampled, 0).tolist() == [0.0, -math.inf, -math.inf]
 
 
-def test_top_k_before_top_p() -> None:
-    """0.4 of all is 0.57 of the best two: alone enough for a top_p of 0.5."""
+def test_top_k_applies_before_top_p() -> None:
+    """0.4 of all tokens is 0.57 of the best two: alone enough for a top_p of 0.5."""
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     sampled = sample(scores, SamplingParams(top_k=2, top_p=0.5, top_n_tokens=4))
     assert all_logprobs(sampled, 0).tolist() == [0.0, *[-math.inf] * 3]
 
 
-def test_top_p_before_typical_p() -> None:
-    """Of all five, typical_p would take the 0.15s; of the two left by top_p, it takes both."""
+def test_top_p_applies_before_typical_p() -> None:
+    """Of all five, typical_p would keep the 0.15s; of the two left by top_p, it keeps both."""
     scores = torch.tensor([[0.5, 0.2, 0.15, 0.14, 0.01]]).log()
     first = SamplingParams(typical_p=single(0.15), top_n_tokens=5)
     assert all_logprobs(sample(scores, first), 0)[0] == -math.inf
@@ -339,7 +354,7 @@ def test_greedy_rows_stay_greedy_beside_sampled_ones(
             assert scores[sampled.ids[i]] == scores.max()
 
 
-def test_equal_seed_and_position_draw_equal_tokens_others_differ() -> None:
+def test_equal_seeds_and_positions_draw_equal_tokens_and_others_differ() -> None:
     logits = torch.zeros(6, 50_000)
     seeds = [2**64 - 1, 2**64 - 1, 2**63, 2**63 - 1, 0, 1]
     params = [SamplingParams(do_sample=True, seed=seed) for seed in seeds]
@@ -351,7 +366,7 @@ def test_equal_seed_and_position_draw_equal_tokens_others_differ() -> None:
 
 
 def test_a_sequence_draws_the_same_when_it_starts_over_in_another_slot() -> None:
-    """After preemption: the tokens it has are counted anew, the rest is as if it had stayed."""
+    """After preemption its tokens are counted anew; the rest is as if it had stayed."""
     generator = torch.Generator().manual_seed(4)
     steps = [2 * torch.randn(1, 40, generator=generator) for _ in range(8)]
     params = SamplingParams(
@@ -389,7 +404,7 @@ def test_a_sequence_draws_the_same_when_it_starts_over_in_another_slot() -> None
     ids=lambda p: "-".join(n for n in STEPS if getattr(p, n) != getattr(NEUTRAL, n)),
 )
 def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
-    """Chi-square of 40,000 draws by 2,000 seeds; beyond 5 deviations it is no chance."""
+    """Chi-square of 40,000 draws by 2,000 seeds; more than 5 deviations is not chance."""
     logits = torch.linspace(2.0, -2.0, 16)
     contexts = [[0, 3, 3, 7]] * 2000
     many = [
@@ -421,7 +436,7 @@ def test_draws_follow_the_processed_softmax(params: SamplingParams) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataObject) -> None:
-    """Sequences come, step in any company and go; the next in a slot starts from nothing."""
+    """Sequences come, run beside any others and go; the next in a slot starts from nothing."""
     vocab_size, num_slots = 6, 3
     sampler = TorchSampler(num_slots, vocab_size, CPU)
     live: dict[int, tuple[SamplingParams, list[int], int]] = {}
@@ -432,7 +447,7 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
             params = random_params(rng.randrange(2**32))
             context = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 5))]
             params = dataclasses.replace(params, top_n_tokens=vocab_size)
-            # One that was preempted comes back with what it had generated.
+            # A preempted sequence comes back with the tokens it had generated.
             live[slot] = params, context, rng.randint(1, len(context))
             start(sampler, slot, *live[slot])
         slots = rng.sample(sorted(live), rng.randint(1, len(live)))
@@ -446,8 +461,8 @@ def test_the_context_is_exactly_prompt_and_output_of_the_request(data: st.DataOb
             context.append(int(sampled.ids[row]))
 
 
-def test_counts_are_there_before_any_step_that_needs_them() -> None:
-    """The thread that runs steps and the one that plans the next never allocate them both."""
+def test_counts_are_allocated_before_any_step_that_needs_them() -> None:
+    """The thread that plans allocates them, so that the thread that runs steps never does."""
     sampler = TorchSampler(3, 8, CPU)
     sampler.set_parameters(0, SamplingParams(temperature=0.5, do_sample=True))
     assert sampler.slots._counts is None
@@ -459,7 +474,7 @@ def test_counts_are_there_before_any_step_that_needs_them() -> None:
     assert sampler.slots._counts is counts
 
 
-def test_counts_are_needed_by_penalties_alone() -> None:
+def test_only_penalties_need_counts() -> None:
     sampler = TorchSampler(4, 10, CPU)
     sampler.set_parameters(0, SamplingParams(do_sample=True, temperature=0.5, top_k=3, seed=1))
     sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
@@ -473,14 +488,14 @@ def test_counts_are_needed_by_penalties_alone() -> None:
 # -- what is reported -----------------------------------------------------------------
 
 
-def test_nothing_is_reported_that_nobody_asked_for() -> None:
+def test_logprobs_are_reported_only_if_a_row_asks_for_them() -> None:
     sampled = sample(torch.randn(2, 9), SamplingParams(), SamplingParams(do_sample=True))
     assert sampled.logprobs is None
     assert sampled.top_ids is None
     assert sampled.top_logprobs is None
 
 
-def test_a_sole_survivor_has_logprob_zero() -> None:
+def test_the_only_token_left_has_logprob_zero() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]] * 4)
     params = [
         SamplingParams(do_sample=True, top_k=1, logprobs=True),
@@ -503,10 +518,10 @@ def test_plain_greedy_reports_the_models_own_logprobs() -> None:
 
 @examples
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
-def test_top_holds_every_token_that_ties_with_the_nth(
+def test_the_top_tokens_include_every_tie_with_the_nth(
     vocab_size: int, n: int, data: st.DataObject
 ) -> None:
-    """Best first; complete for up to 16 ties beyond the n-th."""
+    """They come best first, and are complete for up to 16 ties beyond the n-th."""
     logits = data.draw(score_rows(1, vocab_size))
     params = SamplingParams(top_n_tokens=n, logprobs=True)
     sampled = sample(logits, params)
@@ -523,7 +538,7 @@ def test_top_holds_every_token_that_ties_with_the_nth(
         assert tied <= set(sampled.top_ids[0].tolist())
 
 
-def test_rows_that_ask_for_less_still_get_theirs_beside_rows_that_ask_for_more() -> None:
+def test_a_row_that_asks_for_fewer_top_tokens_gets_its_own_beside_one_that_asks_for_more() -> None:
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(3))
     counts = (1, 5, 0)
     sampled = sample(logits, *(SamplingParams(top_n_tokens=n) for n in counts))
@@ -533,7 +548,7 @@ def test_rows_that_ask_for_less_still_get_theirs_beside_rows_that_ask_for_more()
         assert torch.equal(sampled.top_ids[row, :n], best)
 
 
-def test_no_sequence_of_steps_is_needed_to_reproduce_a_draw() -> None:
+def test_a_draw_can_be_reproduced_without_the_steps_before_it() -> None:
     """Position 7 of a seed is the same token whether or not positions 0 to 6 were drawn."""
     params = SamplingParams(do_sample=True, seed=2**64 - 2)
     logits = torch.zeros(1, 1000)

@@ -1,6 +1,7 @@
-"""The same seed gives the same text: alone or in company, before and after preemption."""
+"""The same seed gives the same text: alone or in a batch, before and after preemption."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.engine.driving import greedy, make_engine, run
 from tests.engine.models import family
 
 NUM_TOKENS = 24
-PARAMETERS = [
+PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 0.8},
     {"top_k": 20},
     {"top_p": 0.9},
@@ -43,7 +44,7 @@ def alone() -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_in_company(alone: list[list[int]]) -> None:
+def test_sampled_tokens_in_a_batch_are_those_of_the_request_alone(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     company = [greedy([i, i + 1, i + 2], 9) for i in range(4)]
     sampled = requests()
@@ -52,7 +53,7 @@ def test_in_company(alone: list[list[int]]) -> None:
     assert [answers.ids(r) for r in sampled] == alone
 
 
-def test_through_preemption(alone: list[list[int]]) -> None:
+def test_sampled_tokens_survive_preemption(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), num_blocks=8, max_total_tokens=96)
     sampled = requests()
     answers = run(engine, [(0, r) for r in sampled])
@@ -76,12 +77,12 @@ def test_the_seed_is_reported_for_sampled_requests_only() -> None:
     assert [e.seed for e in endings if isinstance(e, Finished)] == [11, None]
 
 
-def test_top_tokens_stand_beside_each_token() -> None:
+def test_each_token_comes_with_its_top_tokens() -> None:
     engine = make_engine(family("llama"))
     request = greedy([1, 2, 3], 5, top_n_tokens=3)
     outputs = run(engine, [(0, request)]).tokens(request)
     for output in outputs:
-        logprobs = [token.logprob for token in output.top_tokens]
+        logprobs = [token.logprob for token in output.top_tokens if token.logprob is not None]
         assert len(logprobs) == 3
         assert logprobs == sorted(logprobs, reverse=True)
         assert output.top_tokens[0].id == output.token.id

@@ -1,4 +1,4 @@
-"""A watermark changes the choice of tokens so that who knows the hash can tell."""
+"""A watermark changes the choice of tokens so that a detector that knows the hash finds it."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -35,7 +35,7 @@ def requests(num_tokens: int, watermark: bool = True) -> list[Request]:
 
 
 def z_score(request: Request, answers: Answers) -> float:
-    """How many deviations more green tokens than chance would have put there."""
+    """Return by how many standard deviations the text has more green tokens than chance gives."""
     ids = [request.prompt_ids[-1], *answers.ids(request)]
     pairs = list(pairwise(ids))
     green = green_list(torch.tensor([before for before, _ in pairs]), GAMMA, VOCAB_SIZE)
@@ -44,8 +44,8 @@ def z_score(request: Request, answers: Answers) -> float:
 
 
 @pytest.mark.slow
-def test_it_can_be_told_from_sixty_tokens() -> None:
-    """Tiny models repeat themselves less when sampled: those are the fair ones to judge."""
+def test_sixty_tokens_are_enough_to_detect_the_watermark() -> None:
+    """The tokens are sampled, because tiny models repeat themselves when greedy."""
     engine = make_engine(family("llama"), watermark=(GAMMA, 4.0))
     marked, plain = requests(60), requests(60, watermark=False)
     with_it, without = (run(engine, [(0, r) for r in rs]) for rs in (marked, plain))
@@ -55,7 +55,7 @@ def test_it_can_be_told_from_sixty_tokens() -> None:
     assert abs(sum(scores) / len(scores)) < 2
 
 
-def test_a_greedy_choice_is_the_best_of_the_raised_scores() -> None:
+def test_a_greedy_watermarked_token_is_the_best_of_the_raised_scores() -> None:
     gamma, delta = 0.25, 3.0
     engine = make_engine(family("llama"), watermark=(gamma, delta))
     request = greedy(PROMPTS[1], 12, watermark=True)
@@ -78,8 +78,8 @@ def test_a_greedy_choice_is_the_best_of_the_raised_scores() -> None:
         pytest.param({"num_blocks": 9, "max_total_tokens": 128}, id="preemption"),
     ],
 )
-def test_it_is_the_same_alone_and_in_company(config: dict[str, object]) -> None:
-    """The token before may be on the device alone, in the prompt, or come again."""
+def test_watermarked_tokens_are_the_same_alone_and_in_a_batch(config: dict[str, object]) -> None:
+    """The previous token may be only on the device, in the prompt, or computed again."""
     marked = requests(20)
     plain = greedy(PROMPTS[2], 20)
     engine = make_engine(family("llama"), **config)
@@ -91,7 +91,7 @@ def test_it_is_the_same_alone_and_in_company(config: dict[str, object]) -> None:
     check_greedy(reference("llama"), together, plain)
 
 
-def test_a_lost_step_changes_nothing() -> None:
+def test_a_step_that_failed_changes_no_watermarked_token() -> None:
     marked = requests(12)
     whole = run(make_engine(family("llama")), [(0, r) for r in marked])
     engine = make_engine(family("llama"))

@@ -1,13 +1,14 @@
-"""A step repeats as a graph: the same operations on the same memory, no Python.
+"""A step is replayed as a graph: the same operations on the same memory, without Python.
 
-Without a GPU the graph is a recording of the step's operations, which replays those alone:
-what a step bakes into Python, a recording would repeat wrongly just as a CUDA graph would.
+Without a GPU the graph is a recording of the step's operations, which replays only those: a
+value that a step decides in Python would be repeated wrongly, just as by a CUDA graph.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import TypeVar
 
 import pytest
 import torch
@@ -21,28 +22,30 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
-from engine.sampling import triton_sampler
+from engine.step.graphs import Graph
 from engine.text.grammar import GrammarCompiler
+from kernels import fused_sampling
 from kernels.ops import TRITON
 from tests.engine.driving import Answers, check_greedy, greedy, run
 from tests.engine.models import VOCAB_SIZE, prepared, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
+T = TypeVar("T")
 LAYERS = (1, 2)
 PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), list(b"a")]
 
 
 @cache
 def fused(name: str, num_layers: int = 2) -> LoadedModel:
-    """A model on the Triton kernels, each of them one operation of a recording."""
+    """Return a model on the Triton kernels, each of them one operation of a recording."""
     return prepared(name, recorded(TRITON), num_hidden_layers=num_layers)
 
 
 @pytest.fixture(autouse=True)
 def recorded_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("greedy", "sample"):
-        kernel = getattr(triton_sampler.fused_sampling, name)
-        monkeypatch.setattr(triton_sampler.fused_sampling, name, recorded_kernel(kernel))
+        kernel = getattr(fused_sampling, name)
+        monkeypatch.setattr(fused_sampling, name, recorded_kernel(kernel))
 
 
 def engine(loaded: LoadedModel, with_graphs: bool) -> Engine:
@@ -51,7 +54,7 @@ def engine(loaded: LoadedModel, with_graphs: bool) -> Engine:
 
 
 def mixed_requests() -> list[Request]:
-    """Every kind of sampling, in one batch."""
+    """Return requests with every kind of sampling, for one batch."""
     kinds = [
         SamplingParams(logprobs=True),
         SamplingParams(do_sample=True, temperature=0.8, seed=7, logprobs=True),
@@ -92,7 +95,10 @@ def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
 
 
 def guided(loaded: LoadedModel) -> list[Request]:
-    """Beside one that is not; the forced words are taken in slices, in no graph."""
+    """Return requests with grammars, and one without.
+
+    Words that a grammar forces are computed in chunks of several tokens, without a graph.
+    """
     grammars = GrammarCompiler(loaded.tokenizer, VOCAB_SIZE, loaded.eos_token_ids)
     sampling = SamplingParams(do_sample=True, seed=3, logprobs=True)
     patterns = ["[a-f]{6}", "[0-9]{2} is the answer, [xyz]{3}"]
@@ -119,10 +125,10 @@ def watermarked(_: LoadedModel) -> list[Request]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [guided, watermarked])
-def test_what_few_steps_have_is_done_around_replayed_ones(
+def test_masks_and_watermarks_are_applied_around_replayed_graphs(
     make: Callable[[LoadedModel], list[Request]],
 ) -> None:
-    """Masks and watermarks change a graph's own logits, which the next replay writes anew."""
+    """They change a graph's own logits, which the next replay overwrites."""
     loaded, requests = fused("llama", 1), make(fused("llama", 1))
     eager = answers(loaded, requests, with_graphs=False)
     replayed = answers(loaded, requests, with_graphs=True)
@@ -137,7 +143,7 @@ def test_what_few_steps_have_is_done_around_replayed_ones(
 
 
 @pytest.mark.slow
-def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
+def test_capturing_every_graph_ahead_changes_no_answer() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
     while ahead.capture_next_graph():
         pass
@@ -149,16 +155,16 @@ def test_every_graph_can_be_captured_ahead_and_changes_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "warned"),
     [
         pytest.param(PROMPTS[0], ["prefills", "decodes"], id="a prefill first"),
         pytest.param(PROMPTS[2], ["decodes and prefills"], id="a decode first"),
     ],
 )
-def test_a_step_that_cannot_be_captured_runs_all_the_same(
-    prompt: list[int], told: list[str], caplog: pytest.LogCaptureFixture
+def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(
+    prompt: list[int], warned: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(_):  # type: ignore[no-untyped-def]
+    def refuse(_: Callable[[], T]) -> tuple[Graph, T]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
@@ -166,15 +172,15 @@ def test_a_step_that_cannot_be_captured_runs_all_the_same(
     answers = run(Engine(fused("llama"), config, capture=refuse), [(0, request)])
     check_greedy(reference("llama", num_hidden_layers=2), answers, request)
     warnings = [record.message for record in caplog.records if "kernel by kernel" in record.message]
-    assert [message.partition(" are launched ")[0] for message in warnings] == told
+    assert [message.partition(" are launched ")[0] for message in warnings] == warned
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_prompts_that_come_while_others_decode_are_replayed_too(
+def test_prompts_that_arrive_while_others_decode_are_replayed_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Short ones, and what a cached prefix has left of a long one."""
+    """The prompts are short, or a cached prefix leaves little of them."""
     prepared = engine(fused(name), with_graphs=True)
     while prepared.capture_next_graph():
         pass
@@ -206,10 +212,10 @@ def test_forks_are_replayed_from_their_leaders_logits() -> None:
 
 
 def decode_recording(num_layers: int) -> Recording:
-    """The forward of one decode step, as it is captured."""
+    """Return the recording of one decode step's forward."""
     recordings = []
 
-    def remember(work):  # type: ignore[no-untyped-def]
+    def remember(work: Callable[[], T]) -> tuple[Graph, T]:
         recording, result = capture(work)
         recordings.append(recording)
         return recording, result
@@ -242,7 +248,9 @@ def test_a_decode_step_never_waits_for_the_device() -> None:
         lambda x: x.nonzero(),
     ],
 )
-def test_a_recording_notices_what_waits(wait) -> None:  # type: ignore[no-untyped-def]
+def test_a_recording_refuses_operations_that_wait_for_the_device(
+    wait: Callable[[torch.Tensor], object],
+) -> None:
     x = torch.arange(4)
     with pytest.raises(HostWaits), Recording():
         wait(x)

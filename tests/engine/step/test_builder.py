@@ -1,0 +1,98 @@
+"""A step is plain data: one that was pickled runs to the same result."""
+
+import io
+import pickle
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from engine.core.config import EngineConfig
+from engine.core.request import Finished, Request, SamplingParams, StoppingParams
+from engine.core.scheduler import Batch
+from engine.engine import Engine
+from engine.step.builder import HostStep
+from kernels.ops import TORCH, TRITON, Ops
+from tests.engine.driving import Answers, run
+from tests.engine.models import adopted
+from tests.engine.recording import capture, recorded
+
+SAMPLING = [
+    SamplingParams(logprobs=True),
+    SamplingParams(do_sample=True, temperature=0.8, seed=7, watermark=True, logprobs=True),
+    SamplingParams(do_sample=True, top_k=9, top_p=0.9, typical_p=0.9, seed=8, top_n_tokens=3),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
+    SamplingParams(presence_penalty=1.5, do_sample=True, seed=9, logprobs=True),
+]
+
+
+class _HostPickler(pickle.Pickler):
+    """Refuses tensors, which may be on a device."""
+
+    def reducer_override(self, obj: object) -> Any:
+        assert not isinstance(obj, Tensor)
+        return NotImplemented
+
+
+def pickled(step: HostStep) -> HostStep:
+    file = io.BytesIO()
+    _HostPickler(file).dump(step)
+    copy = pickle.loads(file.getvalue())
+    assert isinstance(copy, HostStep)
+    return copy
+
+
+class _PicklingEngine(Engine):
+    """An engine whose every step is pickled, and loaded again, before it is launched."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.num_pickled = 0
+        build = self._builder.build
+
+        def build_and_pickle(batch: Batch) -> HostStep:
+            self.num_pickled += 1
+            return pickled(build(batch))
+
+        self._builder.build = build_and_pickle  # type: ignore[method-assign]
+
+
+def requests() -> list[list[Request]]:
+    """All kinds of sampling, a fork, and logprobs of a prompt, more than memory has room for."""
+    prompt, stopping = list(b"say it again, say it"), StoppingParams(6, ignore_eos=True)
+    mixed = [[Request(f"{i}", prompt, p, stopping)] for i, p in enumerate(SAMPLING)]
+    forked = SamplingParams(do_sample=True, seed=1)
+    return [
+        *mixed,
+        [Request(f"fork-{i}", prompt[:7], forked, stopping) for i in range(2)],
+        [Request("prompt", prompt[::-1], SamplingParams(), stopping, prompt_logprobs=True)],
+    ]
+
+
+def answers(engine: Engine) -> Answers:
+    return run(engine, [(i, group) for i, group in enumerate(requests())])
+
+
+@pytest.mark.parametrize(
+    ("ops", "with_graphs"),
+    [
+        pytest.param(TORCH, False, id="torch"),
+        pytest.param(TRITON, False, id="triton", marks=pytest.mark.slow),
+        pytest.param(recorded(TRITON), True, id="triton in graphs", marks=pytest.mark.slow),
+    ],
+)
+def test_a_pickled_step_runs_to_the_same_result(ops: Ops, with_graphs: bool) -> None:
+    loaded = adopted("llama", ops, num_hidden_layers=1)
+    config = EngineConfig(max_sequences=8, max_batch_tokens=32, num_blocks=12, max_total_tokens=48)
+    capturing = capture if with_graphs else None
+    engine = _PicklingEngine(loaded, config, capture=capturing)
+    through_pickle, directly = answers(engine), answers(Engine(loaded, config, capture=capturing))
+    assert engine.num_pickled > 6
+    for request in (request for group in requests() for request in group):
+        last = through_pickle.last(request)
+        assert isinstance(last, Finished)
+        assert through_pickle.ids(request) == directly.ids(request)
+        assert through_pickle.logprobs(request) == directly.logprobs(request)
+        other = directly.last(request)
+        assert isinstance(other, Finished)
+        assert last.prompt == other.prompt
