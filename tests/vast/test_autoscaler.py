@@ -14,7 +14,7 @@ from tests.vast import autoscaler as module
 from tests.vast.autoscaler import NO_PEM, Autoscaler, running
 from tests.vast.signing import Signer
 from tests.vast.signing_requests import rsa_key, signing_request
-from tests.vast.test_books import IDLE
+from tests.vast.test_ledger import IDLE
 
 pytestmark = pytest.mark.slow
 

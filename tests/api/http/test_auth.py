@@ -1,4 +1,4 @@
-"""With an API key: who has it is served, who has not learns nothing, new routes are guarded."""
+"""The API key: requests without it learn nothing, and new routes are guarded by default."""
 
 from collections.abc import Iterable
 
@@ -30,7 +30,7 @@ OPEN_IN_TGI = {
 
 
 def routes_of(routes: Iterable[BaseRoute]) -> set[tuple[str, str]]:
-    """Every method and path, those of included routers among them."""
+    """Return the method and path of every route, including those of included routers."""
     found = set()
     for route in routes:
         if inner := getattr(route, "original_router", None):
@@ -52,7 +52,7 @@ async def statuses(app: FastAPI) -> dict[str, int]:
         }
 
 
-async def test_every_route_but_tgis_open_ones_asks_for_the_key() -> None:
+async def test_every_route_requires_the_key_except_those_open_in_tgi() -> None:
     app = make_app(ScriptedEngine(), api_key=KEY)
     answers = await statuses(app)
     assert len(answers) > 10
@@ -61,7 +61,7 @@ async def test_every_route_but_tgis_open_ones_asks_for_the_key() -> None:
     assert {f"{method} {path}" for method, path in OPEN} == OPEN_IN_TGI
 
 
-async def test_a_route_that_is_added_is_guarded() -> None:
+async def test_a_new_route_requires_the_key() -> None:
     app = make_app(ScriptedEngine(), api_key=KEY)
     app.add_api_route("/new", lambda: "secret", methods=["GET"])
     assert (await statuses(app))["GET /new"] == 401
@@ -73,7 +73,7 @@ async def test_a_route_that_is_added_is_guarded() -> None:
 )
 async def test_without_the_key_the_answer_is_401_and_empty(given: str | None) -> None:
     engine = ScriptedEngine()
-    headers = {} if given is None else {"authorization": given.encode()}
+    headers = {} if given is None else {b"authorization": given.encode()}
     async with client(engine, api_key=KEY) as http:
         for body in (b'{"inputs":"x"}', b"no json"):
             answer = await http.post("/generate", content=body, headers=headers)
@@ -83,7 +83,7 @@ async def test_without_the_key_the_answer_is_401_and_empty(given: str | None) ->
 
 
 @pytest.mark.parametrize("given", [f"Bearer {KEY}", f"bearer {KEY.lower()}", f"BEARER {KEY}"])
-async def test_with_the_key_in_any_case_requests_are_served(given: str) -> None:
+async def test_the_case_of_the_key_is_ignored(given: str) -> None:
     async with client(ScriptedEngine(), api_key=KEY) as http:
         for path in ("/generate", "/generate_stream", "/"):
             answer = await http.post(path, json=BODY, headers={"authorization": given})
@@ -104,13 +104,13 @@ async def test_unknown_paths_are_404_with_and_without_the_key() -> None:
             assert (answer.status_code, answer.content) == (404, b"")
 
 
-async def test_a_wrong_method_is_not_told_without_the_key() -> None:
+async def test_a_wrong_method_without_the_key_is_401() -> None:
     async with client(ScriptedEngine(), api_key=KEY) as http:
         assert (await http.get("/generate")).status_code == 401
         answer = await http.get("/generate", headers={"authorization": f"Bearer {KEY}"})
         assert answer.status_code == 405
 
 
-async def test_without_a_setting_no_key_is_asked_for() -> None:
+async def test_without_the_setting_no_key_is_required() -> None:
     async with client(ScriptedEngine()) as http:
         assert (await http.post("/generate", json=BODY)).status_code == 200

@@ -54,7 +54,7 @@ async def test_only_pages_of_listed_origins_may_read_answers(
             assert answer.headers.get_list("vary") == [VARY]
 
 
-async def test_a_star_in_the_list_is_every_origin() -> None:
+async def test_a_star_in_the_list_allows_every_origin() -> None:
     async with client(ScriptedEngine(), cors_allow_origin=[OURS, "*"]) as http:
         answer = await http.get("/health", headers={"origin": "https://theirs.example"})
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -62,7 +62,7 @@ async def test_a_star_in_the_list_is_every_origin() -> None:
 
 @pytest.mark.parametrize("path", ["/", "/generate", "/health", "/nowhere"])
 @pytest.mark.parametrize("asked", [{}, {"access-control-request-method": "DELETE"}])
-async def test_a_browser_that_asks_first_is_told_what_it_may(
+async def test_a_preflight_request_is_answered_on_every_path(
     path: str, asked: dict[str, str]
 ) -> None:
     async with client(ScriptedEngine(), api_key="k") as http:
@@ -77,14 +77,14 @@ async def test_a_browser_that_asks_first_is_told_what_it_may(
     }
 
 
-async def test_a_refusal_for_want_of_the_key_can_be_read() -> None:
+async def test_pages_can_read_a_401() -> None:
     async with client(ScriptedEngine(), api_key="k") as http:
         answer = await http.post("/generate", json={"inputs": "x"})
     assert answer.status_code == 401
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
-async def test_a_fault_of_ours_can_be_read() -> None:
+async def test_pages_can_read_a_500() -> None:
     app = make_app(ScriptedEngine())
 
     def broken() -> None:

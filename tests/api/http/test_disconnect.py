@@ -13,7 +13,7 @@ PATHS = pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
 
 
 @PATHS
-async def test_while_its_body_arrives(path: str) -> None:
+async def test_a_disconnect_while_the_body_arrives_submits_nothing(path: str) -> None:
     engine = ScriptedEngine()
     connection = Connection(make_app(engine), path, {"inputs": "x"}, partial=True)
     await asyncio.sleep(0.01)
@@ -22,7 +22,7 @@ async def test_while_its_body_arrives(path: str) -> None:
 
 
 @PATHS
-async def test_while_it_is_validated(path: str) -> None:
+async def test_a_disconnect_during_validation_frees_the_permit(path: str) -> None:
     engine = ScriptedEngine()
     engine.tokenizer.gate.clear()
     connection = Connection(make_app(engine), path, {"inputs": "x"})
@@ -35,7 +35,7 @@ async def test_while_it_is_validated(path: str) -> None:
 
 
 @PATHS
-async def test_while_it_is_queued(path: str) -> None:
+async def test_a_disconnect_while_queued_aborts_the_generation(path: str) -> None:
     engine = ScriptedEngine(lambda _: [HOLD])
     connection = Connection(make_app(engine), path, {"inputs": "x"})
     await until(engine.holding.is_set)
@@ -45,7 +45,7 @@ async def test_while_it_is_queued(path: str) -> None:
 
 
 @PATHS
-async def test_between_two_tokens(path: str) -> None:
+async def test_a_disconnect_between_two_tokens_aborts_the_generation(path: str) -> None:
     engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
     body = {"inputs": "x", "stream": path == "/"}
     connection = Connection(make_app(engine), path, body)
@@ -55,7 +55,7 @@ async def test_between_two_tokens(path: str) -> None:
     assert engine.num_permits == engine.max_permits
 
 
-async def test_with_several_generations_for_one_request() -> None:
+async def test_a_disconnect_aborts_all_generations_of_a_request() -> None:
     engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
     body = {"inputs": "x", "parameters": {"best_of": 2, "do_sample": True}}
     connection = Connection(make_app(engine), "/generate", body)
@@ -65,7 +65,7 @@ async def test_with_several_generations_for_one_request() -> None:
     assert engine.num_permits == engine.max_permits
 
 
-async def test_while_a_slow_reader_holds_the_stream_up() -> None:
+async def test_a_disconnect_of_a_slow_reader_aborts_the_generation() -> None:
     engine = ScriptedEngine(lambda _: [[output("a")]] * 3)
     connection = Connection(make_app(engine), "/generate_stream", {"inputs": "x"}, num_reads=1)
     await until(lambda: engine.num_open == 1)

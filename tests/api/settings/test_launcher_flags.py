@@ -92,12 +92,12 @@ def field_of(flag: str) -> str:
 
 
 @pytest.mark.parametrize(("flag", "text", "value"), VALUES)
-def test_every_flag_is_taken_from_the_command_line(flag: str, text: str, value: Any) -> None:
+def test_every_flag_is_read_from_the_command_line(flag: str, text: str, value: Any) -> None:
     assert getattr(read_settings([f"--{flag}", text]), field_of(flag)) == value
 
 
 @pytest.mark.parametrize(("flag", "text", "value"), VALUES)
-def test_every_flag_is_taken_from_the_environment(
+def test_every_flag_is_read_from_the_environment(
     flag: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(field_of(flag).upper(), text)
@@ -116,7 +116,7 @@ def test_a_switch_needs_no_value_and_its_variable_is_true(
 
 
 @pytest.mark.parametrize("flag", SECRETS)
-def test_a_secret_is_taken_and_never_shown(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_is_accepted_and_never_shown(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     field = field_of(flag)
     monkeypatch.setenv(field.upper(), "Sesame")
     settings = read_settings([])
@@ -125,7 +125,7 @@ def test_a_secret_is_taken_and_never_shown(flag: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("variable", "text", "value"), ONLY_IN_THE_ENVIRONMENT)
-def test_what_tgi_reads_in_the_environment_alone_is_taken(
+def test_variables_that_are_no_flags_in_tgi_are_read(
     variable: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, text)
@@ -186,13 +186,13 @@ def test_defaults_are_tgis() -> None:
         (["--quantize", "eetq"], "--quantize (QUANTIZE) eetq: bitsandbytes' 8 bits are used"),
     ],
 )
-def test_a_flag_that_changes_nothing_says_so_in_one_line(argv: list[str], line: str) -> None:
+def test_a_flag_without_effect_is_noted_in_one_line(argv: list[str], line: str) -> None:
     (said,) = read_settings(argv).notes()
     assert said.startswith(line)
     assert "\n" not in said
 
 
-def test_every_flag_without_a_use_says_so_in_help_or_refuses() -> None:
+def test_the_help_of_every_unused_flag_says_so() -> None:
     for name, field in LauncherFlags.model_fields.items():
         described = (field.description or "").startswith(("unused: ", "refused: "))
         assert described or name in ("num_shard", "sharded")
@@ -263,7 +263,7 @@ def test_log_colorize_1_turns_colours_off_as_in_tgi(
 
 
 @pytest.mark.parametrize("flag", ["--env", "-e"])
-def test_env_is_a_flag_and_no_variable(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_is_a_flag_but_not_a_variable(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENV", "production")
     assert not read_settings([]).env
     assert read_settings([flag]).env
@@ -278,7 +278,7 @@ def test_env_is_a_flag_and_no_variable(flag: str, monkeypatch: pytest.MonkeyPatc
         ({}, None),
     ],
 )
-def test_older_names_of_the_hubs_token_are_taken(
+def test_older_names_of_the_hubs_token_are_read(
     given: dict[str, str], token: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
@@ -322,7 +322,7 @@ def test_the_launcher_follows_links_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_launcher_refuses_what_is_no_flag(tmp_path: Path) -> None:
+def test_the_launcher_rejects_an_unknown_flag(tmp_path: Path) -> None:
     answer = launch("--no-such-flag", cwd=tmp_path)
     assert answer.returncode == 2
     assert answer.stderr == (
@@ -331,7 +331,7 @@ def test_the_launcher_refuses_what_is_no_flag(tmp_path: Path) -> None:
     )
 
 
-def test_every_setting_is_tried_in_this_file() -> None:
+def test_every_setting_is_tested_in_this_file() -> None:
     named = {field_of(flag) for flag, *_ in VALUES} | {field_of(s) for s in SWITCHES + SECRETS}
     named |= {name.lower() for name, *_ in ONLY_IN_THE_ENVIRONMENT}
     others = {"lora_adapters", "stall_timeout", "log_colorize", "env"}

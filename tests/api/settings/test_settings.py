@@ -12,12 +12,12 @@ def test_defaults_serve_the_default_model() -> None:
     assert (settings.hostname, settings.port) == ("0.0.0.0", 3000)
 
 
-def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_ID", "")
     assert read_settings([]).model_id == DEFAULT_MODEL_ID
 
 
-def test_the_environment_sets_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_ID", "org/model")
     monkeypatch.setenv("PORT", "80")
     monkeypatch.setenv("TRUST_REMOTE_CODE", "true")
@@ -96,7 +96,7 @@ def test_input_tokens_must_leave_room_for_output() -> None:
 
 
 @pytest.mark.parametrize("key", [" x", "x\n", "clé"])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+def test_a_key_that_cannot_be_sent_in_a_header_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings(["--api-key", key])
     assert str(caught.value) == (
@@ -121,7 +121,7 @@ def test_an_empty_key_does_not_open_the_server(
     ("given", "used"),
     [("localhost", "127.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("3f2a9c", "0.0.0.0"), ("::1", "::1")],
 )
-def test_a_hostname_that_is_no_address_means_all(given: str, used: str) -> None:
+def test_a_hostname_that_is_no_address_listens_on_all(given: str, used: str) -> None:
     assert read_settings(["--hostname", given]).hostname == used
 
 

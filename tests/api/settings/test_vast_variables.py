@@ -46,17 +46,17 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_a_variable_sets_what_it_is_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_variable_sets_its_field(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, expected = TRIED[name]
     monkeypatch.setenv(name, given)
     assert getattr(read_settings([]), name.lower()) == expected
 
 
-def test_every_variable_is_tried_in_this_file() -> None:
+def test_every_variable_is_tested_in_this_file() -> None:
     assert {n.lower() for n in TRIED} | {"master_token"} == VastVariables.model_fields.keys()
 
 
-def test_without_the_platforms_variables_it_is_a_plain_server() -> None:
+def test_without_vasts_variables_skiff_is_a_plain_server() -> None:
     settings = read_settings([])
     assert settings.vast_mode is None
     assert settings.address == ("0.0.0.0", 3000)
@@ -77,7 +77,9 @@ def test_what_the_autoscaler_sets_makes_a_worker(
     assert read_settings([]).vast_mode == "worker"
 
 
-def test_a_worker_knows_its_place(environment: pytest.MonkeyPatch) -> None:
+def test_a_workers_configuration_is_read_from_the_environment(
+    environment: pytest.MonkeyPatch,
+) -> None:
     environment.setenv("REPORT_ADDR", "https://one.example/api/, https://two.example")
     config = read_settings([]).vast_worker()
     assert config.identity.container_id == 4242
@@ -89,25 +91,27 @@ def test_a_worker_knows_its_place(environment: pytest.MonkeyPatch) -> None:
     assert not config.unsecured
 
 
-def test_without_an_address_it_reports_to_the_platforms_own(
+def test_the_default_report_address_is_vasts(
     environment: pytest.MonkeyPatch,
 ) -> None:
     environment.delenv("REPORT_ADDR")
     assert read_settings([]).vast_worker().identity.report_addresses == ("https://run.vast.ai",)
 
 
-def test_without_tls_its_url_says_so(environment: pytest.MonkeyPatch) -> None:
+def test_the_url_of_a_worker_without_tls_is_http(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("USE_SSL", "false")
     assert read_settings([]).vast_worker().identity.url == "http://203.0.113.7:41234"
 
 
-def test_the_containers_label_stands_in_for_its_number(environment: pytest.MonkeyPatch) -> None:
+def test_the_container_label_is_used_if_container_id_is_not_set(
+    environment: pytest.MonkeyPatch,
+) -> None:
     environment.delenv("CONTAINER_ID")
     environment.setenv("VAST_CONTAINERLABEL", "C.99")
     assert read_settings([]).vast_worker().identity.container_id == 99
 
 
-def test_a_port_of_the_platforms_choice_is_listened_on(environment: pytest.MonkeyPatch) -> None:
+def test_a_worker_listens_on_a_port_that_vast_chose(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("WORKER_PORT", "70000")
     environment.setenv("VAST_TCP_PORT_70000", "23456")
     config = read_settings([]).vast_worker()
@@ -140,7 +144,7 @@ def test_a_port_of_the_platforms_choice_is_listened_on(environment: pytest.Monke
         ),
     ],
 )
-def test_a_wrong_variable_is_named_with_what_it_should_be(
+def test_the_error_for_a_wrong_variable_names_it_and_what_it_should_be(
     name: str, value: str, message: str, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv(name, value)
@@ -149,7 +153,7 @@ def test_a_wrong_variable_is_named_with_what_it_should_be(
     assert str(refused.value) == message
 
 
-def test_who_reports_is_known_even_where_the_settings_are_wrong(
+def test_the_identity_is_known_even_if_the_settings_are_invalid(
     environment: pytest.MonkeyPatch,
 ) -> None:
     environment.setenv("MAX_BEST_OF", "none")
@@ -160,7 +164,7 @@ def test_who_reports_is_known_even_where_the_settings_are_wrong(
     assert identity.report_addresses == ("https://run.vast.ai",)
 
 
-def test_behind_a_pyworker_it_listens_to_that_one_alone(environment: pytest.MonkeyPatch) -> None:
+def test_behind_a_pyworker_skiff_listens_on_loopback_only(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("BACKEND", "tgi")
     environment.setenv("HOSTNAME", "0.0.0.0")
     environment.setenv("PORT", "80")  # as an image has it
@@ -170,12 +174,12 @@ def test_behind_a_pyworker_it_listens_to_that_one_alone(environment: pytest.Monk
     assert platform_identity() is None
 
 
-def test_behind_a_pyworker_its_port_can_be_another(environment: pytest.MonkeyPatch) -> None:
+def test_behind_a_pyworker_the_port_can_be_set_by_flag(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("BACKEND", "tgi")
     assert read_settings(["--port", "5002"]).address == ("127.0.0.1", 5002)
 
 
-def test_the_token_is_in_no_text_of_the_settings(environment: pytest.MonkeyPatch) -> None:
+def test_the_settings_do_not_print_the_master_token(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("MASTER_TOKEN", "a-secret")
     settings = read_settings([])
     assert "a-secret" not in f"{settings} {settings.vast_worker()}"

@@ -48,13 +48,13 @@ def test_json_lines_have_the_routers_shape(said: Callable[[], str]) -> None:
     assert line["filename"] == "tests/api/telemetry/test_logs.py"
 
 
-def test_readiness_is_the_line_that_workers_look_for(said: Callable[[], str]) -> None:
+def test_the_ready_line_is_the_one_that_vasts_worker_searches_for(said: Callable[[], str]) -> None:
     configure_logging(json_output=True, level="info", colorize=False)
     connected()
     assert '"message":"Connected","target":"text_generation_router::server"' in said()
 
 
-def test_text_lines_are_as_tgis(said: Callable[[], str]) -> None:
+def test_text_lines_have_tgis_format(said: Callable[[], str]) -> None:
     configure_logging(json_output=False, level="info", colorize=False)
     connected()
     assert re.fullmatch(
@@ -63,20 +63,20 @@ def test_text_lines_are_as_tgis(said: Callable[[], str]) -> None:
     )
 
 
-def test_colours_can_be_had(said: Callable[[], str]) -> None:
+def test_colours_can_be_turned_on(said: Callable[[], str]) -> None:
     configure_logging(json_output=False, level="info", colorize=True)
     connected()
     assert "\x1b[32m" in said()
 
 
-def test_configuring_again_says_nothing_twice(said: Callable[[], str]) -> None:
+def test_configuring_twice_logs_each_line_once(said: Callable[[], str]) -> None:
     for _ in range(2):
         configure_logging(json_output=True, level="info", colorize=False)
     connected()
     assert len(lines(said())) == 1
 
 
-def test_a_message_cannot_pretend_to_be_a_line_of_its_own(said: Callable[[], str]) -> None:
+def test_a_message_cannot_forge_a_log_line(said: Callable[[], str]) -> None:
     configure_logging(json_output=False, level="info", colorize=False)
     logging.getLogger("api").warning("first\nsecond\x1b[31m")
     text = said()
@@ -95,7 +95,7 @@ def test_a_message_cannot_pretend_to_be_a_line_of_its_own(said: Callable[[], str
         ("nonsense", logging.INFO),
     ],
 )
-def test_log_level_is_a_level_or_a_filter_of_tracings(text: str, level: int) -> None:
+def test_log_level_is_a_level_or_a_filter_of_rusts_tracing(text: str, level: int) -> None:
     assert plain_level(text) == level
 
 
@@ -108,7 +108,7 @@ def test_durations_are_printed_as_rust_does(seconds: float, text: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_request_that_succeeds_is_one_line_with_what_it_took(
+async def test_a_successful_request_is_logged_in_one_line_with_its_timings(
     said: Callable[[], str],
 ) -> None:
     configure_logging(json_output=True, level="info", colorize=False)
@@ -138,7 +138,7 @@ async def test_a_request_that_succeeds_is_one_line_with_what_it_took(
         ),
     ],
 )
-async def test_a_request_that_fails_is_one_line_with_the_reason(  # type: ignore[no-untyped-def]
+async def test_a_failed_request_is_logged_in_one_line_with_the_reason(  # type: ignore[no-untyped-def]
     said: Callable[[], str], engine, body: object, text: str
 ) -> None:
     configure_logging(json_output=True, level="info", colorize=False)
@@ -150,7 +150,9 @@ async def test_a_request_that_fails_is_one_line_with_the_reason(  # type: ignore
 
 
 @pytest.mark.anyio
-async def test_no_key_prompt_stop_string_or_query_is_ever_said(said: Callable[[], str]) -> None:
+async def test_keys_prompts_stop_strings_and_queries_are_never_logged(
+    said: Callable[[], str],
+) -> None:
     configure_logging(json_output=True, level="debug", colorize=False)
     words = ["hush-key", "hush-prompt", "hush-stop", "hush-query", "hush-header"]
     body = {"inputs": "hush-prompt", "parameters": {"stop": ["hush-stop"]}}
@@ -171,7 +173,7 @@ async def test_no_key_prompt_stop_string_or_query_is_ever_said(said: Callable[[]
     assert not any(word in text for word in words)
 
 
-def test_libraries_end_here_too(said: Callable[[], str]) -> None:
+def test_log_lines_of_libraries_have_the_same_format(said: Callable[[], str]) -> None:
     configure_logging(json_output=True, level="info", colorize=False)
     library = logging.getLogger("huggingface_hub")
     library.addHandler(logging.StreamHandler())

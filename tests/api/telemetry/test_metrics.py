@@ -75,7 +75,7 @@ async def test_tgis_names_have_tgis_types() -> None:
     assert {name: found.get(name) for name in TGI} == TGI
 
 
-async def test_counters_go_by_their_bare_names() -> None:
+async def test_counters_have_no_total_suffix() -> None:
     text = await scrape(ScriptedEngine(), {"inputs": "x"})
     assert "# HELP tgi_request_count Total number of requests\n" in text
     assert "\ntgi_request_count 1\n" in text
@@ -94,7 +94,7 @@ async def test_durations_and_lengths_have_tgis_buckets() -> None:
     assert (bounds[0], bounds[-2]) == ("20.48", "2048")
 
 
-async def test_a_success_is_counted_with_what_it_took() -> None:
+async def test_a_success_is_counted_with_its_timings() -> None:
     text = await scrape(ScriptedEngine(), {"inputs": "x y", "parameters": {"max_new_tokens": 7}})
     assert value(text, "tgi_request_success") == 1
     assert value(text, "tgi_request_generated_tokens_sum") == 2
@@ -134,7 +134,7 @@ async def test_a_client_that_goes_away_is_counted_as_dropped(path: str) -> None:
     assert text.requests.cancelled["generating"]._value.get() == 1
 
 
-async def test_a_step_of_the_engine_is_counted_by_its_method() -> None:
+async def test_an_engine_step_is_counted_by_its_method() -> None:
     engine = ScriptedEngine()
     async with client(engine) as http:
         assert engine.on_step is not None
@@ -148,7 +148,7 @@ async def test_a_step_of_the_engine_is_counted_by_its_method() -> None:
     assert value(text, "skiff_computed_tokens") == 40
 
 
-async def test_every_metric_is_in_the_documentation_and_no_other() -> None:
+async def test_the_documentation_lists_exactly_the_existing_metrics() -> None:
     table = Path("docs/metrics.md").read_text()
     documented = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE))
     assert documented == types(await scrape(ScriptedEngine(), {"inputs": "x"}))

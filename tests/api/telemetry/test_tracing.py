@@ -31,7 +31,7 @@ async def spans_of(engine: ScriptedEngine, body: object, **headers: str):  # typ
     return exporter.get_finished_spans()
 
 
-async def test_a_request_is_a_span_with_what_it_took() -> None:
+async def test_the_span_of_a_request_has_its_timings() -> None:
     (span,) = await spans_of(ScriptedEngine(), {"inputs": "secret"})
     assert span.name == "generate"
     assert span.resource.attributes["service.name"] == "service"
@@ -42,25 +42,25 @@ async def test_a_request_is_a_span_with_what_it_took() -> None:
     assert "secret" not in span.to_json()
 
 
-async def test_it_joins_the_callers_trace() -> None:
+async def test_a_span_joins_the_callers_trace() -> None:
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     (span,) = await spans_of(ScriptedEngine(), {"inputs": "x"}, traceparent=parent)
     assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
 
 
-async def test_a_broken_traceparent_begins_a_trace() -> None:
+async def test_a_malformed_traceparent_starts_a_new_trace() -> None:
     (span,) = await spans_of(ScriptedEngine(), {"inputs": "x"}, traceparent="nonsense")
     assert span.parent is None
 
 
-async def test_a_failure_says_its_kind() -> None:
+async def test_the_span_of_a_failure_has_its_error_type() -> None:
     (span,) = await spans_of(ScriptedEngine(), {"inputs": ""})
     assert span.attributes["error.type"] == "validation"
 
 
 @pytest.mark.slow
-def test_without_a_collector_nothing_of_it_is_imported() -> None:
+def test_without_a_collector_opentelemetry_is_not_imported() -> None:
     code = (
         "import sys; from tests.api.client import make_app; "
         "from tests.api.scripted import ScriptedEngine; make_app(ScriptedEngine()); "

@@ -1,12 +1,19 @@
-"""Time that passes only when nothing else happens: hours of waiting in no time, and exactly."""
+"""An event loop with virtual time, which advances only when nothing else can run. Hours of waiting
+take no time, and timestamps are exact.
+"""
 
 import asyncio
 import selectors
 from collections.abc import Callable
+from concurrent.futures import Executor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 EPOCH = 1_800_000_000.0
+
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -18,12 +25,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.now
 
     def run_in_executor(
-        self, _: object, work: Callable[..., Any], *args: Any
-    ) -> asyncio.Future[Any]:
-        """In place: a thread's time is real."""
-        done = self.create_future()
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        """Run `func` at once in this thread, since other threads run in real time."""
+        del executor
+        done: asyncio.Future[T] = self.create_future()
         try:
-            done.set_result(work(*args))
+            done.set_result(func(*args))
         except Exception as error:
             done.set_exception(error)
         return done
@@ -49,4 +57,4 @@ def now() -> float:
 
 
 TIME = SimpleNamespace(monotonic=now, time=lambda: EPOCH + now(), perf_counter=now)
-"""In place of the module of that name."""
+"""Replaces the module `time` in the code under test."""

@@ -1,4 +1,4 @@
-"""What a worker tells of its speed: measured in bounded time, kept for the next start."""
+"""The benchmark: measured in limited time, and kept for the next start."""
 
 import asyncio
 from collections import Counter
@@ -29,12 +29,12 @@ def engine_for(script: Any = as_many_as_asked, permits: int = 128) -> Any:
 
 
 def runs_of(engine: ScriptedEngine) -> list[int]:
-    """How many requests each run had."""
+    """Return the number of requests of each run."""
     counted = Counter(request.request_id.rsplit("-", 1)[0] for request in engine.requests)
     return list(counted.values())
 
 
-async def test_it_has_the_platforms_shape() -> None:
+async def test_the_benchmark_has_the_shape_of_vasts_own() -> None:
     engine = engine_for()
     assert await measure(engine, seconds=60) > 0
     assert runs_of(engine) == [1, 2, 4, 8, 16, 32, 50, 50]
@@ -46,13 +46,13 @@ async def test_it_has_the_platforms_shape() -> None:
     assert len({tuple(request.prompt_ids) for request in engine.requests}) > 100
 
 
-async def test_it_asks_for_no_more_than_may_run_at_once() -> None:
+async def test_the_benchmark_sends_no_more_requests_than_there_are_permits() -> None:
     engine = engine_for(permits=3)
     await measure(engine, seconds=60)
     assert max(runs_of(engine)) == 3
 
 
-async def test_it_ends_in_time_and_counts_what_was_generated() -> None:
+async def test_the_benchmark_ends_in_time_and_counts_generated_tokens() -> None:
     engine = engine_for(lambda _: [*[[output("a")]] * 20, HOLD])
     perf = await measure(engine, seconds=0.2)
     assert runs_of(engine) == [1]
@@ -60,17 +60,17 @@ async def test_it_ends_in_time_and_counts_what_was_generated() -> None:
     assert engine.num_aborts == 1
 
 
-async def test_no_token_in_time_is_a_failure() -> None:
+async def test_a_benchmark_without_a_token_in_time_fails() -> None:
     with pytest.raises(BenchmarkFailed, match="no token came in time"):
         await measure(engine_for(lambda _: [HOLD]), seconds=0.05)
 
 
-async def test_an_engine_that_fails_is_a_failure() -> None:
+async def test_a_benchmark_whose_engine_fails_fails() -> None:
     with pytest.raises(BenchmarkFailed, match="out of memory"):
         await measure(engine_for(lambda _: [[Failed("out of memory")]]), seconds=1)
 
 
-async def test_a_wake_up_of_the_same_worker_skips_it(tmp_path: Path) -> None:
+async def test_a_restart_of_the_same_worker_skips_the_benchmark(tmp_path: Path) -> None:
     measured = await max_perf(engine_for(), KEY, tmp_path / "new", 60)
     again = engine_for()
     assert await max_perf(again, KEY, tmp_path / "new", 60) == measured
@@ -79,7 +79,7 @@ async def test_a_wake_up_of_the_same_worker_skips_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["model", "device", "version", "settings"])
 @pytest.mark.slow
-async def test_any_other_worker_measures_anew(field: str, tmp_path: Path) -> None:
+async def test_a_worker_that_differs_measures_again(field: str, tmp_path: Path) -> None:
     await max_perf(engine_for(), KEY, tmp_path, 60)
     other = engine_for()
     await max_perf(other, replace(KEY, **{field: "other"}), tmp_path, 60)
@@ -87,19 +87,19 @@ async def test_any_other_worker_measures_anew(field: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"tokens_per_second": 0}', '{"tokens_per_second"'])
-async def test_a_result_that_is_none_is_measured_anew(content: str, tmp_path: Path) -> None:
+async def test_an_invalid_cached_result_is_measured_again(content: str, tmp_path: Path) -> None:
     (tmp_path / KEY.file_name).write_text(content)
     engine = engine_for()
     assert await max_perf(engine, KEY, tmp_path, 60) > 0
     assert engine.requests
 
 
-async def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -> None:
+async def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert await max_perf(engine_for(), KEY, tmp_path / "file" / "folder", 60) > 0
 
 
-async def test_nothing_is_kept_of_one_that_was_stopped(tmp_path: Path) -> None:
+async def test_a_cancelled_benchmark_caches_nothing(tmp_path: Path) -> None:
     running = asyncio.create_task(max_perf(engine_for(lambda _: [HOLD]), KEY, tmp_path, 60))
     await asyncio.sleep(0.05)
     running.cancel()

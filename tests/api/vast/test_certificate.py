@@ -1,4 +1,4 @@
-"""The worker's key and certificate: what is asked of the platform, and what is taken from it."""
+"""The worker's key and certificate: what Vast is asked to sign, and what is accepted from it."""
 
 import datetime
 import ipaddress
@@ -24,7 +24,7 @@ DAY = datetime.timedelta(days=1)
 
 
 def signed(request: bytes, key: rsa.RSAPublicKey | None = None, days: int = 90) -> bytes:
-    """As the platform signs: the worker's address in place of what the request says."""
+    """Sign like Vast, with the worker's address instead of the one in the request."""
     asked = x509.load_pem_x509_csr(request)
     public = asked.public_key() if key is None else key
     assert isinstance(public, rsa.RSAPublicKey)
@@ -63,7 +63,7 @@ def files(tmp_path: Path) -> CertificateFiles:
 
 
 @pytest.mark.anyio
-async def test_the_platform_is_asked_in_its_own_form(files: CertificateFiles) -> None:
+async def test_the_signing_request_has_the_form_that_vast_expects(files: CertificateFiles) -> None:
     (request,) = await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
     assert str(request.url) == "https://console.example/api/v0/sign_cert/?instance_id=4242"
     assert request.headers["content-type"] == "application/octet-stream"
@@ -82,7 +82,7 @@ async def test_the_platform_is_asked_in_its_own_form(files: CertificateFiles) ->
 
 
 @pytest.mark.anyio
-async def test_what_it_signs_serves_tls(files: CertificateFiles) -> None:
+async def test_a_certificate_that_vast_signed_serves_tls(files: CertificateFiles) -> None:
     assert not files.is_usable()
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
     assert files.is_usable()
@@ -92,7 +92,9 @@ async def test_what_it_signs_serves_tls(files: CertificateFiles) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_key_is_for_its_owner_alone_and_is_kept(files: CertificateFiles) -> None:
+async def test_the_private_key_is_readable_by_its_owner_only_and_is_kept(
+    files: CertificateFiles,
+) -> None:
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
     assert stat.S_IMODE(files.key.stat().st_mode) == 0o600
     key = files.key.read_bytes()
@@ -110,7 +112,7 @@ async def test_the_key_is_for_its_owner_alone_and_is_kept(files: CertificateFile
     ],
     ids=["no certificate", "an error", "one for another key"],
 )
-async def test_anything_else_is_asked_for_again_and_not_installed(
+async def test_an_invalid_answer_is_retried_and_not_installed(
     files: CertificateFiles, answer: Callable[[httpx2.Request], httpx2.Response]
 ) -> None:
     asked = []
@@ -125,7 +127,7 @@ async def test_anything_else_is_asked_for_again_and_not_installed(
     assert not files.certificate.exists()
 
 
-def test_one_that_we_signed_ourselves_listens_and_is_not_good_enough(
+def test_a_self_signed_certificate_can_listen_but_is_not_usable(
     files: CertificateFiles,
 ) -> None:
     files.make_request()
@@ -137,13 +139,13 @@ def test_one_that_we_signed_ourselves_listens_and_is_not_good_enough(
 
 
 @pytest.mark.anyio
-async def test_one_that_is_about_to_end_is_replaced(files: CertificateFiles) -> None:
+async def test_a_certificate_about_to_expire_is_not_usable(files: CertificateFiles) -> None:
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content, days=0)))
     assert not files.is_usable()
 
 
 @pytest.mark.anyio
-async def test_a_pair_that_does_not_fit_is_replaced(files: CertificateFiles) -> None:
+async def test_a_certificate_for_another_key_is_not_usable(files: CertificateFiles) -> None:
     await ask(files, lambda r: httpx2.Response(200, content=signed(r.content)))
     files.key.unlink()
     files.make_request()

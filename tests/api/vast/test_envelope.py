@@ -1,4 +1,4 @@
-"""What a client of the platform is answered, whatever it sends."""
+"""How the gateway answers, whatever a client sends."""
 
 import asyncio
 import json
@@ -30,6 +30,7 @@ def without(*names: str) -> dict[str, Any]:
     return {name: value for name, value in unsigned().items() if name not in names}
 
 
+BAD_PAYLOADS: list[object] = [[], "text", 7, None]
 MALFORMED = {
     b"": INVALID_JSON,
     b"{": INVALID_JSON,
@@ -62,7 +63,7 @@ MALFORMED = {
         json.dumps({"auth_data": unsigned(), "payload": payload}).encode(): (
             b'{"payload": {"data": "payload must be a dictionary"}}'
         )
-        for payload in ([], "text", 7, None)
+        for payload in BAD_PAYLOADS
     },
 }
 
@@ -78,7 +79,7 @@ async def test_a_malformed_envelope_is_422_and_says_what_it_lacks() -> None:
 
 
 @pytest.mark.parametrize("unsecured", [True, False])
-async def test_each_field_is_required_even_unsecured(unsecured: bool) -> None:
+async def test_each_field_is_required_even_by_an_unsecured_worker(unsecured: bool) -> None:
     async with worker(unsecured=unsecured) as served:
         for name in [*AUTH, "signature"]:
             body = {"auth_data": without(name), "payload": PAYLOAD}
@@ -116,13 +117,26 @@ async def test_a_session_id_of_another_type_is_an_unknown_one() -> None:
         assert [(await served.ask(session_id=each)).status_code for each in ids] == [410] * 6
 
 
-NO_SIGNATURES = [None, "", "?", "é", "Zm9yZ2Vk", 7, 1.5, True, [], {}, [["x"]], "A" * 100_000]
+BAD_SIGNATURES: list[object] = [
+    None,
+    "",
+    "?",
+    "é",
+    "Zm9yZ2Vk",
+    7,
+    1.5,
+    True,
+    [],
+    {},
+    [["x"]],
+    "A" * 100_000,
+]
 
 
 async def test_a_forged_request_is_401_without_a_body_and_leaves_no_trace() -> None:
     async with worker() as served:
         body = served.envelope()
-        for signature in NO_SIGNATURES:
+        for signature in BAD_SIGNATURES:
             body["auth_data"]["signature"] = signature
             response = await served.http.post("/generate", json=body)
             assert (response.status_code, response.content) == (401, b""), signature
@@ -132,7 +146,7 @@ async def test_a_forged_request_is_401_without_a_body_and_leaves_no_trace() -> N
         assert served.workload.load().rejected == 0
 
 
-async def test_before_there_is_a_key_a_request_is_401_and_rejected() -> None:
+async def test_a_request_before_the_first_public_key_is_401_and_reported_as_rejected() -> None:
     async with worker(with_key=False) as served:
         response = await served.ask()
         assert (response.status_code, response.content) == (401, b"")
@@ -149,7 +163,7 @@ async def test_a_request_that_would_wait_too_long_is_429_without_a_body() -> Non
         assert served.outcomes() == [(42, "Rejected")]
 
 
-async def test_checks_come_in_order_json_fields_session_signature_queue() -> None:
+async def test_json_fields_session_signature_and_queue_are_checked_in_this_order() -> None:
     async with worker(wait_s=lambda: 61.0) as served:
 
         async def status(body: object) -> int:
@@ -209,7 +223,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("path", "payload"), REFUSED.values(), ids=REFUSED)
-async def test_what_the_model_server_refuses_is_passed_on_to_the_byte(
+async def test_errors_of_the_application_are_passed_on_to_the_byte(
     path: str, payload: object
 ) -> None:
     async with client(ScriptedEngine()) as bare, worker() as served:
@@ -226,12 +240,12 @@ async def test_what_the_model_server_refuses_is_passed_on_to_the_byte(
         assert served.outcomes() == [(42, "Success")]
 
 
-async def test_headers_of_the_model_server_are_passed_on() -> None:
+async def test_headers_of_the_application_are_passed_on() -> None:
     async with worker() as served:
         assert "x-generated-tokens" in (await served.ask()).headers
 
 
-async def test_the_content_type_of_an_envelope_is_not_looked_at() -> None:
+async def test_the_content_type_of_an_envelope_is_ignored() -> None:
     async with worker() as served:
         response = await served.http.post(
             "/generate",
@@ -241,20 +255,20 @@ async def test_the_content_type_of_an_envelope_is_not_looked_at() -> None:
         assert response.status_code == 200
 
 
-async def test_only_post_is_served_on_a_route_of_work() -> None:
+async def test_get_on_a_generation_route_is_405() -> None:
     async with worker() as served:
         response = await served.http.get("/generate")
         assert response.status_code == 405
         assert response.headers["allow"] == "POST"
 
 
-async def test_a_body_that_could_not_be_served_is_413() -> None:
+async def test_a_body_over_the_payload_limit_is_413() -> None:
     async with worker(payload_limit=1000) as served:
         response = await served.ask({"inputs": "x" * 100_000})
         assert response.status_code == 413
 
 
-async def test_ping_is_pong_from_the_first_second_and_other_work_is_retried() -> None:
+async def test_before_it_is_ready_a_worker_answers_ping_and_503_to_all_else() -> None:
     async with worker() as served:
         served.app.gateway = served.app.application = None
         response = await served.http.get("/ping")
@@ -274,7 +288,7 @@ async def test_a_body_without_an_envelope_is_refused(path: str) -> None:
         assert not served.engine.requests
 
 
-async def test_a_body_without_an_envelope_is_served_unsecured() -> None:
+async def test_an_unsecured_worker_serves_a_body_without_an_envelope() -> None:
     async with worker(unsecured=True) as served:
         response = await served.http.post("/generate", json=PAYLOAD)
         assert response.json() == {"generated_text": " Hello you"}
@@ -282,7 +296,7 @@ async def test_a_body_without_an_envelope_is_served_unsecured() -> None:
         assert not served.workload.ended
 
 
-async def test_a_body_without_an_envelope_is_served_to_who_has_the_api_key() -> None:
+async def test_a_body_without_an_envelope_is_served_with_the_api_key() -> None:
     async with worker(api_key="owner") as served:
         mine = {"authorization": "Bearer owner"}
         response = await served.http.post("/generate", json=PAYLOAD, headers=mine)
@@ -292,12 +306,12 @@ async def test_a_body_without_an_envelope_is_served_to_who_has_the_api_key() -> 
         assert response.status_code == 422
 
 
-async def test_with_an_api_key_not_even_unsecured_serves_without_either() -> None:
+async def test_an_unsecured_worker_with_an_api_key_requires_the_key_or_an_envelope() -> None:
     async with worker(api_key="owner", unsecured=True) as served:
         assert (await served.http.post("/generate", json=PAYLOAD)).status_code == 422
 
 
-async def test_an_envelope_passes_whatever_api_key_its_client_sends() -> None:
+async def test_an_envelope_is_served_whatever_api_key_its_client_sends() -> None:
     async with worker(api_key="owner") as served:
         response = await served.http.post(
             "/generate?api_key=endpoint-key",
@@ -307,15 +321,15 @@ async def test_an_envelope_passes_whatever_api_key_its_client_sends() -> None:
         assert response.status_code == 200
 
 
-@pytest.mark.parametrize("signature", NO_SIGNATURES[:4])
-async def test_unsecured_looks_at_no_signature(signature: Any) -> None:
+@pytest.mark.parametrize("signature", BAD_SIGNATURES[:4])
+async def test_an_unsecured_worker_ignores_signatures(signature: Any) -> None:
     async with worker(unsecured=True, with_key=False) as served:
         body = {"auth_data": AUTH | {"signature": signature}, "payload": PAYLOAD}
         assert (await served.http.post("/generate", json=body)).status_code == 200
         assert served.outcomes() == [(42, "Success")]
 
 
-# -- nothing that is sent is a fault of ours ----------------------------------------------
+# -- random requests never fail the worker ----------------------------------------------
 
 _NUMBERS = st.one_of(
     st.integers(),
@@ -352,7 +366,7 @@ FUZZ = settings(
 
 
 def each_example_on_one_worker(check: Any, example: st.SearchStrategy[Any]) -> None:
-    """Reports must be able to tell of whatever came, so they are written out after each."""
+    """Run `check` on random examples, and after each one encode the load as a report would."""
     with asyncio.Runner() as runner:
         context = worker(max_sessions=0)
         served = runner.run(context.__aenter__())
@@ -411,14 +425,14 @@ def test_no_bytes_make_the_worker_fail() -> None:
 
 
 @pytest.mark.parametrize("form", ["A", "B", "C"])
-async def test_a_reqnum_of_any_kind_is_no_fault_of_ours(form: str) -> None:
+async def test_a_request_number_of_any_type_never_fails_the_worker(form: str) -> None:
     async with worker() as served:
         for reqnum in ["5", True, None, 1.5, [], {}, -(10**4000), 10**4000, 8]:
             assert (await served.ask(form=form, reqnum=reqnum)).status_code in (200, 401)
 
 
-async def test_no_one_shuts_others_out_by_a_huge_reqnum_of_the_newest_form() -> None:
-    """It is not signed there, so anyone can write one."""
+async def test_a_huge_request_number_in_the_newest_form_does_not_lock_out_others() -> None:
+    """The newest form does not sign the number, so a client can send any."""
     async with worker() as served:
         assert (await served.ask(form="C", reqnum=10**4000)).status_code == 200
         assert (await served.ask(form="C", reqnum=1)).status_code == 200
@@ -427,7 +441,7 @@ async def test_no_one_shuts_others_out_by_a_huge_reqnum_of_the_newest_form() -> 
 
 @pytest.mark.parametrize("limit", [10**400, 1e308, float("inf"), float("nan"), -5, True, "8", []])
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens"])
-async def test_whatever_limit_a_request_names_the_books_stay_sound(name: str, limit: Any) -> None:
+async def test_any_token_limit_keeps_the_workload_consistent(name: str, limit: Any) -> None:
     engine = ScriptedEngine(lambda _: [[output("a"), finished("a", 1)]])
     async with worker(engine) as served:
         payload = {"inputs": "x", "parameters": {name: limit}} | CHAT | {name: limit}
@@ -442,7 +456,7 @@ async def test_whatever_limit_a_request_names_the_books_stay_sound(name: str, li
 
 
 @pytest.mark.parametrize("cost", [10**400, 1e308, float("inf"), float("nan"), -5, "256", None])
-async def test_whatever_a_session_costs_the_books_stay_sound(cost: Any) -> None:
+async def test_any_session_cost_keeps_the_workload_consistent(cost: Any) -> None:
     async with worker() as served:
         assert (await served.ask({}, "/session/create", cost=cost)).status_code == 201
         json.dumps(served.workload.load().pending, allow_nan=False)
@@ -456,7 +470,7 @@ async def test_whatever_a_session_costs_the_books_stay_sound(cost: Any) -> None:
 # -- secrets ------------------------------------------------------------------------------
 
 
-async def test_no_log_tells_a_secret(caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_log_line_contains_a_secret(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the test's own client
     async with worker() as served:
@@ -487,5 +501,5 @@ async def test_no_log_tells_a_secret(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_server_writes_no_access_log() -> None:
-    """It would have the query string, and with it a key."""
+    """An access log would contain the query string, which may contain an API key."""
     assert server_config(None, "0.0.0.0", 1, 1).access_log is False  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What requests come to: tokens owed and served as they are generated, and how each ended."""
+"""The load of requests: tokens pending and served as they are generated, and each outcome."""
 
 import asyncio
 import math
@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from api.vast.workload import Workload
-from engine.core.request import Failed
+from engine.core.request import Event, Failed
 from tests.api.client import Connection, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 from tests.api.vast.worker import PAYLOAD, Worker, worker
@@ -39,7 +39,9 @@ def figures(workload: Workload) -> tuple[float, float, float, float]:
 
 
 @EACH_ROUTE
-async def test_a_request_owes_its_limit_and_each_token_is_served(path: str, payload: Any) -> None:
+async def test_a_request_is_load_of_its_limit_and_each_token_is_served(
+    path: str, payload: Any
+) -> None:
     engine = ScriptedEngine(lambda _: [[output("a")], [output("b"), output("c")], HOLD])
     async with worker(engine) as served:
         connection = connect(served, path, payload)
@@ -58,7 +60,7 @@ async def test_a_request_that_ends_early_gives_the_rest_back(path: str, payload:
         assert served.outcomes() == [(42, "Success")]
 
 
-async def test_several_generations_for_one_request_are_all_owed() -> None:
+async def test_all_generations_of_one_request_are_load() -> None:
     engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
     async with worker(engine) as served:
         parameters = {"max_new_tokens": 8, "best_of": 2, "do_sample": True}
@@ -69,7 +71,7 @@ async def test_several_generations_for_one_request_are_all_owed() -> None:
         assert served.outcomes() == [(42, "Cancelled")]
 
 
-async def test_without_a_limit_of_its_own_a_request_owes_what_it_may_have() -> None:
+async def test_a_request_without_a_limit_is_load_of_what_it_may_generate() -> None:
     engine = ScriptedEngine(lambda _: [HOLD])
     async with worker(engine) as served:
         connection = connect(served, "/generate", {"inputs": "x"})
@@ -79,7 +81,7 @@ async def test_without_a_limit_of_its_own_a_request_owes_what_it_may_have() -> N
         await connection.go_away()
 
 
-async def test_a_request_in_line_owes_what_it_says_from_its_arrival() -> None:
+async def test_a_request_before_validation_is_load_of_its_declared_tokens() -> None:
     engine = ScriptedEngine()
     engine.tokenizer.gate.clear()
     async with worker(engine) as served:
@@ -94,22 +96,22 @@ async def test_a_request_in_line_owes_what_it_says_from_its_arrival() -> None:
 
 
 @pytest.mark.parametrize(("wait_s", "status"), [(0.0, 200), (60.0, 200), (60.1, 429)])
-async def test_more_than_the_longest_wait_is_429(wait_s: float, status: int) -> None:
+async def test_a_queue_time_over_the_limit_is_429(wait_s: float, status: int) -> None:
     async with worker(wait_s=lambda: wait_s) as served:
         assert (await served.ask()).status_code == status
 
 
-async def test_without_a_longest_wait_nobody_is_refused() -> None:
+async def test_without_a_queue_time_limit_a_long_queue_is_accepted() -> None:
     async with worker(wait_s=lambda: 1e9, max_queue_time_s=None) as served:
         assert (await served.ask()).status_code == 200
 
 
-async def test_without_a_longest_wait_who_could_not_be_served_at_all_is_refused() -> None:
+async def test_without_a_queue_time_limit_a_full_worker_still_answers_429() -> None:
     async with worker(wait_s=lambda: math.inf, max_queue_time_s=None) as served:
         assert (await served.ask(path="/generate_stream")).status_code == 429
 
 
-async def test_a_longest_wait_of_nothing_serves_who_need_not_wait() -> None:
+async def test_a_queue_time_limit_of_zero_serves_requests_that_need_not_wait() -> None:
     waits = [0.0, 0.1]
     async with worker(wait_s=lambda: waits.pop(0), max_queue_time_s=0.0) as served:
         assert (await served.ask()).status_code == 200
@@ -117,15 +119,20 @@ async def test_a_longest_wait_of_nothing_serves_who_need_not_wait() -> None:
 
 
 async def test_a_request_does_not_wait_for_itself() -> None:
-    """The wait is that for those before it."""
-    seen = []
-    async with worker(wait_s=lambda: seen.append(served.workload.pending) or 0.0) as served:
+    """The wait is for earlier requests only."""
+    seen: list[float] = []
+
+    def wait_s() -> float:
+        seen.append(served.workload.pending)
+        return 0.0
+
+    async with worker(wait_s=wait_s) as served:
         await served.ask()
         await served.ask()
         assert seen == [0, 0]
 
 
-async def test_the_wait_is_for_the_tokens_still_owed() -> None:
+async def test_the_queue_time_is_computed_from_pending_tokens() -> None:
     engine = ScriptedEngine(lambda _: [[output("a")], [output("b")], HOLD])
     async with worker(engine) as served:
         connection = connect(served, "/generate", PAYLOAD)
@@ -136,8 +143,8 @@ async def test_the_wait_is_for_the_tokens_still_owed() -> None:
         assert served.workload.wait_s(2.0) == 0
 
 
-async def test_nobody_waits_for_a_session_but_for_the_requests_in_it() -> None:
-    """What it costs is a number that its client made up."""
+async def test_requests_in_a_session_add_queue_time_but_the_session_does_not() -> None:
+    """The cost of a session is a number chosen by its client."""
     engine = ScriptedEngine(lambda _: [HOLD])
     async with worker(engine) as served:
         opened = await served.ask({}, "/session/create", cost=10**9)
@@ -150,7 +157,7 @@ async def test_nobody_waits_for_a_session_but_for_the_requests_in_it() -> None:
         await connection.go_away()
 
 
-async def test_what_would_wait_too_long_is_rejected_load() -> None:
+async def test_a_request_that_would_wait_too_long_is_rejected_load() -> None:
     async with worker(wait_s=lambda: 61.0) as served:
         await served.ask()
         assert figures(served.workload) == (0, 0, 0, 8)
@@ -160,7 +167,7 @@ async def test_what_would_wait_too_long_is_rejected_load() -> None:
 
 
 @EACH_ROUTE
-async def test_more_at_once_than_are_admitted_is_rejected_load(path: str, payload: Any) -> None:
+async def test_a_request_without_a_free_permit_is_rejected_load(path: str, payload: Any) -> None:
     async with worker(ScriptedEngine(permits=0)) as served:
         response = await served.ask(payload, path)
         if "stream" not in path and not payload.get("stream"):
@@ -169,7 +176,7 @@ async def test_more_at_once_than_are_admitted_is_rejected_load(path: str, payloa
         assert served.outcomes() == [(42, "Rejected")]
 
 
-async def test_one_who_tries_again_is_told_of_twice() -> None:
+async def test_each_attempt_of_a_retried_request_is_reported() -> None:
     engine = ScriptedEngine(permits=0)
     async with worker(engine) as served:
         await served.ask()
@@ -217,7 +224,7 @@ async def test_a_dead_engine_is_an_error(path: str, payload: Any) -> None:
         assert figures(served.workload) == (0, 0, 0, 0)
 
 
-async def test_a_fault_of_ours_is_500_and_an_error() -> None:
+async def test_an_unexpected_exception_is_500_and_an_error() -> None:
     engine = ScriptedEngine()
     engine.submit_all = lambda _: 1 / 0  # type: ignore[assignment, return-value]
     async with worker(engine) as served:
@@ -231,9 +238,7 @@ async def test_a_fault_of_ours_is_500_and_an_error() -> None:
 
 
 @EACH_ROUTE
-async def test_what_a_client_asks_wrongly_is_no_error_of_the_workers(
-    path: str, payload: Any
-) -> None:
+async def test_an_invalid_request_is_no_error_of_the_worker(path: str, payload: Any) -> None:
     async with worker() as served:
         await served.ask(payload | {"inputs": "", "messages": 7}, path)
         assert served.outcomes() == [(42, "Success")]
@@ -274,7 +279,7 @@ async def test_a_client_that_goes_away_while_it_is_validated_is_cancelled(
         assert figures(served.workload) == (0, 0, 0, 0)
 
 
-async def test_a_client_that_goes_away_before_its_body_came_leaves_no_trace() -> None:
+async def test_a_client_that_goes_away_while_it_sends_its_body_is_not_counted() -> None:
     async with worker() as served:
         connection = connect(served, "/generate", PAYLOAD, partial=True)
         await asyncio.sleep(0.01)
@@ -284,11 +289,11 @@ async def test_a_client_that_goes_away_before_its_body_came_leaves_no_trace() ->
 
 
 @EACH_ROUTE
-async def test_a_client_that_has_its_answer_is_not_cancelled_by_hanging_up(
+async def test_a_client_that_disconnects_after_its_answer_is_not_cancelled(
     path: str, payload: Any
 ) -> None:
-    """A server says that it is gone as soon as the last byte is out."""
-    script = [[output("a")], [output("b"), finished("ab", 2)]]
+    """Servers report a disconnect as soon as the last byte is sent."""
+    script: list[list[Event]] = [[output("a")], [output("b"), finished("ab", 2)]]
     async with worker(ScriptedEngine(lambda _: script)) as served:
         over = asyncio.Event()
         messages = [

@@ -1,4 +1,4 @@
-"""Where the autoscaler's key comes from, and what becomes of requests when it changes."""
+"""Fetching the autoscaler's public key, and serving requests while it changes."""
 
 import asyncio
 
@@ -30,10 +30,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Fetch:
-    """One attempt after another to obtain a key, with no time between them."""
+    """A `PublicKeys` that records its pauses instead of waiting, up to `most_sleeps` of them."""
 
     def __init__(self, addresses: list[str] | None = None, *, most_sleeps: int = 20) -> None:
-        self.autoscaler, self.errors, self.sleeps = Autoscaler(signer().pem), ActiveErrors(), []
+        self.autoscaler, self.errors = Autoscaler(signer().pem), ActiveErrors()
+        self.sleeps: list[float] = []
         self.messages: list[str] = []
         self.most_sleeps = most_sleeps
         self.keys = PublicKeys(
@@ -41,14 +42,13 @@ class Fetch:
         )
 
     async def _sleep(self, seconds: float) -> None:
-        self.sleeps: list[float]
         self.sleeps.append(seconds)
         self.messages.append(self.errors.message)
         if len(self.sleeps) == self.most_sleeps:
             raise TimeoutError
 
 
-async def test_the_key_is_fetched_below_the_addresss_own_path() -> None:
+async def test_the_key_is_fetched_below_the_path_of_the_address() -> None:
     fetch = Fetch()
     await fetch.keys.obtain()
     assert fetch.autoscaler.urls() == [f"{FIRST}/pubkey/"]
@@ -63,7 +63,7 @@ async def test_each_address_is_tried_in_order() -> None:
     assert not fetch.sleeps
 
 
-async def test_an_older_kind_of_pem_is_read() -> None:
+async def test_a_pkcs1_key_is_read() -> None:
     fetch = Fetch()
     fetch.autoscaler.pem = signer().pkcs1_pem
     await fetch.keys.obtain()
@@ -71,7 +71,7 @@ async def test_an_older_kind_of_pem_is_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "-----BEGIN PUBLIC KEY-----\né", "\0"])
-async def test_a_page_that_is_no_key_is_not_taken(text: str) -> None:
+async def test_an_answer_that_is_no_key_is_ignored(text: str) -> None:
     fetch = Fetch(most_sleeps=1)
     fetch.autoscaler.pem = text
     with pytest.raises(TimeoutError):
@@ -95,7 +95,7 @@ async def test_a_redirection_is_followed() -> None:
         await keys.obtain()
 
 
-async def test_attempts_are_further_and_further_apart_and_go_on_for_ever() -> None:
+async def test_pauses_between_attempts_grow_and_attempts_never_stop() -> None:
     fetch = Fetch(most_sleeps=100)
     fetch.autoscaler.answers = {FIRST: [500]}
     with pytest.raises(TimeoutError):
@@ -112,9 +112,9 @@ async def test_a_missing_key_is_reported_after_five_attempts_and_not_before() ->
     assert fetch.messages == ["", "", "", "", MISSING, MISSING, MISSING]
 
 
-async def test_a_key_that_comes_late_ends_the_error() -> None:
+async def test_a_late_key_clears_the_error() -> None:
     fetch = Fetch()
-    fetch.autoscaler.answers = {FIRST: [500] * 9 + [200]}
+    fetch.autoscaler.answers = {FIRST: [*[500] * 9, 200]}
     await fetch.keys.obtain()
     assert fetch.messages[-1] == MISSING
     assert fetch.errors.message == ""
@@ -138,7 +138,7 @@ async def test_a_request_signed_with_a_new_key_waits_for_it_and_passes(clock: Cl
         assert len(served.autoscaler.urls("pubkey")) == 2
 
 
-async def test_many_that_wait_for_a_new_key_ask_for_it_once(clock: Clock) -> None:
+async def test_many_requests_that_wait_for_a_new_key_share_one_fetch(clock: Clock) -> None:
     async with worker() as served:
         served.autoscaler.pem = signer("new").pem
         clock.now += 3600
@@ -146,7 +146,7 @@ async def test_many_that_wait_for_a_new_key_ask_for_it_once(clock: Clock) -> Non
         assert len(served.autoscaler.urls("pubkey")) == 2
 
 
-async def test_the_old_key_is_good_for_a_minute_and_no_longer(clock: Clock) -> None:
+async def test_the_previous_key_is_accepted_for_a_minute(clock: Clock) -> None:
     async with worker() as served:
         served.autoscaler.pem = signer("new").pem
         clock.now += 3600
@@ -176,7 +176,7 @@ async def test_forged_requests_do_not_flood_an_autoscaler_that_fails(clock: Cloc
         assert await ask(served, "autoscaler") == 200
 
 
-async def test_while_a_new_key_is_fetched_good_requests_do_not_wait(clock: Clock) -> None:
+async def test_good_requests_do_not_wait_while_a_new_key_is_fetched(clock: Clock) -> None:
     held = asyncio.Event()
 
     async def answer(_: httpx2.Request) -> httpx2.Response:
@@ -193,7 +193,9 @@ async def test_while_a_new_key_is_fetched_good_requests_do_not_wait(clock: Clock
         assert await forged == 401
 
 
-async def test_one_who_stops_waiting_does_not_stop_the_fetch_for_others(clock: Clock) -> None:
+async def test_a_request_that_stops_waiting_does_not_cancel_the_fetch_for_others(
+    clock: Clock,
+) -> None:
     held = asyncio.Event()
 
     async def answer(_: httpx2.Request) -> httpx2.Response:

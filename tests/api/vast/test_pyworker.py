@@ -1,4 +1,4 @@
-"""Behind the platform's stock PyWorker: the log that it reads."""
+"""The log file that Vast's stock PyWorker reads."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ LOADED = (
     '"message":"Connected","target":"text_generation_router"',
     '"message":"Connected","target":"text_generation_router::server"',
 )
-"""What the stock worker looks for, in a line anywhere."""
+"""The stock worker searches each line for one of these."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,14 @@ def _logging_as_it_was() -> Iterator[None]:
     configure_logging(False, "info", False)
 
 
-def test_the_line_it_waits_for_is_appended_byte_for_byte(tmp_path: Path) -> None:
+def test_the_line_that_the_stock_worker_waits_for_is_appended_to_the_byte(tmp_path: Path) -> None:
     log = tmp_path / "workspace" / "infer.log"
     configure_logging(True, "info", False, pyworker.log_file(log))
     connected()
     assert any(words in log.read_text() for words in LOADED)
 
 
-def test_a_log_that_is_cut_goes_on_at_its_new_end(tmp_path: Path) -> None:
+def test_a_truncated_log_continues_at_its_new_end(tmp_path: Path) -> None:
     log = tmp_path / "infer.log"
     log.write_text("earlier\n")
     configure_logging(True, "info", False, pyworker.log_file(log))
@@ -46,7 +46,7 @@ def test_a_log_that_is_cut_goes_on_at_its_new_end(tmp_path: Path) -> None:
     assert log.read_text().count("\n") == 1
 
 
-def test_each_line_is_there_once_where_the_output_goes_to_the_log_already(tmp_path: Path) -> None:
+def test_each_line_is_logged_once_if_standard_output_is_the_log_file(tmp_path: Path) -> None:
     log = tmp_path / "infer.log"
     program = (
         "from pathlib import Path; import sys; from api.vast import pyworker;"
@@ -60,7 +60,7 @@ def test_each_line_is_there_once_where_the_output_goes_to_the_log_already(tmp_pa
 
 
 @pytest.mark.anyio
-async def test_it_is_said_again_until_a_request_came(
+async def test_connected_is_repeated_until_the_first_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

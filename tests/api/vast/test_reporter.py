@@ -1,4 +1,4 @@
-"""What the autoscaler is told, when, and that all of it arrives in the end."""
+"""Reports: their contents, their times, and that nothing is lost when some are not delivered."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +37,7 @@ def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Reported:
-    """A reporter and whom it tells; `times` are when."""
+    """A reporter with a fake autoscaler. `times` are the times of its status reports."""
 
     def __init__(self, addresses: tuple[str, ...]) -> None:
         self.autoscaler = Autoscaler("")
@@ -64,7 +64,7 @@ class Reported:
         return self.autoscaler.bodies("delete_requests")
 
     def serve(self, idx: object, num_tokens: int, outcome: Outcome = Outcome.SUCCESS) -> None:
-        """From its arrival to its end at once."""
+        """Let a request arrive, generate and end at once."""
         job = self.workload.add_job(idx, num_tokens)
         self.workload.start(job)
         job.count_generated(num_tokens)
@@ -84,10 +84,10 @@ async def reporting(*addresses: str) -> AsyncIterator[Reported]:
     await asyncio.gather(running, return_exceptions=True)
 
 
-# -- what a report says -------------------------------------------------------------------
+# -- contents -------------------------------------------------------------------
 
 
-async def test_the_first_report_comes_after_a_second_and_says_that_it_loads(
+async def test_the_first_report_is_sent_after_a_second_with_a_loadtime_of_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("api.vast.reporter._disk_used", lambda: 31.25)
@@ -119,7 +119,7 @@ async def test_the_first_report_comes_after_a_second_and_says_that_it_loads(
         ]
 
 
-async def test_a_report_tells_what_is_done_and_what_is_owed() -> None:
+async def test_a_report_contains_served_and_pending_tokens() -> None:
     async with reporting() as reported:
         reported.be_ready()
         await asyncio.sleep(0.5)
@@ -142,7 +142,7 @@ async def test_a_report_tells_what_is_done_and_what_is_owed() -> None:
         assert state["working_request_idxs"] == [2]
 
 
-async def test_the_disk_is_told_in_full_and_by_what_it_grew(
+async def test_disk_use_is_reported_in_total_and_as_growth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     used = [30.0]
@@ -156,7 +156,7 @@ async def test_the_disk_is_told_in_full_and_by_what_it_grew(
         assert [state["additional_disk_usage"] for state in reported.states] == [0.0, 2.5, 0.0]
 
 
-async def test_how_requests_ended_is_told_one_by_one() -> None:
+async def test_each_ended_request_is_reported_with_its_outcome_and_times() -> None:
     async with reporting() as reported:
         await asyncio.sleep(0.25)
         started = [reported.workload.add_job(idx, 10) for idx in (1, 2, 3)]
@@ -198,10 +198,10 @@ async def test_how_requests_ended_is_told_one_by_one() -> None:
         ]
 
 
-# -- when ---------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------
 
 
-async def test_while_nothing_happens_it_reports_about_every_ten_seconds() -> None:
+async def test_an_idle_worker_reports_about_every_ten_seconds() -> None:
     async with reporting() as reported:
         await asyncio.sleep(100)
         gaps = [after - before for before, after in pairwise(reported.times)]
@@ -209,7 +209,7 @@ async def test_while_nothing_happens_it_reports_about_every_ten_seconds() -> Non
         assert len(gaps) >= 8
 
 
-async def test_what_happens_to_a_request_is_told_within_a_second() -> None:
+async def test_a_change_of_a_request_is_reported_within_a_second() -> None:
     async with reporting() as reported:
         reported.be_ready()
         await asyncio.sleep(3.5)
@@ -234,7 +234,7 @@ async def test_what_happens_to_a_request_is_told_within_a_second() -> None:
         await is_told()
 
 
-async def test_that_it_is_ready_is_told_at_once() -> None:
+async def test_readiness_is_reported_at_once() -> None:
     async with reporting() as reported:
         await asyncio.sleep(5.25)
         reported.be_ready()
@@ -252,7 +252,7 @@ async def test_the_load_time_is_repeated_in_every_report() -> None:
         assert {state["max_perf"] for state in reported.states} == {640.0}
 
 
-async def test_an_error_is_told_at_once_and_so_is_its_end() -> None:
+async def test_an_error_and_its_end_are_reported_at_once() -> None:
     async with reporting() as reported:
         await asyncio.sleep(5.25)
         reported.errors.add("engine", "dead: CUDA error")
@@ -263,7 +263,7 @@ async def test_an_error_is_told_at_once_and_so_is_its_end() -> None:
         assert [state["error_msg"] for state in reported.states[-2:]] == ["dead: CUDA error", ""]
 
 
-async def test_an_error_that_stays_is_told_again_and_again() -> None:
+async def test_a_lasting_error_is_reported_again_and_again() -> None:
     async with reporting() as reported:
         reported.errors.add("load", "out of memory")
         await asyncio.sleep(60)
@@ -280,7 +280,7 @@ async def test_the_end_of_one_error_does_not_hide_another() -> None:
         assert reported.states[-1]["error_msg"] == "none"
 
 
-async def test_an_error_raised_again_and_again_is_one_report() -> None:
+async def test_an_error_that_is_added_again_is_reported_once() -> None:
     async with reporting() as reported:
         await asyncio.sleep(2)
         for _ in range(50):
@@ -289,10 +289,10 @@ async def test_an_error_raised_again_and_again_is_one_report() -> None:
         assert len(reported.states) == 2
 
 
-# -- to whom ------------------------------------------------------------------------------
+# -- addresses ------------------------------------------------------------------------------
 
 
-async def test_the_first_address_that_accepts_is_the_only_one_told() -> None:
+async def test_a_report_goes_only_to_the_first_address_that_accepts() -> None:
     async with reporting(FIRST, SECOND) as reported:
         await asyncio.sleep(1.5)
         assert reported.autoscaler.urls() == [f"{FIRST}/worker_status/"]
@@ -311,7 +311,7 @@ async def test_each_address_has_three_attempts_two_seconds_apart(answer: int | E
 
 
 @pytest.mark.parametrize("status", [200, 201, 204])
-async def test_any_success_is_one(status: int) -> None:
+async def test_any_2xx_status_is_a_delivered_report(status: int) -> None:
     async with reporting() as reported:
         reported.autoscaler.answers = {FIRST: [status]}
         await asyncio.sleep(9)
@@ -319,17 +319,17 @@ async def test_any_success_is_one(status: int) -> None:
 
 
 def without_disk(report: dict[str, Any]) -> dict[str, Any]:
-    """That of this machine changes meanwhile."""
+    """Leave out the disk figures, since this machine's disk changes during the test."""
     return {name: value for name, value in report.items() if "disk" not in name}
 
 
 @pytest.mark.parametrize("answer", [500, 404])
 @pytest.mark.parametrize("what", ["ready", "error"])
-async def test_news_that_nobody_took_is_told_again_soon(answer: int, what: str) -> None:
-    """A worker that is not known to be ready gets no requests; one with an error gets them."""
+async def test_an_undelivered_change_is_reported_again_soon(answer: int, what: str) -> None:
+    """Until the autoscaler knows it, a ready worker gets no requests and a failed one does."""
     async with reporting() as reported:
         await asyncio.sleep(2)
-        reported.autoscaler.answers = {FIRST: [answer] * 3 + [200]}
+        reported.autoscaler.answers = {FIRST: [*[answer] * 3, 200]}
         if what == "ready":
             reported.be_ready()
         else:
@@ -351,10 +351,10 @@ async def test_a_report_that_is_refused_is_not_repeated_without_a_pause() -> Non
 # -- nothing is lost ----------------------------------------------------------------------
 
 
-async def test_what_was_not_delivered_is_in_the_next_report() -> None:
+async def test_load_that_was_not_delivered_is_in_the_next_report() -> None:
     async with reporting() as reported:
         reported.be_ready()
-        reported.autoscaler.answers = {"worker_status": [500] * 9 + [200]}
+        reported.autoscaler.answers = {"worker_status": [*[500] * 9, 200]}
         for n in range(30):
             reported.serve(n, 10)
             await asyncio.sleep(1)
@@ -364,7 +364,7 @@ async def test_what_was_not_delivered_is_in_the_next_report() -> None:
             assert sum(state[name] for state in delivered) == 300
 
 
-async def test_what_happens_during_a_report_is_in_the_next() -> None:
+async def test_load_during_a_report_is_in_the_next_one() -> None:
     async with reporting() as reported:
         reported.be_ready()
         left = list(range(20))
@@ -382,17 +382,17 @@ async def test_what_happens_during_a_report_is_in_the_next() -> None:
         assert sorted(told) == list(range(20))
 
 
-async def test_how_requests_ended_is_told_until_it_is_heard() -> None:
+async def test_ended_requests_are_reported_until_they_are_delivered() -> None:
     async with reporting() as reported:
-        reported.autoscaler.answers = {"delete_requests": [500] * 4 + [200]}
+        reported.autoscaler.answers = {"delete_requests": [*[500] * 4, 200]}
         reported.serve(1, 5)
         await asyncio.sleep(30)
         assert len(reported.deletions) == 5
         assert not reported.workload.ended
 
 
-async def test_a_retry_of_the_same_request_is_told_even_if_it_ends_meanwhile() -> None:
-    """Its number is the same: what is taken off the list is the attempt that was told."""
+async def test_a_retry_that_ends_while_its_first_attempt_is_reported_is_reported_too() -> None:
+    """Both attempts have the same number; only the reported one is dropped from the list."""
     async with reporting() as reported:
         reported.workload.end(reported.workload.add_job(9, 5), Outcome.REJECTED)
 
@@ -407,7 +407,7 @@ async def test_a_retry_of_the_same_request_is_told_even_if_it_ends_meanwhile() -
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])
-async def test_an_older_autoscaler_is_told_in_its_own_form(status: int) -> None:
+async def test_an_older_autoscaler_receives_the_older_format(status: int) -> None:
     async with reporting() as reported:
         reported.autoscaler.answers = {"delete_requests": [status, 200]}
         for idx, outcome in enumerate(Outcome):
@@ -421,7 +421,7 @@ async def test_an_older_autoscaler_is_told_in_its_own_form(status: int) -> None:
         assert not reported.workload.ended
 
 
-async def test_nothing_is_told_of_an_outcome_that_was_not_there() -> None:
+async def test_the_older_format_has_no_body_for_an_outcome_that_did_not_occur() -> None:
     async with reporting() as reported:
         reported.autoscaler.answers = {"delete_requests": [404, 200]}
         reported.serve(1, 5)
@@ -429,7 +429,7 @@ async def test_nothing_is_told_of_an_outcome_that_was_not_there() -> None:
         assert [body["success"] for body in reported.deletions[1:]] == [True]
 
 
-async def test_half_of_an_old_report_is_not_the_whole() -> None:
+async def test_a_half_delivered_report_in_the_older_format_is_repeated() -> None:
     async with reporting() as reported:
         reported.autoscaler.answers = {"delete_requests": [404, 200, 500, 500, 500, 200]}
         reported.serve(1, 5)
@@ -447,14 +447,14 @@ async def test_half_of_an_old_report_is_not_the_whole() -> None:
         assert not reported.workload.ended
 
 
-async def test_the_console_is_not_told_how_requests_ended() -> None:
+async def test_ended_requests_are_not_reported_to_the_console() -> None:
     async with reporting(CONSOLE, SECOND) as reported:
         reported.serve(1, 5)
         await asyncio.sleep(5)
         assert reported.autoscaler.urls("delete") == [f"{SECOND}/delete_requests/"]
 
 
-async def test_with_nobody_to_tell_how_requests_ended_none_are_kept() -> None:
+async def test_ended_requests_are_dropped_if_there_is_only_the_console() -> None:
     async with reporting(CONSOLE) as reported:
         reported.serve(1, 5)
         await asyncio.sleep(5)
@@ -462,9 +462,9 @@ async def test_with_nobody_to_tell_how_requests_ended_none_are_kept() -> None:
         assert not reported.workload.ended
 
 
-async def test_what_cannot_be_told_does_not_hold_up_the_rest() -> None:
+async def test_undelivered_entries_do_not_hold_up_later_ones() -> None:
     async with reporting() as reported:
-        reported.autoscaler.answers = {"delete_requests": [500] * 6 + [200]}
+        reported.autoscaler.answers = {"delete_requests": [*[500] * 6, 200]}
         reported.errors.add("engine", "dead")
         for n in range(3000):
             reported.serve(n, 1)
@@ -474,7 +474,7 @@ async def test_what_cannot_be_told_does_not_hold_up_the_rest() -> None:
         assert sorted(told) == list(range(3000))
 
 
-async def test_last_words_tell_what_is_left() -> None:
+async def test_closing_reports_what_is_left() -> None:
     async with reporting() as reported:
         await asyncio.sleep(1.5)
     reported.serve(1, 5)
@@ -483,7 +483,7 @@ async def test_last_words_tell_what_is_left() -> None:
     assert reported.states[-1]["cur_perf"] == 5
 
 
-async def test_last_words_that_nobody_hears_end_soon() -> None:
+async def test_closing_gives_up_soon_if_nothing_is_delivered() -> None:
     async def never(_: httpx2.Request) -> httpx2.Response:
         await asyncio.Event().wait()
         raise AssertionError

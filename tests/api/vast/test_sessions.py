@@ -1,4 +1,4 @@
-"""Sessions, over HTTP: opened with a signature, spoken for by what opened them, and closed."""
+"""Sessions over HTTP: opened with a signature, authorised by the same `auth_data`, and closed."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ async def served() -> AsyncIterator[Worker]:
 
 
 def _hold_or_speak(request: Any) -> Any:
-    """A limit of 99 is never reached."""
+    """Hold after one token if the limit is 99, else generate the default script."""
     if request.stopping.max_new_tokens == 99:
         return [[output("a")], HOLD]
     return ScriptedEngine().script(request)
@@ -48,7 +48,7 @@ LONG = {"inputs": "x", "parameters": {"max_new_tokens": 99}}
 
 
 class Opened:
-    """What a client knows of the session it opened."""
+    """A session as its client knows it."""
 
     def __init__(self, served: Worker, auth: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         self._served, self.auth = served, auth
@@ -83,13 +83,15 @@ async def test_a_session_is_opened_for_a_minute(served: Worker) -> None:
     assert answer["expiration"] == pytest.approx(EPOCH + 60)
 
 
-async def test_a_session_is_opened_for_as_long_as_it_asks(served: Worker) -> None:
+async def test_a_session_is_opened_for_the_lifetime_that_it_asks_for(served: Worker) -> None:
     session = await open_session(served, lifetime=600)
     assert session.expiration == pytest.approx(EPOCH + 600)
 
 
 @pytest.mark.parametrize("lifetime", [None, 0, -1, "600", [], float("nan"), 10**400, 1e308])
-async def test_whatever_lifetime_it_asks_it_can_be_told(served: Worker, lifetime: Any) -> None:
+async def test_any_lifetime_gives_an_expiration_that_json_can_express(
+    served: Worker, lifetime: Any
+) -> None:
     response = await served.ask({"lifetime": lifetime}, "/session/create")
     assert response.status_code == 201
     session = Opened(served, served.signer.auth(), response.json())
@@ -118,14 +120,14 @@ async def test_more_sessions_than_the_limit_are_429(served: Worker) -> None:
     assert (await served.ask({}, "/session/create")).status_code == 201
 
 
-async def test_a_limit_of_nothing_is_none() -> None:
+async def test_a_session_limit_of_zero_is_no_limit() -> None:
     async with worker(max_sessions=0) as served:
         for _ in range(30):
             await open_session(served)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[", b"\xff"])
-async def test_no_json_opens_no_session(served: Worker, body: bytes) -> None:
+async def test_a_session_is_not_opened_by_invalid_json(served: Worker, body: bytes) -> None:
     response = await served.http.post("/session/create", content=body)
     assert response.status_code == 422
     assert response.json() == {"error": "invalid JSON"}
@@ -140,7 +142,7 @@ async def test_a_session_is_not_opened_without_a_payload(served: Worker) -> None
 # -- get, health, end ---------------------------------------------------------------------
 
 
-async def test_a_session_describes_itself(served: Worker) -> None:
+async def test_session_get_describes_the_session(served: Worker) -> None:
     session = await open_session(
         served, lifetime=90, on_close_route="/generate", on_close_payload={"inputs": "bye"}
     )
@@ -174,7 +176,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize(("what", "answer"), UNKNOWN.items())
-async def test_an_unknown_session_is_not_found(
+async def test_a_call_to_an_unknown_session_finds_none(
     served: Worker, what: str, answer: tuple[int, dict[str, Any]]
 ) -> None:
     session = await open_session(served)
@@ -183,15 +185,18 @@ async def test_an_unknown_session_is_not_found(
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-async def test_an_id_of_another_type_is_an_unknown_one(served: Worker, what: str) -> None:
+async def test_a_session_id_of_another_type_finds_no_session(served: Worker, what: str) -> None:
     session = await open_session(served)
-    for session_id in (None, 7, True, [], {}, 1.5):
+    session_ids: list[object] = [None, 7, True, [], {}, 1.5]
+    for session_id in session_ids:
         response = await session.call(what, session_id=session_id)
         assert response.status_code == UNKNOWN[what][0]
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-async def test_only_what_opened_a_session_speaks_for_it(served: Worker, what: str) -> None:
+async def test_only_the_auth_data_that_opened_a_session_authorises_calls(
+    served: Worker, what: str
+) -> None:
     session = await open_session(served)
     strangers: list[Any] = [
         None,
@@ -211,7 +216,7 @@ async def test_only_what_opened_a_session_speaks_for_it(served: Worker, what: st
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-async def test_a_call_that_names_no_session_is_422(served: Worker, what: str) -> None:
+async def test_a_call_without_a_session_id_is_422(served: Worker, what: str) -> None:
     response = await served.http.post(f"/session/{what}", json={"session_auth": {}})
     assert response.status_code == 422
     assert response.json() == {"error": "missing session_id"}
@@ -224,7 +229,7 @@ async def test_a_call_that_names_no_session_is_422(served: Worker, what: str) ->
 # -- its requests -------------------------------------------------------------------------
 
 
-async def test_requests_in_a_session_are_load_and_the_session_alone_is_listed(
+async def test_requests_in_a_session_are_load_but_only_the_session_is_listed(
     served: Worker,
 ) -> None:
     session = await open_session(served, cost=50)
@@ -249,7 +254,7 @@ async def test_a_request_in_a_session_needs_a_signature_too(served: Worker) -> N
     assert (await served.http.post("/generate", json=body)).status_code == 401
 
 
-async def test_a_request_in_a_session_is_not_refused_for_its_wait() -> None:
+async def test_a_request_in_a_session_is_served_whatever_the_queue_time() -> None:
     async with worker(wait_s=lambda: 61.0) as served:
         session = await open_session(served)
         assert (await served.ask(session_id=session.id)).status_code == 200
@@ -272,7 +277,9 @@ async def test_a_request_in_an_ended_session_is_410(served: Worker) -> None:
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 @pytest.mark.parametrize("how", ["end", "expire"])
-async def test_its_running_requests_end_with_a_session(served: Worker, path: str, how: str) -> None:
+async def test_running_requests_end_when_their_session_ends(
+    served: Worker, path: str, how: str
+) -> None:
     session = await open_session(served, lifetime=20)
     app: Any = served.app
     connection = Connection(app, path, served.envelope(LONG, session_id=session.id))
@@ -317,7 +324,7 @@ async def test_the_closing_call_is_made_when_a_session_ends(served: Worker) -> N
         calls.append((route, payload))
 
     served.sessions.on_close = on_close
-    closing = {"on_close_route": "/generate", "on_close_payload": {"inputs": "bye"}}
+    closing: dict[str, Any] = {"on_close_route": "/generate", "on_close_payload": {"inputs": "bye"}}
     session = await open_session(served, **closing)
     expiring = await open_session(served, lifetime=10, **closing)
     await session.call("end")
@@ -366,7 +373,7 @@ async def test_a_closing_call_that_fails_or_hangs_changes_nothing(served: Worker
 
 
 @pytest.mark.parametrize("given", [f"Bearer {TOKEN}", TOKEN])
-async def test_an_update_is_marked_for_who_has_the_token(
+async def test_an_update_is_requested_with_the_master_token(
     served: Worker, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     mark = tmp_path / ".force_update"
@@ -377,21 +384,21 @@ async def test_an_update_is_marked_for_who_has_the_token(
 
 
 @pytest.mark.parametrize("token", [TOKEN, ""])
-async def test_an_update_is_not_marked_for_anyone_else(
+async def test_an_update_is_not_requested_without_the_master_token(
     served: Worker, token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """Nor for anyone at all where there is no token."""
+    """Without a token, updates are not accepted from anyone."""
     mark = tmp_path / ".force_update"
     monkeypatch.setattr("api.vast.worker_app.UPDATE_REQUEST_FILE", mark)
     served.app._token = token
     for given in (None, "", "Bearer ", "Bearer wrong", "wrong", "Bearer é"):
-        headers = {} if given is None else {"authorization": given.encode()}
+        headers = {} if given is None else {b"authorization": given.encode()}
         response = await served.http.post("/pyworker/update", headers=headers)
         assert (response.status_code, response.content) == (401, b'{"error": "unauthorized"}')
     assert not mark.exists()
 
 
-async def test_an_update_that_cannot_be_marked_is_500(
+async def test_an_update_whose_file_cannot_be_written_is_500(
     served: Worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr("api.vast.worker_app.UPDATE_REQUEST_FILE", tmp_path / "nowhere" / "mark")

@@ -1,4 +1,4 @@
-"""Whose signatures are good, in each generation's form, and which of them are good once."""
+"""Verification of signatures in each generation's form, and protection against replay."""
 
 import json
 from pathlib import Path
@@ -36,12 +36,12 @@ def form_of(name: str, **fields: Any) -> str | None:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_the_platforms_vectors_are_good_in_their_form(name: str) -> None:
+def test_vasts_test_vectors_are_verified_in_their_form(name: str) -> None:
     assert form_of(name) == name[0]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_the_signed_message_is_theirs_to_the_byte(name: str) -> None:
+def test_the_signed_message_equals_the_vector_to_the_byte(name: str) -> None:
     assert FORM_OF[name].message(auth(name)) == MESSAGES[name].encode()
 
 
@@ -61,7 +61,7 @@ def test_non_ascii_is_escaped_and_keys_keep_their_order() -> None:
         {"url": None},
     ],
 )
-def test_no_signature_is_good_for_another_address(name: str, changed: dict[str, Any]) -> None:
+def test_no_signature_is_valid_for_another_address(name: str, changed: dict[str, Any]) -> None:
     assert form_of(name, **changed) is None
 
 
@@ -77,17 +77,19 @@ def test_no_signature_is_good_for_another_address(name: str, changed: dict[str, 
         {"reqnum": str(FIELDS["reqnum"])},
     ],
 )
-def test_what_older_generations_sign_cannot_be_changed(name: str, changed: dict[str, Any]) -> None:
+def test_fields_that_older_generations_sign_cannot_be_changed(
+    name: str, changed: dict[str, Any]
+) -> None:
     assert form_of(name, **changed) is None
 
 
-def test_request_idx_is_signed_by_the_middle_generation_alone() -> None:
+def test_only_the_middle_generation_signs_request_idx() -> None:
     assert form_of("B", request_idx=1) is None
     assert form_of("A", request_idx=1) == "A"
     assert form_of("C", request_idx=1, cost=0, endpoint="", reqnum=-1) == "C"
 
 
-def test_one_forms_signature_is_not_anothers() -> None:
+def test_a_signature_in_one_form_is_not_valid_in_another() -> None:
     assert FORM_OF["B"].message(auth("A")) != MESSAGES["A"].encode()
     swapped = {name: value for name, value in auth("A").items() if name != "cost"}
     assert Verifier().find_form(swapped, [key()]) is None
@@ -103,7 +105,7 @@ def test_one_forms_signature_is_not_anothers() -> None:
         "",
     ],
 )
-def test_the_same_values_written_otherwise_are_not_signed(message: str) -> None:
+def test_a_signature_over_differently_formatted_json_is_invalid(message: str) -> None:
     own = signer()
     public = load_pem_public_key(own.pem.encode())
     assert isinstance(public, RSAPublicKey)
@@ -111,7 +113,7 @@ def test_the_same_values_written_otherwise_are_not_signed(message: str) -> None:
     assert Verifier().find_form(own.auth(), [public]) is not None
 
 
-def test_a_signature_by_another_key_is_forged() -> None:
+def test_a_signature_by_another_key_is_invalid() -> None:
     public = load_pem_public_key(signer().pem.encode())
     assert isinstance(public, RSAPublicKey)
     assert Verifier().find_form(signer("forger").auth(), [public]) is None
@@ -123,7 +125,7 @@ def test_a_signature_by_another_key_is_forged() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_newest_generation_repeats_its_signature_for_ever() -> None:
+async def test_the_newest_generation_may_repeat_a_signature() -> None:
     async with worker() as served:
         body = served.envelope()
         for _ in range(3):
@@ -135,7 +137,7 @@ async def test_the_newest_generation_repeats_its_signature_for_ever() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("form", ["A", "B"])
-async def test_older_generations_sign_each_request_once(form: str) -> None:
+async def test_older_generations_may_not_repeat_a_signature(form: str) -> None:
     async with worker() as served:
         body = served.envelope(form=form)
         assert (await served.http.post("/generate", json=body)).status_code == 200
@@ -145,7 +147,7 @@ async def test_older_generations_sign_each_request_once(form: str) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("form", ["A", "B"])
-async def test_older_generations_may_be_a_hundred_numbers_late(form: str) -> None:
+async def test_request_numbers_of_older_generations_may_lag_by_a_hundred(form: str) -> None:
     async with worker() as served:
         assert (await served.ask(form=form, reqnum=1000)).status_code == 200
         assert (await served.ask(form=form, reqnum=900)).status_code == 200
@@ -153,7 +155,7 @@ async def test_older_generations_may_be_a_hundred_numbers_late(form: str) -> Non
 
 
 @pytest.mark.anyio
-async def test_a_forged_number_shuts_nobody_out() -> None:
+async def test_a_forged_request_number_does_not_lock_out_others() -> None:
     async with worker() as served:
         forged = served.envelope(form="B", reqnum=10**9)
         forged["auth_data"]["signature"] = signer("forger").auth("B", reqnum=10**9)["signature"]
@@ -162,7 +164,7 @@ async def test_a_forged_number_shuts_nobody_out() -> None:
 
 
 def test_a_message_is_forgotten_after_a_hundred_others() -> None:
-    """As in the platform's worker: by then its number may still be near enough."""
+    """As in Vast's stock worker. By then its number may still be near enough to be admitted."""
     verifier, form = Verifier(), FORM_OF["B"]
 
     def admits(idx: int) -> bool:

@@ -1,4 +1,4 @@
-"""The parts as a worker puts them together."""
+"""How `Worker` connects its parts."""
 
 from pathlib import Path
 
@@ -6,19 +6,18 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from api.generation.state import AppState, build_state
-from api.settings.config import Settings
+from api.generation.state import AppState
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast.worker import Worker
 from tests.api.client import make_app, until
 from tests.api.scripted import ScriptedEngine
-from tests.api.vast.worker import AUTH, PAYLOAD, TOKEN, URL
+from tests.api.vast.worker import AUTH, PAYLOAD, TOKEN, URL, make_state
 
 pytestmark = pytest.mark.anyio
 
 
-def opened(engine: ScriptedEngine, state: AppState, api_key: str | None) -> Worker:
-    """Unsecured, and past its benchmark."""
+def ready_worker(engine: ScriptedEngine, state: AppState, api_key: str | None) -> Worker:
+    """Return an unsecured worker that is past its benchmark."""
     config = WorkerConfig(
         identity=Identity(1, SecretStr(TOKEN), ("https://run.example",), URL),
         port=3000,
@@ -40,8 +39,8 @@ def opened(engine: ScriptedEngine, state: AppState, api_key: str | None) -> Work
 @pytest.mark.parametrize("api_key", [None, "owner"])
 async def test_the_closing_call_of_a_session_reaches_the_model(api_key: str | None) -> None:
     engine = ScriptedEngine()
-    state = build_state(engine, Settings(api_key=api_key))  # type: ignore[arg-type]
-    worker = opened(engine, state, api_key)
+    state = make_state(engine, api_key=api_key)
+    worker = ready_worker(engine, state, api_key)
     transport = httpx2.ASGITransport(worker._app)
     auth = AUTH | {"signature": ""}
     closing = {"on_close_route": "/generate", "on_close_payload": PAYLOAD}
@@ -55,18 +54,18 @@ async def test_the_closing_call_of_a_session_reaches_the_model(api_key: str | No
     await worker._http.aclose()
 
 
-async def test_an_open_worker_is_ready_and_says_so_at_once() -> None:
+async def test_a_worker_that_starts_serving_reports_at_once_that_it_is_ready() -> None:
     engine = ScriptedEngine()
-    worker = opened(engine, build_state(engine, Settings()), None)  # type: ignore[arg-type]
+    worker = ready_worker(engine, make_state(engine), None)
     assert worker._readiness.load_s > 0
     assert worker._reporter._soon.is_set()
     await worker._http.aclose()
 
 
-async def test_a_full_worker_says_so_before_a_stream_begins() -> None:
-    """Told in the stream, as a plain server tells it, nobody would try it elsewhere."""
+async def test_a_full_worker_answers_429_before_a_stream_begins() -> None:
+    """A plain server reports it inside the stream, which clients do not retry elsewhere."""
     engine = ScriptedEngine(permits=0)
-    worker = opened(engine, build_state(engine, Settings()), None)  # type: ignore[arg-type]
+    worker = ready_worker(engine, make_state(engine), None)
     transport = httpx2.ASGITransport(worker._app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
         body = {"auth_data": AUTH | {"signature": ""}, "payload": PAYLOAD}

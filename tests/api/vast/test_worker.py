@@ -1,4 +1,4 @@
-"""A worker's life as the autoscaler and its clients see it, from the first second to the last.
+"""A whole worker as the autoscaler and its clients see it, from its first second to its last.
 
 The engine is scripted; the port, TLS and the clock are real.
 """
@@ -22,9 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
-from api.generation.state import AppState, build_state
+from api.generation.state import AppState
 from api.server import CannotListen
-from api.settings.config import Settings
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import public_key, reporter
 from api.vast.worker import AlreadyRunning, Worker, _only_worker
@@ -32,6 +31,7 @@ from engine.core.errors import LoadError
 from tests.api.scripted import ScriptedEngine
 from tests.api.vast.test_benchmark import as_many_as_asked
 from tests.api.vast.test_certificate import signed
+from tests.api.vast.worker import make_state
 
 pytestmark = pytest.mark.anyio
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -63,7 +63,7 @@ class Platform:
         return httpx2.Response(500)
 
     async def report(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first one of which `condition` holds."""
+        """Wait for the first report that meets `condition`."""
         async with asyncio.timeout(5):
             while True:
                 for report in self.reports:
@@ -77,7 +77,7 @@ def is_loaded(report: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _a_quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter, "_TICK_S", 0.02)
     monkeypatch.setattr(reporter, "_MAX_SILENCE_S", 0.2)
     monkeypatch.setattr(public_key, "_BACKOFF_S", (0.02,))
@@ -104,15 +104,15 @@ def config(tmp_path: Path) -> WorkerConfig:
     )
 
 
-def loading(engine: ScriptedEngine) -> Callable[[], AppState]:
-    return lambda: build_state(engine, Settings())  # type: ignore[arg-type]
+def loader_of(engine: ScriptedEngine) -> Callable[[], AppState]:
+    return lambda: make_state(engine)
 
 
 @asynccontextmanager
 async def running(
     config: WorkerConfig, platform: Platform, load: Callable[[], AppState]
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """Yields a client of the worker; stops it as a signal would."""
+    """Run a worker and yield a client of it; at the end stop the worker as a signal would."""
     servers: list[Any] = []
 
     class Stoppable(Worker):
@@ -121,12 +121,12 @@ async def running(
             return servers[0]
 
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(platform)) as http:
-        living = asyncio.create_task(Stoppable(config, load, http).run())
+        running_worker = asyncio.create_task(Stoppable(config, load, http).run())
         await platform.report(lambda _: True)
         async with httpx2.AsyncClient(base_url=config.identity.url) as client:
             yield client
         servers[0].should_exit = True
-        await asyncio.wait_for(living, 10)
+        await asyncio.wait_for(running_worker, 10)
 
 
 def envelope(config: WorkerConfig, num_tokens: int = 3, request_idx: int = 7) -> dict[str, Any]:
@@ -145,9 +145,11 @@ def envelope(config: WorkerConfig, num_tokens: int = 3, request_idx: int = 7) ->
     return {"auth_data": auth, "payload": payload, "session_id": None}
 
 
-async def test_it_reports_before_it_is_loaded_and_at_once_when_it_is(config: WorkerConfig) -> None:
+async def test_a_worker_reports_while_it_loads_and_at_once_when_it_is_ready(
+    config: WorkerConfig,
+) -> None:
     platform = Platform()
-    async with running(config, platform, loading(ScriptedEngine(as_many_as_asked))):
+    async with running(config, platform, loader_of(ScriptedEngine(as_many_as_asked))):
         loaded = await platform.report(is_loaded)
     assert platform.reports[0]["loadtime"] == 0.0
     assert loaded["max_perf"] > 0
@@ -155,9 +157,9 @@ async def test_it_reports_before_it_is_loaded_and_at_once_when_it_is(config: Wor
     assert loaded["url"] == config.identity.url
 
 
-async def test_a_signed_request_is_served_and_told_done(config: WorkerConfig) -> None:
+async def test_a_signed_request_is_served_and_its_end_reported(config: WorkerConfig) -> None:
     platform = Platform()
-    async with running(config, platform, loading(ScriptedEngine(as_many_as_asked))) as client:
+    async with running(config, platform, loader_of(ScriptedEngine(as_many_as_asked))) as client:
         await platform.report(is_loaded)
         answer = await client.post("/generate/", json=envelope(config))
         assert answer.json() == {"generated_text": "aaa"}
@@ -168,13 +170,13 @@ async def test_a_signed_request_is_served_and_told_done(config: WorkerConfig) ->
     assert (ended["request_idx"], ended["status"], ended["success"]) == (7, "Success", True)
 
 
-async def test_while_it_loads_it_says_so(config: WorkerConfig) -> None:
+async def test_a_worker_that_loads_answers_503_with_the_reason(config: WorkerConfig) -> None:
     go_on = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def load() -> AppState:
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
-        return loading(ScriptedEngine(as_many_as_asked))()
+        return loader_of(ScriptedEngine(as_many_as_asked))()
 
     platform = Platform()
     async with running(config, platform, load) as client:
@@ -188,24 +190,25 @@ async def test_while_it_loads_it_says_so(config: WorkerConfig) -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_what_cannot_be_loaded_is_reported_again_and_again(config: WorkerConfig) -> None:
+async def test_a_failed_load_is_reported_again_and_again(config: WorkerConfig) -> None:
     def load() -> AppState:
         raise LoadError("org/model is gated: accept its terms on the hub and set HF_TOKEN")
 
     platform = Platform()
     async with running(config, platform, load) as client:
-        for n in range(1, 4):
-            await platform.report(
-                lambda _, n=n: sum("is gated" in r["error_msg"] for r in platform.reports) >= n
-            )
+
+        def is_reported_three_times(_: object) -> bool:
+            return sum("is gated" in report["error_msg"] for report in platform.reports) >= 3
+
+        await platform.report(is_reported_three_times)
         assert (await client.get("/health")).json()["reason"].startswith("org/model is gated")
     assert not any(is_loaded(report) for report in platform.reports)
 
 
 @pytest.mark.slow
-async def test_an_error_of_the_engine_is_taken_back_when_it_is_over(config: WorkerConfig) -> None:
+async def test_an_engine_error_is_cleared_when_it_is_over(config: WorkerConfig) -> None:
     platform, engine = Platform(), ScriptedEngine(as_many_as_asked)
-    async with running(config, platform, loading(engine)):
+    async with running(config, platform, loader_of(engine)):
         await platform.report(is_loaded)
         engine.state, engine.reason = "stalled", "no step for 60 s"
         await platform.report(lambda report: report["error_msg"] == "stalled: no step for 60 s")
@@ -214,46 +217,46 @@ async def test_an_error_of_the_engine_is_taken_back_when_it_is_over(config: Work
         await platform.report(lambda report: report["error_msg"] == "")
 
 
-async def test_without_a_key_it_is_not_loaded_and_with_one_it_is(config: WorkerConfig) -> None:
+async def test_a_worker_is_not_ready_without_the_public_key(config: WorkerConfig) -> None:
     platform = Platform()
     platform.has_key = False
-    async with running(config, platform, loading(ScriptedEngine(as_many_as_asked))):
+    async with running(config, platform, loader_of(ScriptedEngine(as_many_as_asked))):
         await platform.report(lambda report: report["error_msg"] == public_key.MISSING)
         assert not any(is_loaded(report) for report in platform.reports)
         platform.has_key = True
         assert (await platform.report(is_loaded))["error_msg"] == ""
 
 
-async def test_an_unsecured_worker_needs_no_key(
+async def test_an_unsecured_worker_needs_no_public_key(
     config: WorkerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform = Platform()
     platform.has_key = False
     unsecured = replace(config, unsecured=True)
-    async with running(unsecured, platform, loading(ScriptedEngine(as_many_as_asked))) as client:
+    async with running(unsecured, platform, loader_of(ScriptedEngine(as_many_as_asked))) as client:
         await platform.report(is_loaded)
         plain = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
         assert (await client.post("/generate", json=plain)).json() == {"generated_text": "aa"}
     assert "UNSECURED" in caplog.text
 
 
-async def test_it_serves_with_the_certificate_that_the_platform_signed(
+async def test_a_worker_serves_with_the_certificate_that_vast_signed(
     config: WorkerConfig,
 ) -> None:
     platform = Platform()
     with_tls = replace(config, use_ssl=True)
-    async with running(with_tls, platform, loading(ScriptedEngine(as_many_as_asked))):
+    async with running(with_tls, platform, loader_of(ScriptedEngine(as_many_as_asked))):
         await platform.report(is_loaded)
         assert "the platform's root" in await issuer_of(config.port)
 
 
-async def test_without_a_signed_certificate_it_listens_and_says_what_is_wrong(
+async def test_a_worker_without_a_signed_certificate_listens_and_reports_an_error(
     config: WorkerConfig,
 ) -> None:
     platform = Platform()
     platform.signs = False
     with_tls = replace(config, use_ssl=True)
-    async with running(with_tls, platform, loading(ScriptedEngine(as_many_as_asked))):
+    async with running(with_tls, platform, loader_of(ScriptedEngine(as_many_as_asked))):
         await platform.report(lambda report: "no signed certificate" in report["error_msg"])
         assert "pyworker.vast.ai" in await issuer_of(config.port)
     assert not any(is_loaded(report) for report in platform.reports)
@@ -268,14 +271,14 @@ async def issuer_of(port: int) -> str:
     return x509.load_der_x509_certificate(der).issuer.rfc4514_string()
 
 
-async def test_where_no_certificate_can_be_kept_nothing_is_listened_on(
+async def test_a_certificate_folder_that_cannot_be_written_stops_the_worker(
     config: WorkerConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     nowhere = replace(config, use_ssl=True, tls_directory=tmp_path / "file")
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(Platform())) as http:
         with pytest.raises(CannotListen, match=r"TLS_DIRECTORY: .*Not a directory"):
-            await Worker(nowhere, loading(ScriptedEngine()), http).run()
+            await Worker(nowhere, loader_of(ScriptedEngine()), http).run()
 
 
 async def test_a_second_worker_on_the_port_is_refused(config: WorkerConfig) -> None:

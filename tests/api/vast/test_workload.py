@@ -1,4 +1,4 @@
-"""The workload add up, whatever happens and whichever reports are heard."""
+"""The workload's totals add up, whatever happens and whichever reports are delivered."""
 
 from dataclasses import dataclass, field
 
@@ -17,12 +17,13 @@ from api.vast.workload import (
     declared_tokens,
 )
 
+BAD_LIMITS: list[object] = [0, -1, float("nan"), float("-inf"), None, "256", []]
 TOKENS = st.integers(0, 500)
 
 
 @dataclass
 class Truth:
-    """What happened, kept apart from the workload."""
+    """What happened, counted independently of `Workload`."""
 
     received: int = 0
     served: int = 0
@@ -37,7 +38,7 @@ class Truth:
 
 @dataclass
 class Account:
-    """Of one running job."""
+    """The tokens of one running job."""
 
     limit: int
     accepted: int = 0
@@ -48,7 +49,7 @@ class Account:
         return max(self.accepted or self.limit, self.generated)
 
 
-class AnyBusiness(RuleBasedStateMachine):
+class RandomRequests(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.workload, self.truth = Workload(), Truth()
@@ -151,7 +152,7 @@ class AnyBusiness(RuleBasedStateMachine):
 
     @invariant()
     def reports_come_to_the_truth(self) -> None:
-        """What was given back after it was told is set off against what comes next."""
+        """Tokens given back after they were reported are taken off the following reports."""
         load, truth = self.workload.load(), self.truth
         assert truth.told_served + load.served == truth.served
         assert truth.told_rejected + load.rejected == truth.rejected
@@ -166,7 +167,7 @@ class AnyBusiness(RuleBasedStateMachine):
         assert self.truth.told_ended + left == self.truth.ended
 
     def teardown(self) -> None:
-        """All ends well, more comes than was ever given back, and a last report is heard."""
+        """End all jobs, receive more than was ever given back, and deliver a last report."""
         self.on_its_way = None
         for job in list(self.running):
             job.mark_failed()
@@ -184,13 +185,13 @@ class AnyBusiness(RuleBasedStateMachine):
         assert truth.told_served == truth.told_received == truth.served + extra
 
 
-TestAnyBusiness = AnyBusiness.TestCase
-TestAnyBusiness.settings = settings(
+TestRandomRequests = RandomRequests.TestCase
+TestRandomRequests.settings = settings(
     derandomize=True, deadline=None, max_examples=60, stateful_step_count=40
 )
 
 
-def test_what_is_cancelled_is_given_back() -> None:
+def test_a_cancelled_job_gives_its_pending_tokens_back() -> None:
     workload = Workload()
     job = workload.add_job(1, 100)
     workload.start(job)
@@ -200,7 +201,7 @@ def test_what_is_cancelled_is_given_back() -> None:
     assert (load.received, load.served, load.pending) == (30, 30, 0)
 
 
-def test_what_is_cancelled_after_it_was_told_is_set_off_against_what_comes() -> None:
+def test_tokens_given_back_after_a_report_are_taken_off_the_next_ones() -> None:
     workload = Workload()
     job = workload.add_job(1, 100)
     workload.start(job)
@@ -212,7 +213,7 @@ def test_what_is_cancelled_after_it_was_told_is_set_off_against_what_comes() -> 
     assert workload.load().received == 20
 
 
-def test_to_end_twice_is_to_end_once() -> None:
+def test_tokens_after_the_end_of_a_job_are_not_counted() -> None:
     workload = Workload()
     job = workload.add_job(1, 100)
     workload.start(job)
@@ -224,7 +225,7 @@ def test_to_end_twice_is_to_end_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("payload", "workload"),
+    ("payload", "tokens"),
     [
         ({"parameters": {"max_new_tokens": 256}}, 256),
         ({"parameters": {"max_new_tokens": 1}, "max_tokens": 9}, 1),
@@ -233,15 +234,14 @@ def test_to_end_twice_is_to_end_once() -> None:
         ({"parameters": {}}, DEFAULT_WORKLOAD),
         ({"parameters": None, "max_tokens": 9}, 9),
         ({}, DEFAULT_WORKLOAD),
-        *[
-            ({"parameters": {"max_new_tokens": limit}}, DEFAULT_WORKLOAD)
-            for limit in (0, -1, float("nan"), float("-inf"), None, "256", [])
-        ],
+        *[({"parameters": {"max_new_tokens": limit}}, DEFAULT_WORKLOAD) for limit in BAD_LIMITS],
         *[
             ({"parameters": {"max_new_tokens": limit}}, MAX_WORKLOAD)
             for limit in (10**400, 1e308, float("inf"))
         ],
     ],
 )
-def test_a_request_costs_what_it_may_generate(payload: dict[str, object], workload: float) -> None:
-    assert declared_tokens(payload) == workload
+def test_a_request_declares_the_tokens_it_may_generate(
+    payload: dict[str, object], tokens: float
+) -> None:
+    assert declared_tokens(payload) == tokens

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
+from api.generation.state import AppState, build_state
+from api.settings.config import Settings
 from api.vast.active_errors import ActiveErrors
 from api.vast.auth_gateway import AuthGateway, GatewayConfig
 from api.vast.public_key import PublicKeys
@@ -104,6 +106,10 @@ class Autoscaler:
                 if answer != 200:
                     return httpx2.Response(answer)
         return httpx2.Response(200, text=self.pem if url.endswith("/pubkey/") else "")
+
+
+def make_state(engine: ScriptedEngine, **settings: Any) -> AppState:
+    return build_state(cast(Any, engine), Settings(**settings))
 
 
 @dataclass
