@@ -42,27 +42,27 @@ class TestBlockHasher:
         assert extended(hasher, first, tokens) == extended(hasher, second, tokens)
 
     @pytest.mark.parametrize("changed", range(BLOCK_SIZE))
-    def test_every_token_counts(self, changed: int) -> None:
+    def test_the_hash_depends_on_every_token(self, changed: int) -> None:
         hasher = BlockHasher()
         tokens = [7] * BLOCK_SIZE
         other = [8 if i == changed else 7 for i in range(BLOCK_SIZE)]
         root = hasher.root(b"")
         assert extended(hasher, root, tokens) != extended(hasher, root, other)
 
-    def test_token_ids_are_not_cut_to_fewer_bits(self) -> None:
+    def test_the_hash_depends_on_all_32_bits_of_a_token_id(self) -> None:
         hasher = BlockHasher()
         root = hasher.root(b"")
         seen = {extended(hasher, root, [1 << bit] * BLOCK_SIZE) for bit in range(32)}
         assert len(seen) == 32
 
-    def test_what_comes_before_a_block_counts(self) -> None:
+    def test_the_hash_depends_on_the_blocks_before(self) -> None:
         hasher = BlockHasher()
         tokens, root = [7] * BLOCK_SIZE, hasher.root(b"")
         second = extended(hasher, extended(hasher, root, tokens), tokens)
         other = extended(hasher, extended(hasher, root, [8] * BLOCK_SIZE), tokens)
         assert len({extended(hasher, root, tokens), second, other}) == 3
 
-    def test_a_chain_goes_on_from_any_of_its_blocks(self) -> None:
+    def test_a_chain_can_be_extended_from_any_of_its_blocks(self) -> None:
         hasher = BlockHasher()
         tokens = list(range(3 * BLOCK_SIZE))
         whole = hasher.chain(hasher.root(b""), [*tokens, 1, 2, 3])
@@ -70,19 +70,19 @@ class TestBlockHasher:
         assert hasher.chain(whole[0], tokens[BLOCK_SIZE:]) == whole[1:]
         assert hasher.chain(whole[0], tokens[: BLOCK_SIZE - 1]) == []
 
-    def test_salts_never_share(self) -> None:
+    def test_chains_of_different_salts_have_different_hashes(self) -> None:
         hasher = BlockHasher()
         tokens = [7] * BLOCK_SIZE
         roots = [hasher.root(salt) for salt in (b"", b"a", b"b")]
         assert len({extended(hasher, root, tokens) for root in roots}) == 3
 
-    def test_nobody_computes_the_hashes_of_another_process(self) -> None:
+    def test_hashes_are_keyed_with_a_secret_of_the_process(self) -> None:
         assert BlockHasher().root(b"") != BlockHasher().root(b"")
         assert BlockHasher(b"key").root(b"") == BlockHasher(b"key").root(b"")
 
 
 class TestBlockPool:
-    def test_allocates_every_block_once(self) -> None:
+    def test_every_block_is_allocated_once(self) -> None:
         pool = BlockPool(5)
         blocks = pool.allocate(2) + pool.allocate(3)
         assert sorted(blocks) == [0, 1, 2, 3, 4]
@@ -90,14 +90,14 @@ class TestBlockPool:
         pool.release(blocks)
         assert (pool.num_used, pool.num_idle, pool.num_cached) == (0, 5, 0)
 
-    def test_a_block_is_findable_only_once_registered(self) -> None:
+    def test_a_block_is_found_only_after_it_was_registered(self) -> None:
         pool = BlockPool(1)
         (block,) = pool.allocate(1)
         assert found(pool, 1) is None
         pool.register(block, hash_of(1))
         assert found(pool, 1) == block
 
-    def test_released_blocks_stay_findable(self) -> None:
+    def test_a_released_block_can_still_be_found(self) -> None:
         pool = BlockPool(3)
         cached(pool, pool.allocate(2))
         assert (pool.num_used, pool.num_idle, pool.num_cached) == (0, 3, 2)
@@ -115,7 +115,7 @@ class TestBlockPool:
         pool.release(table[:1])
         assert pool.num_used == 0
 
-    def test_a_cached_block_comes_back_with_its_content(self) -> None:
+    def test_a_cached_block_that_is_shared_again_is_not_evicted(self) -> None:
         pool = BlockPool(2)
         cached(pool, pool.allocate(2))
         pool.share([1])
@@ -133,13 +133,13 @@ class TestBlockPool:
         assert set(pool.allocate(2)) == set(second)
         assert [found(pool, block) for block in first] == first
 
-    def test_the_least_recently_released_is_evicted_first(self) -> None:
+    def test_the_least_recently_released_block_is_evicted_first(self) -> None:
         pool = BlockPool(4)
         tables = [pool.allocate(1) for _ in range(4)]
         cached(pool, tables[2], tables[0], tables[3], tables[1])
         assert [pool.allocate(1)[0] for _ in range(4)] == [2, 0, 3, 1]
 
-    def test_a_hit_makes_a_block_recent(self) -> None:
+    def test_a_block_that_was_shared_again_is_evicted_last(self) -> None:
         pool = BlockPool(3)
         tables = [pool.allocate(1) for _ in range(3)]
         cached(pool, *tables)
@@ -147,13 +147,13 @@ class TestBlockPool:
         pool.release(tables[0])
         assert [pool.allocate(1)[0] for _ in range(3)] == [1, 2, 0]
 
-    def test_the_tail_is_evicted_before_the_head(self) -> None:
+    def test_the_tail_of_a_table_is_evicted_before_its_head(self) -> None:
         pool = BlockPool(3)
         cached(pool, pool.allocate(3))
         pool.allocate(2)
         assert [found(pool, block) for block in range(3)] == [0, None, None]
 
-    def test_an_evicted_block_is_forgotten_and_can_be_registered_anew(self) -> None:
+    def test_an_evicted_block_is_not_found_and_can_be_registered_anew(self) -> None:
         pool = BlockPool(1)
         cached(pool, pool.allocate(1))
         (block,) = pool.allocate(1)
@@ -163,7 +163,7 @@ class TestBlockPool:
         pool.release([block])
         assert pool.num_cached == 1
 
-    def test_of_two_with_the_same_content_the_first_is_found(self) -> None:
+    def test_the_first_of_two_blocks_with_equal_content_is_found(self) -> None:
         pool = BlockPool(2)
         first, second = pool.allocate(2)
         pool.register(first, hash_of(9))
@@ -174,7 +174,7 @@ class TestBlockPool:
         assert pool.num_cached == 1
         assert pool.allocate(1) == [second], "the private one holds nothing to be found"
 
-    def test_a_forgotten_cache_finds_nothing_and_keeps_used_blocks(self) -> None:
+    def test_forget_cached_empties_the_cache_and_keeps_blocks_in_use(self) -> None:
         pool = BlockPool(3)
         table = pool.allocate(3)
         for block in table:
@@ -192,13 +192,15 @@ class TestBlockPool:
         [[], [[0]], [[0, 1], [1]], [[0, 1, 2]], [[0, 0, 1]], [[0], [2]]],
         ids=["lost", "too few", "too many", "not allocated", "twice", "another"],
     )
-    def test_integrity_fails_when_tables_and_books_differ(self, tables: list[list[int]]) -> None:
+    def test_check_integrity_fails_when_tables_and_ref_counts_differ(
+        self, tables: list[list[int]]
+    ) -> None:
         pool = BlockPool(3)
         pool.allocate(2)
         with pytest.raises(AssertionError):
             pool.check_integrity(tables)
 
-    def test_misuse_is_caught(self) -> None:
+    def test_invalid_calls_raise_assertion_errors(self) -> None:
         pool = BlockPool(2)
         with pytest.raises(AssertionError):
             pool.allocate(3)
@@ -288,11 +290,10 @@ class ThoroughBlockPoolMachine(BlockPoolMachine):
     pass
 
 
-class TestRandomUse(BlockPoolMachine.TestCase):
-    settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+TestRandomUse = BlockPoolMachine.TestCase
+TestRandomUse.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 
-
-@pytest.mark.slow
-@pytest.mark.thorough
-class TestMuchRandomUse(ThoroughBlockPoolMachine.TestCase):
-    settings = settings(max_examples=400 * THOROUGH, stateful_step_count=60, deadline=None)
+TestManyRandomUses = pytest.mark.slow(pytest.mark.thorough(ThoroughBlockPoolMachine.TestCase))
+TestManyRandomUses.settings = settings(
+    max_examples=400 * THOROUGH, stateful_step_count=60, deadline=None
+)

@@ -1,289 +1,32 @@
-"""The engine's scheduler and step pipeline, driven over a model of the device.
+"""Drives the engine's own scheduler and step pipeline over a model of the device.
 
-The device remembers, for each position of each block, which prefix its KV was computed
-from. Its stream runs steps in the order of their launch, so here a step writes when it is
-launched. Every launch then checks that each sequence finds its own prefix, and nothing
-else, at every position it attends to: whatever goes wrong with blocks (two owners, use
-after free, a hit on what is not there yet) shows as a position with another's content.
-
-"Text" is a function of the prefix, and of which fork it is, so what a request must answer is
-known beforehand. A part of it may be forced, as a grammar does: the host appends it.
+The device model checks the contents of every block that a step reads. The driver checks every
+batch that is scheduled, and after each operation that queues, slots and blocks agree.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
-from zlib import crc32
 
 from engine.core.config import BLOCK_SIZE
-from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepOutput, StepPipeline
-from engine.core.request import ConstraintState, Request, SamplingParams, StoppingParams
+from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepPipeline
+from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.core.scheduler import (
     PROMPT_LOGPROB_ROWS,
     Batch,
-    ScheduledSequence,
     Scheduler,
 )
 from engine.core.sequence import Sequence, SequenceStatus
+from tests.engine.core.device_model import (
+    END,
+    Constraint,
+    Device,
+    ExpectedText,
+    StepLost,
+    num_blocks_for,
+)
 
-END = 0
-"""The token that ends a sequence: found at the collection, when the next step is launched."""
-
-Prefix = tuple[bytes, bytes]
-"""(cache salt, every token up to and including the position)."""
-
-_numbers = count()
-
-
-def next_token(tokens: Iterable[int], variant: int = 0) -> int:
-    digest = crc32(bytes(tokens), variant)
-    return END if digest % 31 == 0 else 1 + digest % 2
-
-
-def num_blocks_for(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK_SIZE)
-
-
-class Truth:
-    """What a sequence's tokens are, up to `max_tokens`, whether or not the end comes before.
-
-    Forks of one prompt go different ways, each by its `variant`.
-    """
-
-    def __init__(self, seq: Sequence, can_end: bool, variant: int = 0):
-        self.tokens = list(seq.token_ids)
-        while len(self.tokens) < seq.max_tokens:
-            token = next_token(self.tokens, variant)
-            self.tokens.append(token if can_end else max(token, 1))
-        self.prefixes: list[Prefix] = [
-            (seq.request.cache_salt, bytes(self.tokens[: i + 1])) for i in range(len(self.tokens))
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class KV:
-    """One position of a block; `prefix` is None for what a lost step has left."""
-
-    prefix: Prefix | None
-    step: int
-
-
-class StepLost(Exception):
-    """What a step raises that the model of the device has lost."""
-
-
-class Step:
-    """A step on the model of the device. Satisfies `LaunchedStep`.
-
-    Its forward runs when it is launched. Its sampling does, too, unless it has guided sequences.
-    """
-
-    def __init__(self, number: int, batch: Batch, device: "Device"):
-        self.number = number
-        self.batch = batch
-        self.is_lost = False
-        self.is_done = False
-        self.needs_sampling = any(e.sequence.constraint is not None for e in batch.scheduled)
-        self._device = device
-        self._tokens: list[int] = []
-        device.run(self)
-        if not self.needs_sampling:
-            self._tokens = device.sample(self, set())
-
-    def sample(self, guided: list[tuple[int, ConstraintState]]) -> None:
-        """A guided row without its mask draws a token that does not count."""
-        assert self.needs_sampling
-        self.needs_sampling = False
-        rows = {row for row, _ in guided}
-        sampled = [entry for entry in self.batch.scheduled if entry.samples]
-        unmasked = {
-            row
-            for row, entry in enumerate(sampled)
-            if entry.sequence.constraint is not None and row not in rows
-        }
-        self._tokens = self._device.sample(self, unmasked)
-
-    def result(self) -> StepOutput:
-        assert not self.needs_sampling, "collected before its sampling was launched"
-        self.wait()
-        if self.is_lost:
-            raise StepLost
-        samples = any(entry.samples for entry in self.batch.scheduled)
-        rows = [entry.num_prompt_rows for entry in self.batch.scheduled]
-        return StepOutput(
-            [SampledToken(token, None, []) for token in self._tokens] if samples else None,
-            [0.0] * sum(rows),
-        )
-
-    def wait(self) -> None:
-        self.is_done = True
-
-
-class Constraint:
-    """Allows every token, and forces as many as it is told behind the next one that is drawn."""
-
-    warnings: tuple[str, ...] = ()
-    is_finished = False
-    error = ""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.num_seen = 0
-        self.num_forced = 0
-
-    def start(self) -> ConstraintState:
-        return Constraint()
-
-    def accept(self, token_id: int) -> None:
-        assert self.tokens[self.num_seen] == token_id, "not the token that comes next"
-        self.num_seen += 1
-
-    def forced(self) -> list[int]:
-        """At least two: a token forced alone is left to the sampling."""
-        num_forced, self.num_forced = self.num_forced, 0
-        return self.tokens[self.num_seen : self.num_seen + num_forced]
-
-
-class Device:
-    """KV by block; by slot, what `StepBuilder`, `Sampler` and `ModelRunner` keep. Satisfies
-    `Executor`.
-    """
-
-    def __init__(self, num_blocks: int, max_sequences: int):
-        self.kv: list[list[KV | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
-        self.block_tables = [[0] * num_blocks for _ in range(max_sequences)]
-        self.owners: list[Sequence | None] = [None] * max_sequences
-        self.tokens: list[list[int]] = [[] for _ in range(max_sequences)]
-        self.truths: dict[Sequence, Truth] = {}
-        self.steps: list[Step] = []
-        """Those that are not known to be done."""
-        self.fails_next = False
-        """The next launch fails before the device sees it."""
-        self.has_failed = False
-        """The last launch failed, and the device has not recovered from it yet."""
-        self.violation: AssertionError | None = None
-        """What a launch did that it must not do."""
-
-    def launch(self, batch: Batch) -> Step:
-        try:
-            return self._launch(batch)
-        except AssertionError as error:  # which the pipeline takes for a launch that failed
-            self.violation = error
-            raise
-
-    def _launch(self, batch: Batch) -> Step:
-        assert not self.has_failed, "a launch on top of a failed one"
-        if self.fails_next:
-            self.fails_next, self.has_failed = False, True
-            raise StepLost
-        step = Step(next(_numbers), batch, self)
-        self.steps = [*self._in_flight(), step]
-        return step
-
-    def recover(self, error: Exception) -> None:
-        assert isinstance(error, StepLost), error
-        self.has_failed = False
-
-    def _in_flight(self) -> list[Step]:
-        return [step for step in self.steps if not step.is_done]
-
-    def run(self, step: Step) -> None:
-        self._update_slots(step.batch)
-        for entry in step.batch.scheduled:
-            self._check_slot(entry)
-            self._write(step.number, entry, self.truths[entry.sequence])
-        for entry in step.batch.scheduled:
-            if entry.num_tokens > 0:
-                self._check_reads(entry, self.truths[entry.sequence])
-        self._copy(step)
-        for entry in step.batch.scheduled:
-            self._check_reads(entry, self.truths[entry.sequence])
-            if entry.sequence in step.batch.reset and entry.num_tokens > 0:
-                self._check_written_before(entry, self._in_flight())
-
-    def sample(self, step: Step, unmasked: set[int]) -> list[int]:
-        """Draw for each sampled row; -1 for a row that has no mask and needs one."""
-        drawn = []
-        for row, entry in enumerate(entry for entry in step.batch.scheduled if entry.samples):
-            assert self.owners[entry.slot] is entry.sequence
-            drawn.append(-1 if row in unmasked else self.truths[entry.sequence].tokens[entry.end])
-            self.tokens[entry.slot].append(drawn[-1])
-        return drawn
-
-    def _copy(self, step: Step) -> None:
-        for source, target in step.batch.copies:
-            self.kv[target] = [
-                None if kv is None else replace(kv, step=step.number) for kv in self.kv[source]
-            ]
-
-    def lose(self) -> None:
-        """The oldest step in flight fails, and those after it ran on what it left: all of them
-        have left rubbish wherever they wrote.
-        """
-        for step in self._in_flight():
-            step.is_lost = True
-            for block in self.kv:
-                for offset, kv in enumerate(block):
-                    if kv is not None and kv.step == step.number:
-                        block[offset] = KV(None, step.number)
-            for entry in step.batch.scheduled:
-                self.tokens[entry.slot].append(-1)
-
-    def _update_slots(self, batch: Batch) -> None:
-        for seq in batch.reset:
-            self.block_tables[seq.slot][: len(seq.block_table)] = seq.block_table
-            self.owners[seq.slot] = seq
-            self.tokens[seq.slot] = list(seq.token_ids)
-        for slot, index, block in batch.grown:
-            self.block_tables[slot][index] = block
-
-    def _check_slot(self, entry: ScheduledSequence) -> None:
-        """The mirror is exact, and the inputs are the sequence's tokens."""
-        seq, slot = entry.sequence, entry.slot
-        assert self.owners[slot] is seq, "the slot still holds another's state"
-        assert self.block_tables[slot][: len(seq.block_table)] == seq.block_table
-        known = self.tokens[slot]
-        assert known[: len(seq.token_ids)] == seq.token_ids, "the slot counts other tokens"
-        assert entry.end <= len(known), "a step on tokens that nobody knows"
-        if entry.num_tokens > 1:
-            assert entry.end <= len(seq.token_ids), "the host builds a chunk of ids it has not seen"
-        if entry.samples:
-            assert entry.end == len(known)
-
-    def _write(self, number: int, entry: ScheduledSequence, truth: Truth) -> None:
-        seq, table = entry.sequence, self.block_tables[entry.slot]
-        assert (
-            self.tokens[entry.slot][entry.start : entry.end]
-            == truth.tokens[entry.start : entry.end]
-        )
-        assert entry.end <= len(seq.block_table) * BLOCK_SIZE, "a write outside the table"
-        assert entry.start >= seq.num_registered * BLOCK_SIZE, "a write to a findable block"
-        for position in range(entry.start, entry.end):
-            block, offset = table[position // BLOCK_SIZE], position % BLOCK_SIZE
-            self.kv[block][offset] = KV(truth.prefixes[position], number)
-
-    def _read(self, entry: ScheduledSequence, num_tokens: int) -> list[KV | None]:
-        table = self.block_tables[entry.slot][: num_blocks_for(num_tokens)]
-        return [kv for block in table for kv in self.kv[block]][:num_tokens]
-
-    def _check_reads(self, entry: ScheduledSequence, truth: Truth) -> None:
-        for position, kv in enumerate(self._read(entry, entry.end)):
-            assert kv is not None, f"position {position} was never written"
-            assert kv.prefix == truth.prefixes[position], f"position {position} is not its own"
-
-    def _check_written_before(self, entry: ScheduledSequence, in_flight: Iterable[Step]) -> None:
-        """A prefix that was found, or kept by a rewind, was written by steps that are done.
-
-        One whose tokens were forced goes on from what its own steps in flight write.
-        """
-        others = {
-            step.number
-            for step in in_flight
-            if not any(e.sequence is entry.sequence and e.is_current for e in step.batch.scheduled)
-        }
-        for kv in self._read(entry, entry.start):
-            assert kv is not None
-            assert kv.step not in others, "found while its step is in flight"
+_request_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -362,8 +105,8 @@ class Driver:
         self.pipeline = StepPipeline(self.scheduler, self.device, outputs=self)
 
     @property
-    def truths(self) -> dict[Sequence, Truth]:
-        return self.device.truths
+    def expected(self) -> dict[Sequence, ExpectedText]:
+        return self.device.expected
 
     @property
     def in_flight(self) -> tuple[Batch, ...]:
@@ -385,7 +128,7 @@ class Driver:
         leader: Sequence | None = None
         for variant in range(num_forks + 1):
             request = Request(
-                f"request-{next(_numbers)}",
+                f"request-{next(_request_numbers)}",
                 prompt,
                 SamplingParams(),
                 StoppingParams(max_new_tokens),
@@ -395,9 +138,9 @@ class Driver:
             )
             seq = Sequence(request, leader)
             assert num_blocks_for(seq.max_tokens) <= self.num_blocks, "a request that can never run"
-            self.truths[seq] = truth = Truth(seq, self.can_end, variant)
+            self.expected[seq] = text = ExpectedText(seq, self.can_end, variant)
             if isinstance(seq.constraint, Constraint):
-                seq.constraint.tokens = truth.tokens
+                seq.constraint.tokens = text.tokens
                 seq.constraint.num_seen = len(prompt)
             self.live.append(seq)
             self.scheduler.add(seq)
@@ -437,7 +180,7 @@ class Driver:
     # -- what sequences produce ---------------------------------------------------------
 
     def take_token(self, seq: Sequence, token: SampledToken) -> bool:
-        tokens = self.truths[seq].tokens
+        tokens = self.expected[seq].tokens
         assert token.token_id == seq.token_ids[-1]
         assert seq.token_ids == tokens[: len(seq.token_ids)], "not the sequence's own token"
         if token.token_id != END and len(seq.token_ids) < seq.max_tokens:
@@ -671,3 +414,22 @@ class Driver:
                 return
             fits = num_blocks_for(head.num_tokens) <= self.scheduler.pool.num_idle
             assert head.num_in_flight or not fits, "the head of the queue fits, and waits"
+
+
+def prompt(num_tokens: int, stem: int = 0) -> list[int]:
+    """Make a prompt. Prompts of one stem are prefixes of each other; prompts of different stems
+    differ in their first token.
+    """
+    return [1 + (stem >> (i % 8) & 1) for i in range(num_tokens)]
+
+
+def ranges(batch: Batch) -> dict[Sequence, tuple[int, int]]:
+    """Return the positions [start, end) that the step computes of each sequence."""
+    return {entry.sequence: (entry.start, entry.end) for entry in batch.scheduled}
+
+
+def decode(driver: Driver, num_steps: int) -> None:
+    """Launch and collect steps one by one, with no second step in flight."""
+    for _ in range(num_steps):
+        driver.launch()
+        driver.collect()
