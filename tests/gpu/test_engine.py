@@ -58,7 +58,9 @@ def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
 @cache
 def reference(name: str, dtype: torch.dtype) -> PreTrainedModel:
     config_class, options = FAMILIES[name]
-    return build(config_class, **(options | WIDE)).to("cuda", dtype)
+    model = build(config_class, **(options | WIDE))
+    # transformers types `to` as if it were not bound to a model.
+    return model.to("cuda", dtype)  # type: ignore[arg-type]
 
 
 def engine(model: LoadedModel, capture: Any = None, **options: Any) -> Engine:
@@ -177,7 +179,7 @@ def test_smollm2_says_what_transformers_says(dtype: str, tolerance: float) -> No
 
     served = load(LoadConfig(DEFAULT_MODEL_ID, dtype=dtype, device="cuda"))
     path = locate(DEFAULT_MODEL_ID).path
-    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to("cuda")
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map="cuda")
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
     requests = [greedy(served.tokenizer.encode(text), 40) for text in prompts]
     answers = run(engine(served), [(i, request) for i, request in enumerate(requests)])

@@ -5,7 +5,7 @@ tensor's layout: contiguous float32, and with AVX-512 contiguous bfloat16 too, i
 anything else its own. They differ in the last bits, so the reference is float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from kernels.activation import ACTIVATIONS, act_mul_torch, act_mul_triton
+from kernels.ops import ActMul
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
 
@@ -26,7 +27,6 @@ TRANSFORMERS_NAMES = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-ActMul = Callable[[Tensor, Tensor, str], Tensor]
 pytestmark = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
+from kernels.ops import AddNorm, Norm
 from tests.kernels.rounding import DEVICE, ulps
 
 EPS = 1e-5
@@ -49,9 +50,6 @@ FAMILIES: dict[str, tuple[Callable[[int], nn.Module], NormForm]] = {
 NORMS = [norm_torch, norm_triton]
 ADD_NORMS = [add_norm_torch, add_norm_triton]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-Norm = Callable[[Tensor, Tensor | None, Tensor | None, NormForm], Tensor]
-AddNorm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormForm], tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(autouse=True)

@@ -298,7 +298,8 @@ def test_the_rotation_of_each_family(
         for table in make_tables(form, num_tokens, int(head_dim * share))
     )
     expected_query, expected_key = of_model(name)(query, key, cos, sin)
-    caches = tuple(cache.to(dtype) for cache in make_caches(2, 16, 3, head_dim, value_dim))
+    keys, values = make_caches(2, 16, 3, head_dim, value_dim)
+    caches = keys.to(dtype), values.to(dtype)
     before = [cache.clone() for cache in caches]
     rotary = Rotary(cos[0], sin[0], **form)
     rotated = rotary_store_kv(

@@ -219,7 +219,8 @@ def test_an_engine_in_which_something_failed_is_not_used_again(tmp_path: Path) -
 
 
 def test_steps_without_a_graph_are_a_failure_where_there_are_graphs(tmp_path: Path) -> None:
-    def refuse(_: Any) -> Any:
+    def refuse(work: Any) -> Any:
+        del work
         raise RuntimeError("operation not permitted when stream is capturing")
 
     run = tiny_run(tmp_path, points=replace(TINY.points, batches=(1,)))

@@ -16,6 +16,7 @@ from kernels.paged_attention.plan import (
     MAX_SPLITS,
     PREFILL_SPLIT,
     STEP_QUERIES,
+    PagedBatch,
     block_q_for,
     decode_capacity,
     plan_decode,
@@ -109,6 +110,8 @@ def test_fixed_tables_have_counters_for_all_their_sequences(num_sequences: int) 
     ones = np.ones(num_sequences, dtype=np.int64)
     step = StepSequences(np.arange(num_sequences), ones * 4095, ones)
     batch = FixedTables(TRITON, [call], tables, torch.device("cpu")).metadata(step)
+    assert isinstance(batch, PagedBatch)
+    assert batch.decode is not None
     assert len(batch.counters) >= len(batch.decode.items) * call.num_kv_heads
 
 
