@@ -179,7 +179,8 @@ def test_smollm2_says_what_transformers_says(dtype: str, tolerance: float) -> No
 
     served = load(LoadConfig(DEFAULT_MODEL_ID, dtype=dtype, device="cuda"))
     path = locate(DEFAULT_MODEL_ID).path
-    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map="cuda")
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    own = own.to("cuda")  # type: ignore[arg-type]
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
     requests = [greedy(served.tokenizer.encode(text), 40) for text in prompts]
     answers = run(engine(served), [(i, request) for i, request in enumerate(requests)])
