@@ -27,7 +27,7 @@ WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_atte
 
 
 class EagerAgain:
-    """In place of a captured graph: does the same work again, kernel by kernel."""
+    """Stands for a captured graph: it does the same work again, kernel by kernel."""
 
     def __init__(self, work: Callable[[], Any], result: torch.Tensor | Any):
         self._work, self._result = work, result
@@ -116,7 +116,7 @@ def test_graphs_replay_what_runs_kernel_by_kernel(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "phi3", "gpt_oss"])
 def test_every_token_is_the_models_own(name: str) -> None:
-    """In float32, where nothing but rounding's last bits can differ."""
+    """The comparison is in float32, where only the last bits can differ."""
     model, requests = loaded(name, torch.float32), arrivals(2, 30, sampled=False)
     answers = run(engine(model), requests)
     for _, request in requests:

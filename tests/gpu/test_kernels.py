@@ -214,7 +214,7 @@ PARAMS = [
 
 @each_shape
 def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
-    """The same noise over the same scores: only rounding may choose otherwise, and seldom does."""
+    """Both samplers add the same noise to the same scores, so only rounding can differ."""
     params = [replaced for replaced in PARAMS for _ in range(8)]
     slots = np.arange(len(params))
     logits = randn(len(params), shape.vocab_size, dtype=torch.bfloat16) * 3
