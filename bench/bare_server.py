@@ -1,7 +1,8 @@
-"""The least that a token stream costs: a bare ASGI application that sends a constant.
+"""A bare ASGI application that sends a constant: the lower bound on the cost of a token stream.
 
-uvicorn with uvloop and httptools as Skiff runs them, one wake of the loop per tick, one future
-and one write per stream. What a server's time per token is beyond this one's is its own.
+It runs on uvicorn with uvloop and httptools, as Skiff does, with one wake of the loop per tick,
+and one future and one write per stream. Whatever a server takes per token beyond this is the
+server's own cost.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ _START: Message = {
 
 
 class BareServer:
-    """Each request gets `num_tokens` events, one a tick."""
+    """Answer each request with `num_tokens` events, one at every tick."""
 
     def __init__(self, rate: float, num_tokens: int) -> None:
         self._interval_s = 1 / rate
@@ -53,5 +54,5 @@ class BareServer:
 
 
 def serving_bare(rate: float, num_tokens: int) -> AbstractContextManager[str]:
-    """Yields the URL."""
+    """Run a bare server in this process, and yield its URL."""
     return running_server(BareServer(rate, num_tokens), lifespan="off")

@@ -1,9 +1,9 @@
-"""The HTTP client of a load run: a request's tokens, each with the time when it came.
+"""The HTTP client of a load run: it records when each token of a request arrived.
 
-Speaks TGI's and OpenAI's server-sent events and knows nothing of the server's code. The
-client shares the machine with the server that it measures, so an event is told from the
-next, timed and let go; only the last ones of a stream are decoded. An answer must be
-framed by HTTP (chunked or a length), its events by "\\n\\n".
+The client speaks the server-sent events of TGI and of OpenAI, and shares no code with the
+server. It runs on the machine that it measures, so it does little for each event: it finds the
+end of the event and records the time. Only the last events of a stream are decoded. A response
+must be framed by HTTP (chunked, or with a length), and its events by "\\n\\n".
 """
 
 import asyncio
@@ -23,27 +23,28 @@ from bench.workload import LoadPlan, Prompt
 
 
 class LoadError(Exception):
-    """The load could not be put on the server at all."""
+    """The load run could not start: the server is unreachable or fails a warm-up request."""
 
 
-# Streams, as they are read.
+# Reading a stream.
 
 _END = b"\n\n"
-"""Of an event."""
+"""The end of an event."""
 
 _ERRORS = (b'data: {"error"', b'data:{"error"')
 
 
 @dataclass(slots=True)
 class _Stream:
-    """An answer so far: when its events came, and those few of them that tell how it went.
+    """A response so far: when its events arrived, and the events that tell how it went.
 
-    Events are dealt with as they come. Left until their request is over they would hold up
-    the reads of all others (0.8 ms for 512 events), just when a closed loop waits for the
-    first tokens of the next requests.
+    Events are handled when they arrive. Handling them at the end of their request would delay
+    the reads of all others (0.8 ms for 512 events), just when a closed loop waits for the first
+    tokens of the next requests.
 
-    `rest` is what follows the last event: all of an answer that has none. `broken` says why
-    an answer did not come to its end; `status` is 0 where it did not begin.
+    status  HTTP status; 0 if the response did not begin
+    rest    bytes after the last event: the whole body if it has no events
+    broken  why the response did not end properly
     """
 
     status: int = 0
@@ -55,7 +56,7 @@ class _Stream:
     broken: str | None = None
 
     def feed(self, piece: bytes, read_s: float) -> None:
-        """Take what one read brought, wherever it was cut; comments are dropped."""
+        """Add the bytes of one read, which may end anywhere. Comments are dropped."""
         events = (self.rest + piece).split(_END)
         self.rest = events.pop()
         for event in events:
@@ -69,15 +70,15 @@ class _Stream:
 
 
 class _StreamError(Exception):
-    """The answer is no whole stream of tokens; the text says what came instead."""
+    """The response is not a complete stream of tokens; the message says what came instead."""
 
 
-# Dialects: what is sent, and what a stream must have said to be whole.
+# Dialects: the body of a request, and how to tell that a stream is complete.
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A whole stream: when its token events came, and the server's counts if it told them."""
+    """A complete stream: the times of its token events, and the server's counts if it sent any."""
 
     times_s: list[float]
     num_input: int | None
@@ -119,7 +120,7 @@ def _openai_options(plan: LoadPlan, prompt: Prompt) -> dict[str, object]:
 
 
 def _read_tgi(stream: _Stream) -> _Tokens:
-    """Every event is a token; the last one carries the whole text and the counts."""
+    """Read TGI's stream: every event is a token; the last has the whole text and the counts."""
     final = _decoded(stream.last[-1]) if stream.last else {}
     if not isinstance(final.get("generated_text"), str):
         raise _StreamError("no final event")
@@ -128,7 +129,10 @@ def _read_tgi(stream: _Stream) -> _Tokens:
 
 
 def _read_openai(stream: _Stream) -> _Tokens:
-    """Chunks, then [DONE]. The last chunk tells the usage, in some servers without a token."""
+    """Read OpenAI's stream: chunks, then [DONE].
+
+    The last chunk has the usage, and in some servers no token.
+    """
     if len(stream.last) < 2 or _data(stream.last[-1]) != b"[DONE]":
         raise _StreamError("no final event")
     start, end = 0, len(stream.times_s) - 1
@@ -137,8 +141,8 @@ def _read_openai(stream: _Stream) -> _Tokens:
     if not last_chunk.get("choices"):
         end -= 1
     num_output = usage.get("completion_tokens")
-    # Some servers open a chat with a chunk that holds a role and no token; TGI's first
-    # token can look the same (half a character), but then the events are as many as told.
+    # Some servers open a chat with a chunk that has a role and no token. TGI's first token can
+    # look the same (half a character), but then there are as many events as the usage says.
     if end != num_output and _has_only_role(stream.first):
         start = 1
     if start >= end:
@@ -158,7 +162,7 @@ def _decoded(event: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         decoded = None
     if not isinstance(decoded, dict):
-        raise _StreamError(f"an event that is no JSON object: {_excerpt(event)}")
+        raise _StreamError(f"an event is not a JSON object: {_excerpt(event)}")
     return decoded
 
 
@@ -173,10 +177,10 @@ _DIALECTS = {
 }
 
 
-# The client: connections that stay open, one request at a time on each.
+# The client: it keeps connections open, with one request at a time on each.
 
 _MAX_IDLE_S = 1.0
-"""Older connections are not used again: the server may be closing them (uvicorn: at 5 s)."""
+"""Connections idle for longer are not reused: the server may close them (uvicorn after 5 s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +206,10 @@ class Request:
 
 
 class _Connection(asyncio.Protocol):
-    """Owns one socket. Per event it runs `data_received` and `on_body`, and nothing else.
+    """Owns one socket. Each event runs `data_received` and `on_body`, and nothing else.
 
-    With 64 streams an event costs 12 to 15 microseconds, of which uvloop with a handler that
-    does nothing takes 9 to 11: what is left to save is the kernel's read of the socket.
+    With 64 streams an event costs 12 to 15 microseconds. uvloop with a handler that does nothing
+    takes 9 to 11 of them, mostly the kernel's read of the socket.
     """
 
     def __init__(self) -> None:
@@ -222,7 +226,7 @@ class _Connection(asyncio.Protocol):
         return self._is_open and time.perf_counter() - self._idle_since_s < _MAX_IDLE_S
 
     async def exchange(self, payload: bytes, stream: _Stream) -> None:
-        """Send a request and read its answer into `stream`, up to its end or its failure."""
+        """Send a request and read its response into `stream`, until it ends or fails."""
         assert self._transport is not None
         assert self._ended is None
         self._stream = stream
@@ -231,12 +235,12 @@ class _Connection(asyncio.Protocol):
         await self._ended
 
     def close(self) -> None:
-        self._is_open = False  # now: `connection_lost` comes a turn of the loop later
+        self._is_open = False  # at once: `connection_lost` runs one turn of the loop later
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # A cast, for uvloop's transports are no subclass of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.WriteTransport, transport)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -272,7 +276,7 @@ class _Connection(asyncio.Protocol):
 
 
 class Client:
-    """Owns the connections: as many as there are requests at once, the last used first."""
+    """Owns the connections, one for each concurrent request; the last used is reused first."""
 
     def __init__(self, server: Server, plan: LoadPlan) -> None:
         self._server = server
@@ -281,14 +285,14 @@ class Client:
         self._idle: list[_Connection] = []
 
     def prepare(self, prompts: Sequence[Prompt]) -> list[Request]:
-        """All that a request needs before it is sent, to be made before the clock starts."""
+        """Build the requests in advance, before the clock starts."""
         return [
             Request(self._payload(prompt), prompt.num_words, prompt.max_output_tokens)
             for prompt in prompts
         ]
 
     async def open(self, num_connections: int) -> None:
-        """Connect ahead, so that a closed loop's first requests do not wait for it."""
+        """Connect in advance, so that the first requests of a closed loop need not wait."""
         self.close()
         try:
             for _ in range(num_connections):

@@ -1,8 +1,9 @@
-"""Guided decoding beside unguided: tokens per second of the same engine, in turns.
+"""Compare guided with unguided decoding: tokens per second of the same engine, in turns.
 
     python -m bench.guided --concurrency 8
 
-Both decode the same prompts; the unguided ones for as many tokens as the guided ones took.
+Both decode the same prompts. The unguided requests generate as many tokens as the guided ones
+did.
 """
 
 import argparse
@@ -47,7 +48,7 @@ _numbers = count()
 
 
 def run(engine: Engine, requests: list[Request], concurrency: int) -> tuple[float, list[int]]:
-    """Seconds, and the tokens of each; the next starts when one ends."""
+    """Run the requests, `concurrency` at once; return the seconds and each request's tokens."""
     waiting = requests[::-1]
     lengths: dict[str, int] = {}
     started = time.perf_counter()
@@ -81,7 +82,7 @@ def make_requests(engine: Engine, stopping: list[StoppingParams], guided: bool) 
 
 
 def compare(engine: Engine, concurrency: int, num_requests: int, rounds: int) -> list[float]:
-    """Guided over unguided tokens per second, of each round."""
+    """Return the ratio of guided to unguided tokens per second, for each round."""
     ratios = []
     for _ in range(rounds):
         free = [StoppingParams(256)] * num_requests

@@ -1,9 +1,10 @@
-"""The HTTP side's own cost per token: the real server around an engine that only ticks.
+"""Measure what the HTTP side costs per token: the real server around an engine that only ticks.
 
     python -m bench.http_cost --streams 256 --rate 100
 
-The engine is a fixed source: every 1 / rate seconds a token for every stream, as a GPU would
-give"""
+The engine is a fixed source that gives every stream a token each 1 / rate seconds, as a GPU
+would.
+"""
 
 import argparse
 import asyncio
@@ -58,7 +59,7 @@ class _Tokenizer:
 
 
 class FixedSource:
-    """What `AsyncEngine` drives in place of an `Engine`: a token for everyone at each tick."""
+    """Stands for an `Engine` under `AsyncEngine`: gives every request a token at each tick."""
 
     def __init__(self, rate: float):
         self._interval_s = 1 / rate

@@ -1,4 +1,4 @@
-"""A server in this process, around an engine that is loaded already."""
+"""Run a server in this process, around an engine that is already loaded."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ _START_S = 30.0
 
 @contextmanager
 def serving_engine(engine: Engine, max_concurrent_requests: int) -> Iterator[str]:
-    """Yields the URL. The engine is closed with the server."""
+    """Serve the engine, and yield the URL. The engine is closed with the server."""
     flags = {"--hostname": "127.0.0.1", "--max-concurrent-requests": str(max_concurrent_requests)}
     settings = read_settings([word for flag in flags.items() for word in flag])
     app = create_app(build_state(AsyncEngine(engine, max_concurrent_requests), settings))
@@ -30,7 +30,7 @@ def serving_engine(engine: Engine, max_concurrent_requests: int) -> Iterator[str
 
 @contextmanager
 def running_server(app: ASGIApp, lifespan: LifespanType = "on") -> Iterator[str]:
-    """Yields the URL."""
+    """Run uvicorn with this application in a thread, and yield the URL."""
     server = uvicorn.Server(
         uvicorn.Config(
             app,

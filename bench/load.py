@@ -1,10 +1,10 @@
-"""The load generator: puts a workload on a server, with the figures of `vllm bench serve` out.
+"""The load generator: sends a workload to a server, and reports what `vllm bench serve` does.
 
     python -m bench.load --url http://127.0.0.1:8080 --api tgi --concurrency 16
     python -m bench.load --url http://127.0.0.1:8080 --vs http://127.0.0.1:8081 --rate 4
 
-Here are the runs, the closed and the open loop and the command line; what is asked is made
-in `bench.workload`, and sent and read in `bench.client`.
+This module has the runs, the closed and the open loop, and the command line. `bench.workload`
+makes the prompts; `bench.client` sends requests and reads responses.
 """
 
 import argparse
@@ -41,17 +41,16 @@ class LoadResult:
 
 
 async def run_load(url: str, plan: LoadPlan) -> LoadResult:
-    """Put the load on the server; failed requests are counted in the result.
+    """Put the load on the server. The result counts failed requests.
 
-    Raises LoadError where there is nothing to measure: the server cannot be reached, or
-    a warm-up request fails.
+    Raises LoadError if the server cannot be reached, or a warm-up request fails.
     """
     client = Client(Server.parse(url), plan)
     warmups, requests = (client.prepare(prompts) for prompts in make_prompts(plan))
     try:
         await _warm_up(client, warmups, plan.concurrency or len(warmups))
         await client.open(plan.concurrency or 1)
-        # Of this thread: a caller may run its server in another one.
+        # The CPU time of this thread only: the caller may run the server in another thread.
         cpu_start_s, start_s = time.thread_time(), time.perf_counter()
         if plan.concurrency is not None:
             records = await _closed_loop(client, requests, plan.concurrency)
@@ -67,10 +66,10 @@ async def run_load(url: str, plan: LoadPlan) -> LoadResult:
 async def run_versus(
     url_a: str, url_b: str, plan: LoadPlan, num_rounds: int
 ) -> AsyncIterator[tuple[LoadResult, LoadResult]]:
-    """Alternate two servers, so that a drift of the machine falls on both.
+    """Alternate between two servers, so that a drift of the machine affects both.
 
-    Both answer the same requests within a round and new ones in the next: a prompt seen
-    in the last round would come from the prefix cache.
+    Both servers get the same requests within a round, and new ones in the next round: prompts
+    of an earlier round would come from the prefix cache.
     """
     for number in range(num_rounds):
         of_round = replace(plan, seed=plan.seed + number)
@@ -120,7 +119,7 @@ async def _open_loop(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every request of every run succeeded, else 1."""
+    """Run the command line. Return 0 if every request of every run succeeded, else 1."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -151,10 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     arrival.add_argument("--rate", type=float, help="open loop: Poisson arrivals per second")
     add("--num-requests", type=int, default=100, help="requests measured")
     add("--input-len", default="128", help="128, 64:256 or 0.7*32:64+0.3*512")
-    add("--output-len", default="128", help="likewise; a model may stop before it")
+    add("--output-len", default="128", help="written like --input-len; a model may stop earlier")
     add("--shared-prefix-len", type=int, default=0, help="words before each prompt")
     add("--shared-fraction", type=float, default=1.0, help="requests whose prefix is the same")
-    add("--seed", type=int, default=0, help="of every choice; a new one for prompts not seen yet")
+    add(
+        "--seed", type=int, default=0, help="decides every random choice; change it for new prompts"
+    )
     add("--warmup", type=int, default=0, help="requests before the clock starts")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--model", default="tgi", help="OpenAI's `model`; tgi is whatever is served")
@@ -196,7 +197,7 @@ async def _versus(options: argparse.Namespace, plan: LoadPlan) -> list[LoadResul
 
 
 def result_json(result: LoadResult) -> dict[str, object]:
-    """Configuration, figures and raw times, ready for a JSON writer."""
+    """Return the configuration, figures and raw times, ready for a JSON writer."""
     lengths = {"input_len": result.plan.input_len.text, "output_len": result.plan.output_len.text}
     return {
         "url": result.url,

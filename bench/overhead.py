@@ -1,10 +1,10 @@
-"""The engine's own cost per step: everything but the model, whose forward is stubbed out.
+"""Measure the engine's own cost per step, with the forward of the model stubbed out.
 
     python -m bench.overhead
 
-Scheduling, building inputs, examining tokens, decoding text, emitting events. On a GPU
-this is what has to hide behind a step of the device, so it predicts how fast a fast
-model can be served: the aim is 150 microseconds for 1 sequence and 600 for 256.
+What remains is scheduling, building inputs, examining tokens, decoding text and emitting
+events. On a GPU this must take less time than a step of the device, so it limits how fast a
+fast model can be served. The aim is 150 microseconds for 1 sequence and 600 for 256.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _TOKEN = 260  # an ordinary word piece of the default model
 
 
 class _Done:
-    """A step whose result is there as soon as it is launched."""
+    """A step whose result is available as soon as it is launched."""
 
     def __init__(self, num_sampled: int):
         tokens = SampledTokens(torch.full((num_sampled,), _TOKEN), torch.zeros(num_sampled))
@@ -40,7 +40,7 @@ def _launch(step: HostStep) -> _Done:
 
 
 def microseconds_per_step(engine: Engine, num_sequences: int, num_steps: int) -> float:
-    """Median over decode steps in which every sequence runs."""
+    """Return the median over the decode steps in which every sequence runs."""
     for i in range(num_sequences):
         engine.add(
             Request(

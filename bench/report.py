@@ -1,7 +1,7 @@
-"""What a load run measured: requests as the client saw them in, figures and tables out.
+"""Turn the requests of a load run, as the client saw them, into figures and tables.
 
-Names and arithmetic are those of `vllm bench serve`, so that two reports can be laid
-side by side. Knows nothing of HTTP, of servers or of how the load was made.
+Names and arithmetic are those of `vllm bench serve`, so that reports can be compared. This
+module knows nothing of HTTP, of servers or of how the load was made.
 """
 
 import math
@@ -19,9 +19,9 @@ _NUM_ERRORS_SHOWN = 5
 class RequestRecord:
     """One request, with times in seconds of `time.perf_counter`.
 
-    `token_times_s` has one entry per token event, in order; a failed request keeps those
-    that came before its `error`. The token counts are the server's own where it tells
-    them (`counted_by_server`), else the words asked for and the events seen.
+    `token_times_s` has one entry for each token event, in order; a failed request keeps the
+    events before its `error`. If the server sent token counts (`counted_by_server`), these are
+    used; otherwise the counts are the words of the prompt and the events received.
     """
 
     start_s: float
@@ -42,21 +42,21 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """None for a single token: there is no time between tokens to speak of."""
+        """Time per output token; None for a single token, which has no time between tokens."""
         if self.output_tokens < 2:
             return None
         return (self.e2el_s - self.ttft_s) / (self.output_tokens - 1)
 
     @property
     def itls_s(self) -> list[float]:
-        """The gaps between events; 0 between events that one read brought."""
+        """The gaps between events; 0 between events that arrived in one read."""
         gaps: list[float] = np.diff(self.token_times_s).tolist()
         return gaps
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """NaN throughout when nothing was measured."""
+    """A latency in milliseconds. All figures are NaN if nothing was measured."""
 
     mean_ms: float
     median_ms: float
@@ -65,7 +65,7 @@ class Latency:
 
     @classmethod
     def of(cls, values_s: Sequence[float]) -> "Latency":
-        """Percentiles interpolate between neighbours, as numpy and vLLM do."""
+        """Summarise latencies. Percentiles interpolate between neighbours, as vLLM's do."""
         if not values_s:
             return cls(math.nan, math.nan, math.nan, math.nan)
         values_ms = np.asarray(values_s) * 1e3
@@ -77,7 +77,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run in figures. Latencies and token counts are those of its completed requests."""
+    """The figures of a run. Latencies and token counts cover the completed requests only."""
 
     completed: int
     failed: int
@@ -133,7 +133,7 @@ def summarise(records: Sequence[RequestRecord], duration_s: float, client_cpu_s:
 
 
 def summary_json(summary: Summary) -> dict[str, object]:
-    """Under vLLM's keys where it has them; NaN is left to the writer, which makes it null."""
+    """Return the figures under vLLM's keys where it has them. NaN is left to the JSON writer."""
     figures: dict[str, object] = {
         "duration": summary.duration_s,
         "completed": summary.completed,
@@ -161,7 +161,7 @@ def summary_json(summary: Summary) -> dict[str, object]:
 
 
 def records_json(records: Sequence[RequestRecord]) -> dict[str, object]:
-    """The raw lists that vLLM saves, one entry per request, failed ones included."""
+    """Return the raw lists that vLLM saves, with one entry per request, failed ones included."""
     return {
         "start_times": [record.start_s for record in records],
         "ttfts": [record.ttft_s if record.token_times_s else None for record in records],
@@ -229,7 +229,7 @@ _COMPARED: dict[str, Callable[[Summary], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Server A over server B: of their medians over the rounds, and a round's extremes."""
+    """Server A over server B: the ratio of their medians, and the extremes over the rounds."""
 
     of_medians: float
     low: float

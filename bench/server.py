@@ -1,16 +1,16 @@
-"""What the server costs: its tokens per second beside what the model alone could give.
+"""Compare the server's tokens per second with those of the model alone, and of transformers.
 
     python -m bench.server --concurrency 1,8,32 --rounds 5
 
-For each concurrency, in turn and several times over, in one run on one machine:
+For each concurrency, these run in turn, several times, in one run on one machine:
 
     server      the whole worker, in its own process, under the load generator
     raw         the packed forward of the same batch in a bare loop: no scheduler, no HTTP
     generate    transformers' own `generate` of the same batch
     continuous  transformers' own continuous batching of the same requests
 
-All read prompts of the same length and make the same number of tokens, from a copy of
-the model that never ends a sequence. Ratios are medians over the rounds.
+All of them read prompts of the same length and generate the same number of tokens, with a copy
+of the model that never ends a sequence. Ratios are medians over the rounds.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from engine.loading.probe import use_attention
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A batch: so many prompts of so many tokens, each continued by as many more."""
+    """A batch of `concurrency` prompts, each with `input_len` tokens and `output_len` new ones."""
 
     concurrency: int
     input_len: int
@@ -69,7 +69,7 @@ class Shape:
 
 @contextmanager
 def endless_copy(model_id: str) -> Iterator[Path]:
-    """The model in a folder where no token ends a sequence."""
+    """Yield a folder with a copy of the model in which no token ends a sequence."""
     with tempfile.TemporaryDirectory() as scratch:
         for file in locate(model_id).path.iterdir():
             (Path(scratch) / file.name).symlink_to(file)
@@ -81,7 +81,7 @@ def endless_copy(model_id: str) -> Iterator[Path]:
 
 @contextmanager
 def serving(model: Path, *flags: str) -> Iterator[str]:
-    """`python -m api` in its own process; yields its address when it is ready."""
+    """Run `python -m api` in its own process, and yield its address when it is ready."""
     command = [sys.executable, "-m", "api", "--model-id", str(model), "--port", "0"]
     with subprocess.Popen(
         [*command, "--hostname", "127.0.0.1", *flags],
@@ -115,7 +115,7 @@ def time_server(url: str, shape: Shape, seed: int) -> float:
 
 @torch.inference_mode()
 def time_raw(loaded: LoadedModel, shape: Shape, seed: int) -> float:
-    """The packed forward and an argmax, over a cache of exactly the right size."""
+    """Time the packed forward and an argmax, over a cache of exactly the right size."""
     model, batch = loaded.model, shape.concurrency
     num_blocks = -(-(shape.input_len + shape.output_len) // BLOCK_SIZE)
     use_attention(model, ATTENTION_NAME)
@@ -141,7 +141,10 @@ def time_raw(loaded: LoadedModel, shape: Shape, seed: int) -> float:
 
 @torch.inference_mode()
 def time_generate(model: Any, shape: Shape, seed: int) -> float:
-    """`model` is as transformers loads it by default; `generate` is a mixin's, hence the type."""
+    """Time `generate` of a model as transformers loads it by default.
+
+    `generate` comes from a mixin, hence the type.
+    """
     ids = torch.tensor(shape.prompts(seed))
     started = time.perf_counter()
     model.generate(
@@ -155,8 +158,8 @@ def time_generate(model: Any, shape: Shape, seed: int) -> float:
 
 
 def time_continuous(model: Any, shape: Shape, seed: int) -> float:
-    """`generate_batch`, its set-up left out: the clock runs from the first request on."""
-    # By default it takes 60 % of all memory; this is ample for the shapes here.
+    """Time continuous batching without its set-up: the clock starts at the first request."""
+    # The default is 60 % of all memory; 10 % is ample for these shapes.
     config = transformers.ContinuousBatchingConfig(max_memory_percent=0.1, max_batch_tokens=512)
     options = transformers.GenerationConfig(
         max_new_tokens=shape.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -176,7 +179,7 @@ def time_continuous(model: Any, shape: Shape, seed: int) -> float:
 
 
 def measure(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after a round that does not count."""
+    """Return the seconds of each contestant in each round, after a round that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for seed in range(rounds + 1):
         for name, run in contestants.items():
@@ -187,7 +190,10 @@ def measure(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict
 
 
 def report(shape: Shape, seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Tokens per second of each, and the server's ratio to the others, as medians."""
+    """Print and return each contestant's tokens per second and the server's ratio to it.
+
+    All figures are medians over the rounds.
+    """
     rates = {name: shape.num_tokens / statistics.median(s) for name, s in seconds.items()}
     ratios = {
         name: statistics.median(

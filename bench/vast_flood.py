@@ -1,10 +1,10 @@
-"""What honest requests to a worker feel of a flood of forged ones.
+"""Measure how a flood of forged requests slows down a worker's honest requests.
 
     python -m bench.vast_flood --rate 1000 --seconds 10
 
-The real worker, signatures and all, around an engine that only ticks (`bench.http_cost`), so that
-what is measured is the front. Honest clients, each in a closed loop, are measured without the
-flood and then in it; both kinds of clients run in processes of their own. Forged envelopes are
+The real worker, with signatures, runs around an engine that only ticks (`bench.http_cost`), so
+that only the HTTP side is measured. Honest clients, each in a closed loop, are measured without
+the flood and then in it. Both kinds of clients run in their own processes. Forged envelopes are
 tampered with, signed by a stranger, or not signed at all.
 """
 
@@ -45,7 +45,7 @@ _WARM_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Honest:
-    """`latencies` are in seconds."""
+    """What honest clients measured; `latencies` are in seconds."""
 
     latencies: list[float]
     statuses: Counter[int]
@@ -56,7 +56,7 @@ class Honest:
 
 
 class Envelopes:
-    """Signed by the autoscaler of this measurement, and by nobody."""
+    """Makes honest envelopes, signed by this measurement's autoscaler, and forged ones."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -111,7 +111,10 @@ def ask_honestly(port: int, body: bytes, seconds: float) -> Honest:
 
 
 def flood(port: int, bodies: list[bytes], rate: float, seconds: float) -> Counter[int]:
-    """In an open loop, over as many connections as there are answers outstanding."""
+    """Post the bodies in an open loop, with one connection per outstanding response.
+
+    Returns how many responses had each status.
+    """
 
     async def run() -> Counter[int]:
         statuses: Counter[int] = Counter()
@@ -142,7 +145,7 @@ class _Connection:
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
     async def post(self, body: bytes) -> int:
-        """The answer's status."""
+        """Post the body, and return the status of the response."""
         head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         answer = (await self.reader.readuntil(b"\r\n\r\n")).lower()
@@ -152,7 +155,7 @@ class _Connection:
 
 
 async def measure(rate: float, seconds: float) -> tuple[Honest, Honest, Counter[int]]:
-    """Without the flood, in it, and what the flood was answered."""
+    """Return the honest figures without and with the flood, and the statuses of the flood."""
     with socket.socket() as probe, TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         config = _config(probe.getsockname()[1], Path(folder))
@@ -171,7 +174,7 @@ async def measure(rate: float, seconds: float) -> tuple[Honest, Honest, Counter[
             with ProcessPoolExecutor(2, spawn) as pool:
                 run: Any = asyncio.get_running_loop().run_in_executor
                 honest = (config.port, envelopes.honest(), seconds)
-                # Both are started before anything is measured.
+                # Start both processes before anything is measured.
                 await asyncio.gather(*(run(pool, time.sleep, 3.0) for _ in range(2)))
                 alone = await run(pool, ask_honestly, *honest)
                 flooding = run(

@@ -1,8 +1,7 @@
-"""The workload of a load run: what is asked of a server, and when; no word of HTTP.
+"""The workload of a load run: which prompts are sent to a server, and when.
 
-Prompts are made without a tokenizer, of words that are one token each in the usual
-English vocabularies: their length is true to about a token, and the report counts what
-the server says it read.
+Prompts are made without a tokenizer, from words that are one token each in the usual English
+vocabularies. Their length is right to about a token; the report uses the server's own counts.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ class LengthMix:
 
     @classmethod
     def parse(cls, text: str) -> "LengthMix":
-        """`128`, `64:256`, or a mix such as `0.7*32:64+0.3*512`."""
+        """Parse `128`, `64:256`, or a mix such as `0.7*32:64+0.3*512`."""
         try:
             ranges = tuple(_parse_range(part) for part in text.split("+"))
         except ValueError:
@@ -56,17 +55,18 @@ def _lengths_error(text: str) -> ValueError:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is asked of a server and how it arrives; the seed decides every choice.
+    """What is sent to a server, and when. The seed decides every random choice.
 
-    A server that has seen a seed's prompts may answer them from its prefix cache: give
-    another seed to the next run.
+    A server that has seen the prompts of a seed may answer them from its prefix cache: use
+    another seed for the next run.
 
-    Closed loop with `concurrency` (each slot sends its next request when the last is
-    done), open loop with `rate` (Poisson arrivals per second): exactly one is given.
+    Exactly one of `concurrency` and `rate` is given. `concurrency` makes a closed loop, in which
+    each slot sends its next request when its last is done; `rate` makes an open loop with
+    Poisson arrivals per second.
 
-    Every prompt opens with `shared_prefix_len` words beyond its `input_len`: the same
-    words in about `shared_fraction` of the requests, words of their own in the others,
-    so that the fraction changes what can be reused and not how much is asked.
+    Every prompt starts with `shared_prefix_len` words beyond its `input_len`. About
+    `shared_fraction` of the requests have the same words there, the others random ones: the
+    fraction changes what can be reused, but not the length of prompts.
     """
 
     api: str
@@ -119,7 +119,7 @@ class Prompt:
 
 
 def arrivals(plan: LoadPlan) -> Iterator[float]:
-    """When each request of an open loop is sent, in seconds from the start."""
+    """Yield when each request of an open loop is sent, in seconds from the start."""
     assert plan.rate is not None
     rng = Random(f"{plan.seed}:arrivals")
     now_s = 0.0
@@ -129,7 +129,10 @@ def arrivals(plan: LoadPlan) -> Iterator[float]:
 
 
 def make_prompts(plan: LoadPlan) -> tuple[list[Prompt], list[Prompt]]:
-    """Warm-ups and the measured: other prompts, the same shared prefix, as in a steady state."""
+    """Return the prompts of the warm-up and of the measured requests.
+
+    They share the prefix, as in a steady state, and differ otherwise.
+    """
     prefix = Random(f"{plan.seed}:prefix").choices(_WORDS, k=plan.shared_prefix_len)
     warmup_rng, rng = Random(f"{plan.seed}:warmup"), Random(f"{plan.seed}:requests")
     return (

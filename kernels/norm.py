@@ -1,12 +1,13 @@
-"""RMSNorm and LayerNorm as transformers' families write them, roundings included.
+"""RMSNorm and LayerNorm as the model families of transformers write them, with their rounding.
 
-The models agree on the formula and differ in where they round, which decides the last bit
-of every activation. The arithmetic is float32 throughout; with w the weight plus `offset`:
+The models agree on the formula and differ in where they round, which decides the last bit of
+every activation. The arithmetic is float32 throughout. With w the weight plus `offset`:
 
     rounds_first    (w * x_hat.to(dtype)).to(dtype)     llama, qwen, mistral, phi3, t5
     else            (w * x_hat).to(dtype)               gemma, olmo2, gpt_oss, helium, LayerNorm
 
-Without a weight the two are one. Only the order in which a mean is summed is ours.
+Without a weight the two are the same. Only the order in which a mean is summed differs from
+transformers'.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class NormForm:
-    """How one family writes its norm.
+    """How a model family computes its norm.
 
-    centred       subtract the mean: LayerNorm
-    offset        added to the weight, in float32: gemma's 1
-    rounds_first  round to the activations' type before the product with the weight
+    centred       subtract the mean, as LayerNorm does
+    offset        added to the weight in float32, as gemma adds 1
+    rounds_first  round to the activations' type before multiplying by the weight
     """
 
     eps: float
@@ -34,13 +35,13 @@ class NormForm:
 
 
 def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
-    """Normalise the last dimension; the result is contiguous and has the type of `x`.
+    """Normalise the last dimension. The result is contiguous and has the type of `x`.
 
     x             [..., hidden], any strides
     weight, bias  [hidden], or None
 
-    Some ten passes over memory: one for each operation. Float32, where there is nothing to
-    round on the way, takes torch's own.
+    Makes some ten passes over memory, one for each operation. Float32 has nothing to round on
+    the way and uses torch's own norms.
     """
     if x.dtype is torch.float32:
         return _norm_float32(x, weight, bias, form)
@@ -69,16 +70,16 @@ def _norm_float32(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: N
 def add_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm
 ) -> tuple[Tensor, Tensor]:
-    """The norm of `x + residual`, and that sum, rounded to their type before it is normalised."""
+    """Return the norm of `x + residual`, and that sum, which is rounded before the norm."""
     total = x + residual
     return norm_torch(total, weight, bias, form), total
 
 
 def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
-    """As `norm_torch`, for `x` with a contiguous last dimension and any other strides.
+    """Do what `norm_torch` does, for an `x` whose last dimension is contiguous.
 
-    Dimensions before the last two must merge into one, as those of [1, T, heads, dim] do.
-    Reads `x` once and writes as much; the weight comes from the L2 cache.
+    Dimensions before the last two must merge into one, as those of [1, T, heads, dim] do; other
+    strides are free. Reads `x` once and writes as much; the weight comes from the L2 cache.
     """
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, None, normed, weight, bias, form)
@@ -88,10 +89,10 @@ def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Nor
 def add_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm
 ) -> tuple[Tensor, Tensor]:
-    """As `add_norm_torch`; strides as in `norm_triton`, for `x` and `residual` each.
+    """Do what `add_norm_torch` does, for strides as in `norm_triton`.
 
-    Reads `x` and `residual` once and writes both results: 4 * rows * hidden elements,
-    where an addition and a norm of its own would move 5.
+    Reads `x` and `residual` once and writes both results: 4 * rows * hidden elements, where an
+    addition and a separate norm would move 5.
     """
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(normed)
@@ -110,8 +111,8 @@ def _launch(
 ) -> None:
     hidden = x.shape[-1]
     block = triton.next_power_of_2(hidden)
-    # Eight elements a thread, 16 bytes, for short rows, which are gathered into one tile;
-    # sixteen for long ones, until a block has no more threads to give.
+    # Eight elements (16 bytes) for each thread with short rows, several of which form a tile;
+    # sixteen with long rows, until a block has no more threads.
     rows_per_program = max(1, 1024 // block)
     num_warps = min(32, max(4, block // 512))
     heads, *x_strides = _two_levels(x)
@@ -140,7 +141,7 @@ def _launch(
 
 
 def _two_levels(x: Tensor) -> tuple[int, int, int]:
-    """Rows by (token, head): how many heads there are, and both strides."""
+    """Return the number of heads, and the strides between tokens and between heads."""
     assert x.stride(-1) == 1
     if x.dim() == 2:
         return 1, x.stride(0), 0
@@ -149,7 +150,7 @@ def _two_levels(x: Tensor) -> tuple[int, int, int]:
     return x.shape[1], x.stride(0), x.stride(1)
 
 
-# A step's number of tokens takes any value: nothing is compiled anew for one.
+# The number of tokens of a step takes any value, and must not cause a new compilation.
 @triton.jit(do_not_specialize=["num_rows", "heads"])
 def _norm_kernel(
     x_ptr,

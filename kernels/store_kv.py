@@ -1,7 +1,7 @@
 """Rotate queries and keys to their positions, and write keys and values to the paged cache.
 
-A step's keys and values pass through once: read where the projection left them, rotated,
-rounded to the cache's type and written to their slots.
+Each key and value of a step is read once, where the projection left it, rotated, rounded to the
+type of the cache and written to its slot.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ _E4M3_MAX = 448.0
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Where each token's vectors are turned to, in the tables that the model made.
+    """The rotary embedding of a step's tokens, in the tables that the model made.
 
-    The first dimensions of a head form pairs, each turned by an angle of its own; those
-    past the last pair stay. Each family has its way to pair them and to lay out the tables:
+    The first dimensions of a head form pairs, each rotated by its own angle; dimensions past
+    the last pair are left alone. Model families differ in how they pair dimensions and lay out
+    the tables:
 
                             pairs             tables      arithmetic
         most                (i, i + pairs)    "halves"    by type
@@ -32,13 +33,13 @@ class Rotary:
         gpt_oss             (i, i + pairs)    "pairs"     by type
         gptj, codegen       (2i, 2i + 1)      "pairs"     by type
 
-    By type: each product and their sum are rounded to the type that torch promotes the
-    vectors' and the tables' to; the result is rounded to the vectors'.
+    "By type" means that each product and their sum are rounded to the type to which torch
+    promotes the types of the vectors and the tables, and the result to the vectors' type.
 
-    cos, sin     [num_tokens, columns], any strides; both alike
-    interleaved  neighbours are pairs
-    tables       "halves": the pairs twice, one after the other; "repeated": each column
-                 twice; "pairs": once
+    cos, sin     [num_tokens, columns], any strides, the same for both
+    interleaved  pairs are neighbours
+    tables       "halves": all pairs, then all pairs again; "repeated": each pair twice in a
+                 row; "pairs": each pair once
     in_float32   the arithmetic is float32 whatever the types
     """
 
@@ -54,7 +55,7 @@ class Rotary:
         return columns if self.tables == "pairs" else columns // 2
 
     def by_dim(self, table: Tensor) -> Tensor:
-        """`cos` or `sin` for each dimension that is turned, [num_tokens, 2 * num_pairs]."""
+        """Return `cos` or `sin` of each rotated dimension, [num_tokens, 2 * num_pairs]."""
         if self.tables == ("repeated" if self.interleaved else "halves"):
             return table
         pairs = table[:, ::2] if self.tables == "repeated" else table[:, : self.num_pairs]
@@ -76,16 +77,16 @@ def store_kv_torch(
     value             [num_tokens, num_kv_heads, value_dim], any strides
     key_cache         [num_blocks, block_size, num_kv_heads, head_dim], contiguous
     value_cache       [num_blocks, block_size, num_kv_heads, value_dim], contiguous
-    slot_mapping      [num_tokens] int64: block * block_size + offset of each token;
-                      a token with a negative one is not stored
-    k_scale, v_scale  [num_kv_heads] float32 where the caches are float8_e4m3fn: they then
-                      hold key / k_scale, saturated at 448 and rounded to nearest even
+    slot_mapping      [num_tokens] int64: block * block_size + offset of each token; a token
+                      with a negative slot is not stored
+    k_scale, v_scale  [num_kv_heads] float32, if the caches are float8_e4m3fn: they then hold
+                      key / k_scale, saturated at 448 and rounded to nearest even
     """
-    # Only a GPU would have to be waited for to know.
+    # On a GPU this question would wait for the device.
     every = slot_mapping.is_cpu and bool((slot_mapping >= 0).all())
     for source, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
         flat = cache.flatten(0, 1)
-        if scale is not None:  # torch copies no float8 by index, but any byte
+        if scale is not None:  # torch cannot copy float8 by index, but can copy bytes
             flat, source = flat.view(torch.uint8), _to_e4m3(source, scale).view(torch.uint8)
         if every:
             flat.index_copy_(0, slot_mapping, source)
@@ -94,9 +95,10 @@ def store_kv_torch(
 
 
 def _store_some(source: Tensor, flat: Tensor, slot_mapping: Tensor) -> None:
-    """A row without a slot repeats the one with the highest, which is then stored twice.
+    """Store the rows that have a slot, without waiting for the device.
 
-    Where no row has one, all of them put back what the first slot holds.
+    A row without a slot repeats the row with the highest slot, which is then stored twice. If
+    no row has a slot, all rows write back what the first slot holds.
     """
     order = torch.arange(len(slot_mapping), device=slot_mapping.device)
     rows = torch.where(slot_mapping < 0, slot_mapping.argmax(), order)
@@ -110,7 +112,7 @@ def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """`x` [num_tokens, heads, dim], any strides, turned to its tokens' positions; contiguous."""
+    """Rotate `x`, [num_tokens, heads, dim] with any strides; the result is contiguous."""
     dims = 2 * rotary.num_pairs
     turned = x[..., :dims].float() if rotary.in_float32 else x[..., :dims]
     if rotary.interleaved:
@@ -136,11 +138,13 @@ def rotary_store_kv_torch(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """The query rotated, [num_tokens, num_heads, head_dim], contiguous; the rotated key and
-    the value go to the caches as in `store_kv_torch`.
+    """Return the rotated query, and store the rotated key and the value in the caches.
 
-    query  [num_tokens, num_heads, head_dim], any strides
-    key    None, as the value then is, where the layer reads what an earlier one stored
+    The result is [num_tokens, num_heads, head_dim], contiguous. Other arguments are as in
+    `store_kv_torch`.
+
+    query       [num_tokens, num_heads, head_dim], any strides
+    key, value  both None if the layer reads the cache of an earlier layer
     """
     if key is not None and value is not None:
         key = rotate(key, rotary)
@@ -157,9 +161,9 @@ def store_kv_triton(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """As `store_kv_torch`, for keys and values whose last dimension is contiguous.
+    """Do what `store_kv_torch` does, if the last dimension of key and value is contiguous.
 
-    Reads each key and value once and writes it once, in the cache's type.
+    Reads each key and value once and writes it once, in the type of the cache.
     """
     caches = key_cache, value_cache
     _launch(None, None, key, value, None, *caches, slot_mapping, k_scale, v_scale)
@@ -176,11 +180,11 @@ def rotary_store_kv_triton(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """As `rotary_store_kv_torch`, for tensors whose last dimension is contiguous; the tables
-    have any strides. One launch.
+    """Do what `rotary_store_kv_torch` does, in one launch.
 
-    Reads query, key and value once, writes the query once and the others in the cache's
-    type. The tables' rows come from the L2 cache for all heads but the first.
+    The last dimension of query, key and value must be contiguous; the tables may have any
+    strides. Reads query, key and value once, and writes each once, keys and values in the type
+    of the cache. Rows of the tables come from the L2 cache for all heads but the first.
     """
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     caches = key_cache, value_cache
@@ -205,7 +209,7 @@ def _launch(
     head_dim = key_cache.shape[-1]
     num_heads = 0 if query is None else query.shape[1]
     num_kv_heads = 0 if key is None else key.shape[1]
-    # 16 bytes for each thread of two warps: many programs even for few tokens.
+    # Two warps with 16 bytes for each thread make many programs even of few tokens.
     heads_per_program = max(1, 1024 // triton.next_power_of_2(head_dim))
     query_programs = triton.cdiv(num_heads, heads_per_program)
     kv_programs = triton.cdiv(num_kv_heads, heads_per_program)
@@ -231,7 +235,7 @@ def _launch(
         QUERY_PROGRAMS=query_programs,
         KV_PROGRAMS=kv_programs,
         num_warps=2,
-        # transformers rounds each product; fused with the sum it would not be.
+        # transformers rounds each product, which fusing it with the sum would skip.
         enable_fp_fusion=False,
     )
 
@@ -284,7 +288,7 @@ def _rotary_store_kv_kernel(
     QUERY_PROGRAMS: tl.constexpr,
     KV_PROGRAMS: tl.constexpr,
 ):
-    """Some heads of one token: of its query, of its key or of its value."""
+    """Move some heads of one token: of its query, of its key or of its value."""
     programs: tl.constexpr = QUERY_PROGRAMS + 2 * KV_PROGRAMS
     program = tl.program_id(0) % programs
     token = (tl.program_id(0) // programs).to(tl.int64)
@@ -293,7 +297,7 @@ def _rotary_store_kv_kernel(
     if PAIRS > 0:
         cos, sin = cos_ptr + token * table_token_stride, sin_ptr + token * table_token_stride
 
-    if query_ptr is not None:  # noqa: SIM102 (this is decided when compiling, what follows later)
+    if query_ptr is not None:  # noqa: SIM102 (this is decided when compiling, the next when running)
         if program < QUERY_PROGRAMS:
             heads = program * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
             _move_heads(
@@ -363,7 +367,7 @@ def _move_heads(
     INTERLEAVED: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
-    """Rows of DIM from `source` to `target`, pointers [heads, 1], the first PAIRS turned."""
+    """Copy rows of DIM from `source` to `target`, pointers [heads, 1], and rotate PAIRS pairs."""
     scale = None
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + heads, keep, 1.0)
@@ -372,7 +376,7 @@ def _move_heads(
         by_type: tl.constexpr = cos_ptr.dtype.element_ty == dtype and not IN_FLOAT32
         rounded: tl.constexpr = dtype if by_type else tl.float32
         block: tl.constexpr = triton.next_power_of_2(PAIRS)
-        # The tables for each head again, out of the L1 cache: no exchange between threads.
+        # Each head loads the tables again, from the L1 cache: threads exchange nothing.
         pairs = tl.broadcast_to(tl.arange(0, block)[None, :], (source.shape[0], block))
         in_pairs = keep & (pairs < PAIRS)
         cos = tl.load(cos_ptr + pairs * pair_stride, in_pairs, 0.0).to(tl.float32)
@@ -412,16 +416,16 @@ def _store(target, x, mask, scale):
 
 @triton.jit
 def _e4m3_bits(x):
-    """float32 to the bits of float8_e4m3fn, to nearest even, saturated; NaN stays NaN.
+    """Round float32 to nearest even, saturated, as bits of float8_e4m3fn. NaN stays NaN.
 
-    In integers, and so on GPUs that have no such type, and the same on all.
+    The arithmetic is integer, so that it works on GPUs without the type, and alike on all.
     """
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     bounded = tl.minimum(size, 0x43E00000)  # 448
-    # Three bits of fraction stay of 23, and the exponent's bias goes from 127 to 7.
+    # The fraction goes from 23 bits to 3, and the exponent's bias from 127 to 7.
     normal = ((bounded + 0x7FFFF + ((bounded >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9, which is what a float32 near 2^14 is rounded to.
+    # Below 2^-6, codes are multiples of 2^-9, to which adding 2^14 rounds a float32.
     tiny = (bounded.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(bounded < 0x3C800000, tiny, normal)
     code = tl.where(size > 0x7F800000, 0x7F, code)

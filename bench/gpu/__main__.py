@@ -1,29 +1,30 @@
-"""What the GPU path does beside what the GPU can do, and beside transformers.
+"""Compare the GPU path with the limits of the GPU, and with transformers.
 
-    python -m bench.gpu                         all of it, within 8 minutes
-    python -m bench.gpu --quick                 one model and fewer points, within 3
+    python -m bench.gpu                         everything, within 8 minutes
+    python -m bench.gpu --quick                 one model and fewer points, within 3 minutes
     python -m bench.gpu --only decode,prefill   some sections
-    python -m bench.gpu --device cpu            tiny shapes, to try the run itself
-    python -m bench.gpu --table                 the tables in bench/README.md, from the results
+    python -m bench.gpu --device cpu            tiny shapes, to test the run itself
+    python -m bench.gpu --table                 write the tables in bench/README.md
 
-Models of real shapes with random weights, on one device, in one run:
+The sections use models of real shapes with random weights, on one device, in one run:
 
-    ceilings     bandwidth of memory, rate of matrix products, cost of a launch (always measured)
-    decode       steps as the engine runs them, beside their bound: of each operation the longer
-                 of reading its weights, keys and values and of its arithmetic, at the ceilings
-    prefill      likewise, of prompts
-    steady       the whole engine in steady decode, and what share of it the device is idle
-    first-token  of a prompt that is cached
-    offline      whole workloads, the engine driven by hand
-    http         one of them over HTTP, by a client in another process
-    kernels      each alone, at the first model's shapes
-    peers        transformers' `generate` and its continuous batching, on what is offline too
-    models       decode and prefill steps of other models; all else is of the first alone
+    ceilings     memory bandwidth, rate of matrix products, cost of a launch (always measured)
+    decode       decode steps as the engine runs them, and their bound: for each operation, the
+                 longer of reading its data and doing its arithmetic, at the ceilings
+    prefill      prefill steps, and their bound
+    steady       the whole engine in steady decode, and how much of the time the device is idle
+    first-token  time to the first token of a cached prompt
+    offline      whole workloads, with the engine driven directly
+    http         one of these workloads over HTTP, from a client in another process
+    kernels      each kernel alone, at the first model's shapes
+    peers        `generate` and continuous batching of transformers, on offline workloads
+    models       decode and prefill steps of other models (all else uses the first model)
     cold-start   `python -m api` from the start of its process to its first token
 
-What fails is noted, what the time does not reach is listed with the reason, and all else goes
-on, in another process where the device is lost. The figures are written after every section, to
-a new file: results/<date>-<device>.json. The goals are told at the end.
+If a section fails, the failure is recorded and the run goes on, in another process if the
+device is lost. Sections that do not fit into the time are listed with the reason. The figures
+are written after every section, to a new file: results/<date>-<device>.json. The end of the
+output says which goals are met.
 """
 
 import argparse
@@ -54,11 +55,11 @@ from bench.gpu.supervisor import see_through
 _HERE = Path(__file__).parents[1]
 _DEVICE_LOST = 3
 _OVERTIME_S = 30.0
-"""That the last section may take beyond the scale's seconds."""
+"""How long the last section may go on after the scale's seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where nothing failed; what the time did not reach is no failure."""
+    """Run the command line. Return 0 if no section failed; a skipped section is not a failure."""
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -67,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rewrite_table(_HERE / "README.md", options.out)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu: there is no CUDA device; --device cpu tries the run", file=sys.stderr)
+        print("bench.gpu: there is no CUDA device; test the run with --device cpu", file=sys.stderr)
         return 1
     scale = TINY if options.device == "cpu" else QUICK if options.quick else FULL
     if options.models:
         first, *others = _names(parser, "--models", options.models, tuple(models.CONFIGS))
         scale = replace(scale, model=first, others=tuple(others))
     if options.resume:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing is to be left behind
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(1)
+        )  # exit cleanly, to leave nothing behind
         return _go_on(resumed_run(options.resume, scale), set(only))
     run = new_run(torch.device(options.device), scale, options.out)
     run.write()
@@ -84,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.figures = json.loads(run.path.read_text())
     else:
         _go_on(run, set(only))
-    print(_last_words(run))
+    print(_closing_report(run))
     return 1 if run.figures["errors"] else 0
 
 
 def _go_on(run: Run, only: set[str]) -> int:
-    """0 when nothing is left to do in another process."""
+    """Measure the remaining sections. Return 0, or `_DEVICE_LOST` if a new process is needed."""
     with run.logged():
         try:
             run.measure(sections_of(run, only))
@@ -116,7 +119,7 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _last_words(run: Run) -> str:
+def _closing_report(run: Run) -> str:
     figures = run.figures
     lines = [f"figures in {run.path}"]
     lines += [f"not measured: {s['section']}: {s['reason']}" for s in figures["skipped"]]
@@ -142,12 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="one model, fewer points, within 3 minutes")
-    add("--only", default=",".join(SECTIONS), metavar="SECTION,...", help="these and no other")
-    add("--models", metavar="MODEL,...", help=f"of {', '.join(models.CONFIGS)}")
-    add("--out", type=Path, default=_HERE / "results", help="folder of the results")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, for a try")
-    add("--resume", type=Path, metavar="FILE", help="go on with a run that broke off")
-    add("--table", action="store_true", help="only make the tables from the results")
+    add(
+        "--only",
+        default=",".join(SECTIONS),
+        metavar="SECTION,...",
+        help="measure only these sections",
+    )
+    add("--models", metavar="MODEL,...", help=f"some of {', '.join(models.CONFIGS)}")
+    add("--out", type=Path, default=_HERE / "results", help="folder for the results")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: tiny shapes, to test the run",
+    )
+    add("--resume", type=Path, metavar="FILE", help="continue an interrupted run")
+    add("--table", action="store_true", help="only write the tables, from the results")
     return parser
 
 

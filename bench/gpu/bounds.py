@@ -1,9 +1,9 @@
-"""How long steps take at least: the bytes they have to read, the arithmetic they have to do.
+"""Lower bounds on the time of steps, from the bytes they must read and their arithmetic.
 
-Of each operation the longer of the two counts, at measured rates, and the operations add up:
-one matrix product after the other, one attention call after the other. What passes between
-them (activations, norms, logits) is left out, since it need not leave the chip; so are biases,
-the weights of norms and the rows taken of embeddings, less than a thousandth of what is read.
+The bound of an operation is the longer of the two, at measured rates. The bound of a step is
+the sum over its operations: every matrix product and every attention call. Data that passes
+between operations (activations, norms, logits) is left out, since it need not leave the chip;
+so are biases, the weights of norms and rows of embeddings, less than a thousandth of the reads.
 """
 
 from collections import Counter
@@ -23,22 +23,22 @@ from kernels.paged_attention.mask import MaskSpec
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of memory and of matrix products."""
+    """The measured rates of memory and of matrix products."""
 
     bytes_per_s: float
     flops_per_s: float
 
     def seconds(self, num_bytes: float, flops: float) -> float:
-        """No implementation of one operation is faster."""
+        """Return the least time that any implementation of one operation can take."""
         return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Matmul:
-    """A product with a weight matrix, of all tokens or of those alone that are sampled.
+    """A product with a weight matrix, of all tokens or, `of_samples`, of the sampled ones only.
 
-    Of `num_experts` matrices a token takes `num_chosen`; `num_weights` and `num_bytes` are those
-    of one.
+    A token uses `num_chosen` of `num_experts` matrices; `num_weights` and `num_bytes` are the
+    size of one matrix.
     """
 
     num_weights: int
@@ -48,8 +48,9 @@ class Matmul:
     num_chosen: int = 1
 
     def moved(self, rows: int) -> float:
-        """Bytes of the matrices that so many tokens take: what is to be expected where each
-        token takes any of them with the same chance, as random routers do.
+        """Return the expected bytes of all matrices that `rows` tokens use together.
+
+        Each token uses any of the matrices with the same chance, as random routers do.
         """
         missed = (1 - self.num_chosen / self.num_experts) ** rows
         return self.num_bytes * self.num_experts * (1 - missed)
@@ -60,7 +61,7 @@ class Matmul:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """An attention call; `token_bytes` is what the cache holds of a token for it."""
+    """An attention call; `token_bytes` is the size of a token's key and value in its cache."""
 
     num_heads: int
     dims: int
@@ -77,7 +78,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step moves and computes, and how long that takes at least."""
+    """The bytes and the arithmetic of a step, and the least time that they take."""
 
     seconds: float
     num_bytes: float
@@ -86,7 +87,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """A model's operations, each with how many there are of its kind."""
+    """The operations of a model, and how often each occurs."""
 
     matmuls: Counter[Matmul]
     attention: Counter[Attention]
@@ -100,14 +101,14 @@ class ModelCost:
 
     @property
     def weight_bytes(self) -> int:
-        """All that there are: of experts, a small step reads fewer."""
+        """The size of all weights; a small step reads fewer experts."""
         return sum(
             count * matmul.num_experts * matmul.num_bytes for matmul, count in self.matmuls.items()
         )
 
 
 def matmuls_of(model: nn.Module, head: nn.Module | None) -> Counter[Matmul]:
-    """The matrix products of a model, `head` being the one that makes its logits."""
+    """Return the matrix products of a model; `head` is the module that makes its logits."""
     itemsize = next(model.parameters()).dtype.itemsize
     text_config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     num_chosen = getattr(text_config, "num_experts_per_tok", 1)
@@ -121,7 +122,10 @@ def matmuls_of(model: nn.Module, head: nn.Module | None) -> Counter[Matmul]:
 def _matmuls_in(
     module: nn.Module, itemsize: int, num_chosen: int, is_head: bool
 ) -> Iterator[Matmul]:
-    """Of this module itself. Experts are matrices in one tensor, a router is a bare one."""
+    """Yield the products of a module, without its children.
+
+    Experts are matrices in one tensor of three dimensions; a router is a bare matrix.
+    """
     if isinstance(module, nn.Linear | PackedLinear):
         size = module.in_features * module.out_features
         yield Matmul(size, size * itemsize, is_head)
@@ -135,12 +139,15 @@ def _matmuls_in(
 
 
 def visible(mask: MaskSpec, positions: np.ndarray) -> np.ndarray:
-    """How many keys a query at each position sees, itself included."""
+    """Return how many keys the query at each position sees, its own included."""
     return np.minimum(np.minimum(positions + 1, mask.window), positions % mask.chunk + 1)
 
 
 def step_work(cost: ModelCost, step: StepSequences, num_samples: int, rates: Rates) -> Work:
-    """Weights are read once for the step; keys and values once for each sequence."""
+    """Return the work of a step.
+
+    Weights are read once for the step; keys and values once for each sequence.
+    """
     num_tokens = int(step.lengths.sum())
     parts: list[tuple[int, float, float]] = []
     for matmul, count in cost.matmuls.items():
@@ -159,7 +166,7 @@ def step_work(cost: ModelCost, step: StepSequences, num_samples: int, rates: Rat
 
 
 def decode_work(cost: ModelCost, batch: int, context: int, rates: Rates) -> Work:
-    """One token for each of `batch` sequences, which is the last of `context` tokens."""
+    """Return the work of decoding one token, the last of `context`, for `batch` sequences."""
     ones = np.ones(batch, dtype=np.int64)
     return step_work(
         cost, StepSequences(np.arange(batch), ones * (context - 1), ones), batch, rates
@@ -167,16 +174,17 @@ def decode_work(cost: ModelCost, batch: int, context: int, rates: Rates) -> Work
 
 
 def prefill_work(cost: ModelCost, batch: int, length: int, before: int, rates: Rates) -> Work:
-    """`length` more tokens of `batch` prompts, of which `before` are in the cache."""
+    """Return the work of `length` tokens of `batch` prompts, after `before` cached ones."""
     ones = np.ones(batch, dtype=np.int64)
     step = StepSequences(np.arange(batch), ones * before, ones * length)
     return step_work(cost, step, batch, rates)
 
 
 def ideal_seconds(cost: ModelCost, lengths: Sequence[tuple[int, int]], rates: Rates) -> float:
-    """Of a workload of (tokens in, tokens out): every prompt at once, then all decode together.
+    """Return the ideal time of a workload, given as pairs of (tokens in, tokens out).
 
-    In a cache that holds them all; as if nothing but the device took time.
+    All prompts are computed at once, then all sequences decode together, in a cache that holds
+    them all, and nothing but the device takes time.
     """
     num_in, num_out = np.array(lengths, dtype=np.int64).T
     prompts = StepSequences(np.arange(len(lengths)), np.zeros_like(num_in), num_in)

@@ -1,7 +1,6 @@
-"""A server from the start of its process: until its first token, and until all is prepared.
+"""Time a server from the start of its process to its first token and to its last CUDA graph.
 
-The checkpoint has random weights of a real shape, and lies where files are memory: what is
-timed is the start, not a disk.
+The checkpoint has random weights of a real shape. It lies in memory, so that no disk is timed.
 """
 
 import json
@@ -27,10 +26,10 @@ from bench.gpu.models import hf_tokenizer
 
 _ROOT = Path(__file__).parents[2]
 _SHARD_BYTES = 5 << 30
-"""As Llama-3.1-8B's own checkpoint has them."""
+"""The shard size of Llama-3.1-8B's own checkpoint."""
 _POLL_S = 0.02
 _QUIET_S = 3.0
-"""Without another graph for so long, all are captured: the server does not say so itself."""
+"""When no graph was captured for this long, all are; the server itself does not say so."""
 _STOP_S = 20.0
 
 
@@ -40,11 +39,11 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Seconds since the process was started.
+    """When the milestones of a start were reached, in seconds since the process was started.
 
-    first_token_s  a request, asked for again and again from the first moment, has its token
-    prepared_s     the last graph is captured
-    phases         what `/metrics` says that the start was spent on
+    first_token_s  a request, retried from the first moment, got its token
+    prepared_s     the last graph was captured
+    phases         seconds of each phase of the start, from `/metrics`
     """
 
     first_token_s: float
@@ -57,29 +56,29 @@ class Start:
 
 @contextmanager
 def checkpoint(model: PreTrainedModel) -> Iterator[Path]:
-    """The model's, as transformers writes it, with a tokenizer; gone afterwards. Raises NoRoom."""
+    """Write the model and a tokenizer to a temporary folder, and yield it. Raises NoRoom."""
     with tempfile.TemporaryDirectory(dir=_roomy_folder(model.get_memory_footprint())) as scratch:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
         hf_tokenizer(model.config.vocab_size).save_pretrained(folder)
-        del model  # the server needs the room
+        del model  # the server needs the memory
         yield folder
 
 
 def _roomy_folder(num_bytes: int) -> Path:
-    """In memory where there is the room, so that the weights are in the page cache for sure."""
+    """Return a folder with enough space, in memory if possible, so that no disk is read."""
     folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]
     needed = num_bytes + (2 << 30)
     for folder in folders:
         if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > needed:
             return folder
-    raise NoRoom(f"the checkpoint needs {needed / 1e9:.0f} GB: neither of {folders} has them")
+    raise NoRoom(f"the checkpoint needs {needed / 1e9:.0f} GB: neither of {folders} has that")
 
 
 def start(folder: Path, deadline: float) -> Start:
-    """Of `python -m api`, stopped again; `deadline` as `time.perf_counter` has it.
+    """Start `python -m api`, time it, and stop it. `deadline` is a `time.perf_counter` time.
 
-    Raises RuntimeError with its last words where it ends, TimeoutError where it takes too long.
+    Raises RuntimeError with the end of the log if the server ends, TimeoutError after `deadline`.
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -98,12 +97,12 @@ class _Server:
     log: Path
 
     def check(self, deadline: float) -> None:
-        """Raises unless it runs and there is time."""
+        """Raise if the process has ended or the deadline has passed."""
         if self.process.poll() is not None:
-            last_words = self.log.read_text(errors="replace").strip()[-400:]
-            raise RuntimeError(f"the server ended with {self.process.returncode}: {last_words}")
+            log_end = self.log.read_text(errors="replace").strip()[-400:]
+            raise RuntimeError(f"the server ended with {self.process.returncode}: {log_end}")
         if time.perf_counter() > deadline:
-            raise TimeoutError("the server took longer than there is time")
+            raise TimeoutError("the server did not start in time")
 
 
 @contextmanager
@@ -148,14 +147,14 @@ def _await_token(server: _Server, url: str, deadline: float) -> None:
 
 
 def _await_graphs(server: _Server, url: str, deadline: float) -> tuple[float, dict[str, float]]:
-    """When the last was captured, and the phases of the start."""
+    """Return when the last graph was captured, and the phases of the start."""
     phases, changed = _phases(url), time.perf_counter()
     while time.perf_counter() - changed < _QUIET_S:
         server.check(deadline)
         now = _phases(url)
         if now != phases:
             phases, changed = now, time.perf_counter()
-        time.sleep(5 * _POLL_S)  # each question takes time from the one who captures
+        time.sleep(5 * _POLL_S)  # each request takes time from the capture
     return changed, phases
 
 
@@ -165,6 +164,6 @@ def _phases(url: str) -> dict[str, float]:
 
 
 def parse_phases(metrics: str) -> dict[str, float]:
-    """Seconds by phase, from what `/metrics` answers."""
+    """Return the seconds of each phase, from the text of `/metrics`."""
     found = re.findall(r'^skiff_cold_start_seconds\{phase="([^"]+)"\} (\S+)', metrics, re.MULTILINE)
     return {phase: float(seconds) for phase, seconds in found}

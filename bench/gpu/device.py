@@ -1,7 +1,7 @@
-"""Timing work on a device, and what the device can do at most.
+"""Time work on a device, and measure the device's ceilings.
 
-A `Timer` times with CUDA's events on CUDA and with the clock elsewhere, so that whatever is
-measured on a GPU can be tried on a CPU.
+A `Timer` uses CUDA events on CUDA and the clock elsewhere, so that every measurement can be
+tested on a CPU.
 """
 
 import statistics
@@ -18,21 +18,21 @@ from engine.step.graphs import CudaCapture
 _ROUNDS = 5
 _CALLS_PER_GRAPH = 64
 _SLEEP_CYCLES_PER_S = 2e9
-"""Of `torch.cuda._sleep`, about: a GPU's clock."""
+"""The approximate rate of `torch.cuda._sleep`, which counts cycles of the GPU's clock."""
 _LONGEST_SLEEP_S = 1.0
 
 
 class Timer:
-    """Seconds that a call takes on the device, what the host does to launch it left out."""
+    """Measures the seconds that a call takes on the device, without the host's launch time."""
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
         self._capture = CudaCapture() if self.on_cuda else None
 
     def of(self, *calls: Callable[[], object], min_s: float = 0.02) -> float:
-        """The mean of these calls, one after the other as a captured step runs them.
+        """Return the mean time of the calls, run one after the other as in a captured step.
 
-        Several that do the same to different data find none of it in the cache.
+        Pass several calls with different data to keep the data out of the device's cache.
         """
         for call in calls:
             call()
@@ -44,7 +44,7 @@ class Timer:
         return statistics.median(batches) / (repeats * rounds * len(calls))
 
     def launched(self, launch: Callable[[], Pending[object]], count: int) -> float:
-        """Of one launched step, when the host is ahead: it queues them while the device sleeps."""
+        """Return the time of one launched step, queued with others while the device sleeps."""
         launch().result()
         started = time.perf_counter()
         pending = launch()
@@ -55,7 +55,7 @@ class Timer:
             _await([launch() for _ in range(count)])
             return (time.perf_counter() - started) / count
         sleep_s = min(2 * count * to_launch_s, _LONGEST_SLEEP_S)
-        self._queued(launch, count, sleep_s)  # until there is pinned memory for so many
+        self._queued(launch, count, sleep_s)  # the first time allocates pinned memory
         return self._queued(launch, count, sleep_s)
 
     def _queued(self, launch: Callable[[], Pending[object]], count: int, sleep_s: float) -> float:
@@ -103,14 +103,14 @@ def _await(launched: list[Pending[object]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured in the same run as whatever is held against them.
+    """What the device can do at most, measured in the same run as the figures compared with it.
 
-    read_bytes_per_s, copy_bytes_per_s  of far more memory than any cache has, a copy counting
-                                        what it reads and what it writes
-    flops_per_s     multiplying large matrices of random numbers
-    kernel_s        between the ends of kernels that do next to nothing, in a graph
-    launch_s        of the host's time, to launch one outside of a graph
-    round_trip_s    to launch one and see that it has ended
+    read_bytes_per_s  reading far more memory than any cache has
+    copy_bytes_per_s  copying as much, counting both the reads and the writes
+    flops_per_s       multiplying large matrices of random numbers
+    kernel_s          time between the ends of trivial kernels in a graph
+    launch_s          host time to launch a trivial kernel outside of a graph
+    round_trip_s      time to launch a trivial kernel and wait for its result
     """
 
     read_bytes_per_s: float
@@ -122,7 +122,7 @@ class Ceilings:
 
     @property
     def rates(self) -> Rates:
-        """Memory's is the better of the two: bounds are to be bounds."""
+        """The rates for bounds: memory's is the better of reading and copying."""
         return Rates(max(self.read_bytes_per_s, self.copy_bytes_per_s), self.flops_per_s)
 
     def figures(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ def measure_ceilings(
 
 
 def _bandwidths(timer: Timer, device: torch.device, num_bytes: int) -> tuple[float, float]:
-    """Of the best of several ways to read, and of a copy."""
+    """Return the bandwidth of the best of several ways to read, and of a copy."""
     words = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     read_s = min(timer.of(read) for read in (words.sum, words.amax, lambda: words.dot(words)))
     copied = torch.empty_like(words)

@@ -1,6 +1,6 @@
-"""The whole engine, driven by hand: scheduler, steps, text and events.
+"""Time the whole engine, with its scheduler, steps, text and events, by calling `Engine.step`.
 
-`Steps` times what the device does; here the clock runs around `Engine.step`.
+In contrast, `bench.gpu.steps.Steps` times what the device does.
 """
 
 import random
@@ -19,16 +19,16 @@ from engine.core.request import (
 from engine.engine import Engine, Events
 
 _NUM_WARM = 8
-"""Steps before any is timed: the first captures its graph, the second replays it."""
+"""Steps before the timed ones. The first captures its graph, the second replays it."""
 _NUM_REPEATS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Decode steps of a batch that stays as it is.
+    """Decode steps of a batch that does not change.
 
     wall     seconds from one step to the next
-    context  tokens of a sequence, the mean over all of them and over the steps
+    context  mean number of tokens of a sequence, over all sequences and steps
     """
 
     wall: float
@@ -37,10 +37,10 @@ class Steady:
 
 
 def steady_decode(engine: Engine, batch: int, context: int, count: int, vocab_size: int) -> Steady:
-    """Of `count` steps with `batch` sequences of about `context` tokens.
+    """Time `count` decode steps with `batch` sequences of about `context` tokens.
 
-    Prompts are computed a step's tokens at a time, and those that are done decode meanwhile: they
-    are shorter by what the mean of them gains until then.
+    Prompts take several steps, in which sequences with a finished prompt already decode. So
+    prompts are shorter than `context`, by the mean number of tokens gained until then.
     """
     num_filling = batch * context // engine.limits.max_batch_tokens
     length = max(context - num_filling // 2 - _NUM_WARM - count // 2, 1)
@@ -65,7 +65,7 @@ def steady_decode(engine: Engine, batch: int, context: int, count: int, vocab_si
 
 
 def _until_all_decode(engine: Engine, batch: int) -> int:
-    """Step until every sequence has had a few tokens; how many there were."""
+    """Step until every sequence has a few tokens, and return how many there are in all."""
     counts: dict[str, int] = {}
     while len(counts) < batch or min(counts.values()) < _NUM_WARM:
         if not engine.has_work:
@@ -77,7 +77,7 @@ def _until_all_decode(engine: Engine, batch: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Seconds until it was there, and of the host's until its step was launched."""
+    """Seconds until the first token, and host seconds until its step was launched."""
 
     seconds: float
     host: float
@@ -85,7 +85,10 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class CachedPrompt:
-    """A prompt that was never seen, and the median of the same again; how much was found."""
+    """The first token of a new prompt, and the median when it is cached.
+
+    num_found  tokens of the prompt that were found in the cache
+    """
 
     cold: FirstToken
     cached: FirstToken
@@ -93,7 +96,10 @@ class CachedPrompt:
 
 
 def cached_prompt(engine: Engine, length: int, vocab_size: int) -> CachedPrompt:
-    """Raises RuntimeError where most of it was not found again."""
+    """Time a prompt of `length` tokens, first new and then cached.
+
+    Raises RuntimeError if most of it was not found in the cache.
+    """
     prompt = _prompt(random.Random("cached prompt"), length, vocab_size)
     cold = _first_token(engine, "cold", prompt)
     before = engine.figures().num_prefix_hit_tokens
@@ -109,7 +115,7 @@ def cached_prompt(engine: Engine, length: int, vocab_size: int) -> CachedPrompt:
 
 
 def _first_token(engine: Engine, request_id: str, prompt: list[int]) -> FirstToken:
-    """Of an idle engine, which then goes on with the second."""
+    """Time the first token of a request to an idle engine, then let the request end."""
     started = time.perf_counter()
     engine.add(_request(request_id, prompt, 4))
     events = engine.step()
@@ -122,7 +128,7 @@ def _first_token(engine: Engine, request_id: str, prompt: list[int]) -> FirstTok
 
 
 def _tokens_of(events: Events) -> Sequence[str]:
-    """The request of each token. Raises RuntimeError where one failed."""
+    """Return the request id of each token. Raises RuntimeError if a request failed."""
     for request_id, event in events:
         if isinstance(event, Failed):
             raise RuntimeError(f"{request_id} failed: {event.message}")

@@ -1,6 +1,6 @@
-"""What the GPU path is asked for, and whether a run met it.
+"""The goals of the GPU path, and whether a run met them.
 
-Pure: from the JSON of a run to Markdown. What a run did not measure is told, too.
+This module turns the JSON of a run into Markdown. It also names what a run did not measure.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ BATCHES = (1, 32, 256)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`met` is None where what was measured does not answer it."""
+    """What a run measured for a goal; `met` is None if that does not decide the goal."""
 
     text: str
     met: bool | None
@@ -34,7 +34,7 @@ _NOT_MEASURED = Measured("not measured", None)
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`measure` finds in a run what was asked for, or None."""
+    """A goal; `measure` finds its figure in a run, or returns None."""
 
     name: str
     asked: str
@@ -74,7 +74,7 @@ def goals_table(figures: Figures) -> str:
 
 
 def _row(rows: list[Figures], **wanted: Any) -> Figures | None:
-    """The last that is so."""
+    """Return the last row with these values."""
     return next((row for row in reversed(rows) if wanted.items() <= row.items()), None)
 
 
@@ -82,7 +82,7 @@ def _row(rows: list[Figures], **wanted: Any) -> Figures | None:
 
 
 def _engine_decode(batch: int, asked: float) -> Callable[[Figures], Measured | None]:
-    """The whole engine's; its steps on the device alone do not answer it."""
+    """Measure decode by the whole engine; the steps on the device alone do not decide the goal."""
     place = {"model": MODEL, "batch": batch, "context": CONTEXT}
 
     def measure(figures: Figures) -> Measured | None:
@@ -99,7 +99,7 @@ def _engine_decode(batch: int, asked: float) -> Callable[[Figures], Measured | N
 
 
 def _idle(figures: Figures) -> Measured | None:
-    """The worst of the batches counts, and all have to be there."""
+    """Measure idle time: the worst batch counts, and all batches must be measured."""
     rows = [_row(figures["steady"], model=MODEL, batch=batch, context=CONTEXT) for batch in BATCHES]
     shares = {row["batch"]: row["idle"] for row in rows if row is not None and "idle" in row}
     if not shares:
@@ -154,7 +154,7 @@ def _peer(by: str, workload: str, asked: float) -> Callable[[Figures], Measured 
         if engine is None or peer is None:
             return None
         if not peer["tokens_per_s"]:
-            return Measured("it came to nothing in its time", None)
+            return Measured("it finished no request in its time", None)
         times = engine["tokens_per_s"] / peer["tokens_per_s"]
         text = f"{times:.1f} times ({engine['tokens_per_s']:,.0f}, {peer['tokens_per_s']:,.0f})"
         return _of_whole(text, times >= asked, engine, peer)
@@ -163,7 +163,7 @@ def _peer(by: str, workload: str, asked: float) -> Callable[[Figures], Measured 
 
 
 def _of_whole(text: str, is_met: bool, *rows: Figures) -> Measured:
-    """What was cut short answers nothing."""
+    """Return the figure of whole workloads; one that was cut short does not decide the goal."""
     if all(row["finished"] for row in rows):
         return Measured(text, is_met)
     return Measured(f"{text}, cut short", None)
@@ -178,7 +178,7 @@ def _first_token(figures: Figures) -> Measured | None:
 
 
 def _cold_start(figure: str) -> Callable[[Figures], Measured | None]:
-    """Only a start that finds the kernels compiled answers it."""
+    """Measure a cold start; only one with compiled kernels decides the goal."""
 
     def measure(figures: Figures) -> Measured | None:
         row = _row(figures["cold_start"], model=MODEL)
@@ -195,7 +195,7 @@ def _cold_start(figure: str) -> Callable[[Figures], Measured | None]:
 
 
 def _model_in_graphs(name: str) -> Callable[[Figures], Measured | None]:
-    """With their shares of the bound, at about 1k."""
+    """Measure whether decode steps at about 1k run from graphs, with their shares of the bound."""
 
     def measure(figures: Figures) -> Measured | None:
         rows = [

@@ -1,4 +1,4 @@
-"""Each kernel alone, at a model's shapes: what it has to move and compute, and the call."""
+"""The cases in which each kernel is timed alone, at a model's shapes, with their bounds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ from kernels.paged_attention.mask import MaskSpec
 from kernels.store_kv import Rotary
 
 _COLD_BYTES = 256 << 20
-"""Of different data in turn: several times what a GPU's cache holds."""
+"""Size of the data that a case alternates over: several times the size of a GPU's cache."""
 _MOST_COPIES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class KernelShape:
-    """Of one model's layers."""
+    """The shapes of one model's layers."""
 
     hidden: int
     intermediate: int
@@ -54,7 +54,7 @@ LLAMA_8B = KernelShape(4096, 14336, 32, 8, 128, 128256)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Whose kernels run, where and at which shapes."""
+    """Which kernels run, on which device, and at which shapes."""
 
     shape: KernelShape
     device: torch.device
@@ -69,9 +69,9 @@ class Setting:
 class KernelCase:
     """A kernel at some size.
 
-    make       its call, on data of its own; the call may be repeated
-    num_bytes  that must be read and written
-    size       what the table says of it
+    make       makes a call on new data; the call may be repeated
+    num_bytes  bytes that the call must read and write
+    size       the sizes to show in the table
     """
 
     name: str
@@ -82,8 +82,10 @@ class KernelCase:
 
 
 def measure(case: KernelCase, timer: Timer, rates: Rates) -> dict[str, Any]:
-    """A row of the table. Inputs are cold, but for those smaller than the cache by far, which
-    a step finds warm too.
+    """Return a row of the table.
+
+    Inputs are not in the cache, except those far smaller than the cache, which are in the cache
+    in a real step too.
     """
     copies = 1
     if timer.on_cuda:
@@ -106,8 +108,9 @@ def cases(
     contexts: tuple[int, ...],
     prompts: tuple[tuple[int, int, int], ...],
 ) -> dict[str, list[KernelCase]]:
-    """By kind. Those of decode steps at each batch, and attention of prompts: (batch, length,
-    before).
+    """Return the cases by kind: decode steps at each batch, and attention of prompts.
+
+    prompts  (batch, length, tokens before)
     """
     return {
         "attention": [
@@ -200,7 +203,7 @@ def _attention(
 
 
 def attention_work(setting: Setting, step: StepSequences) -> Work:
-    """Queries in, outputs out, and every key and value that is seen once."""
+    """Return the work: queries read, outputs written, and every visible key and value once."""
     shape, itemsize, mask = setting.shape, setting.dtype.itemsize, MaskSpec()
     cost, num_tokens = Attention.of(_call(shape), itemsize), int(step.lengths.sum())
     in_and_out = num_tokens * cost.num_heads * cost.dims * itemsize
@@ -218,7 +221,7 @@ def _call(shape: KernelShape) -> AttentionCall:
 
 
 def _make_attention(setting: Setting, step: StepSequences) -> Callable[[], object]:
-    """Over a cache whose blocks lie in no order."""
+    """Make an attention call over a cache with shuffled blocks."""
     shape, num_sequences, dim = setting.shape, len(step.slots), setting.shape.head_dim
     width = -(-int(step.ends.max()) // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(num_sequences * width)
@@ -243,7 +246,7 @@ def sample(setting: Setting, batch: int) -> KernelCase:
 
 
 def sample_top_p(setting: Setting, batch: int) -> KernelCase:
-    """Of random logits, of which a trained model's are the easier."""
+    """Sample from random logits, which are harder than those of a trained model."""
     params = SamplingParams(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)
     return _sampling("sample, top-k and top-p", setting, batch, params)
 
@@ -271,8 +274,9 @@ _OF_SAMPLING = (greedy, sample, sample_top_p)
 
 
 def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
-    """The library's own, which take most of a step: what the rest is to be seen beside. Of few
-    rows there is a candidate of ours too.
+    """Return the library's matrix products, which take most of a step.
+
+    For few rows there is also a kernel of our own, a candidate to replace them.
     """
     shape = setting.shape
     sizes = {

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights: they take as long as the trained ones."""
+"""Models of real shapes with random weights, which take as long as the trained ones."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": 4096,
         },
     ),
-    # All 8 experts of a layer, and few layers: the shapes of its kernels, in 23 GB for 93.
+    # All 8 experts of a layer but few layers: the same kernel shapes, in 23 GB instead of 93.
     "Mixtral-8x7B-8-layers": (
         MixtralConfig,
         {
@@ -153,11 +153,11 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 @torch.no_grad()
 def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers makes it, on the device at once; no token ends a sequence.
+    """Build a model with transformers, on the device; no token ends a sequence.
 
-    Embeddings are as large as what layers make of them: as transformers has them, a fiftieth,
-    rounding grows from layer to layer as in no trained model, to half of what the load probe
-    lets pass for the model's own answers.
+    Embeddings are scaled to the size of the layers' outputs. transformers initialises them to a
+    fiftieth of that, with which rounding errors grow from layer to layer as in no trained model,
+    to half of the load probe's tolerance.
     """
     config_class, options = CONFIGS[name]
     with device:
@@ -185,9 +185,9 @@ def word_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def hf_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A token for each word of the load generator, and some text for every id there is.
+    """Return a tokenizer with a token for each word of the load generator and text for every id.
 
-    So prompts are as long as the generator says, and answers cost what text costs.
+    So prompts have the generator's lengths, and decoding an answer costs what text costs.
     """
     plan = LoadPlan("tgi", 64, LengthMix.parse("200"), LengthMix.parse("1"), concurrency=1)
     _, prompts = make_prompts(plan)

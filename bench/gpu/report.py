@@ -1,6 +1,6 @@
 """The figures of GPU runs: where they are kept, and the tables made from them.
 
-Pure: from the JSON of a run to Markdown. Knows nothing of how anything was measured.
+This module turns the JSON of a run into Markdown, and knows nothing of how it was measured.
 """
 
 import json
@@ -21,7 +21,7 @@ _ABSENT = "-"
 
 
 def result_path(folder: Path, date: str, device: str, scale: str) -> Path:
-    """Of a new file: a run never overwrites another."""
+    """Return the path of a new file; a run never overwrites another."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     stem = f"{date}-{slug}" if scale == "full" else f"{date}-{slug}-{scale}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
@@ -29,7 +29,7 @@ def result_path(folder: Path, date: str, device: str, scale: str) -> Path:
 
 
 def load_results(folder: Path) -> list[Figures]:
-    """Those of GPUs, of all the results in the folder, the oldest first."""
+    """Return the results of GPUs in the folder, the oldest first."""
     found = []
     for path in folder.glob("*.json"):
         figures = json.loads(path.read_text())
@@ -39,7 +39,7 @@ def load_results(folder: Path) -> list[Figures]:
 
 
 def newest(results: Sequence[Figures]) -> list[Figures]:
-    """One for each device: its last full run that has decode steps, else its last with any."""
+    """Return one run of each device: its last full run with decode steps, else its best other."""
     chosen: dict[str, Figures] = {}
     for figures in results:
         best = chosen.get(figures["device"])
@@ -53,7 +53,7 @@ def _worth(figures: Figures) -> tuple[bool, bool]:
 
 
 def rewrite_table(readme: Path, folder: Path) -> None:
-    """Between the marks in the README, from the results in the folder."""
+    """Rewrite the tables between the marks in the README, from the results in the folder."""
     body = render(newest(load_results(folder)))
     before, _, rest = readme.read_text().partition(_MARKS[0])
     _, _, after = rest.partition(_MARKS[1])
@@ -172,7 +172,7 @@ def _first_token(figures: Figures) -> str | None:
 
 
 def _cold_start(figures: Figures) -> str | None:
-    """Phases may go on after the first token: graphs are captured when there is time."""
+    """Phases may end after the first token: graphs are captured when there is time."""
     return _table(
         ["model", "start", "first token", "every graph", "phases"],
         [
@@ -189,7 +189,7 @@ def _cold_start(figures: Figures) -> str | None:
 
 
 def _end_to_end(figures: Figures) -> str | None:
-    """A line for each workload, and the engine's ratio to whoever else did it."""
+    """Make a line for each workload, with the engine's ratio to the other servers."""
     workloads: dict[tuple[str, str], dict[str, Figures]] = {}
     for row in figures["end_to_end"]:
         workloads.setdefault((row["model"], row["workload"]), {})[row["by"]] = row
@@ -234,21 +234,21 @@ def _kernels(figures: Figures) -> str | None:
 
 
 def _missing(figures: Figures) -> str | None:
-    """What is not there, or not as it should be, in words."""
+    """Return notes on figures that are missing or were measured in an unusual way."""
     lines = []
     if any(not row["fits"] for row in figures["decode"]):
         lines.append("\\* The cache is too small: sequences share blocks.")
     if any(not row["in_graph"] for row in figures["decode"]):
-        lines.append("† Launched kernel by kernel, for want of a graph.")
+        lines.append("† Launched kernel by kernel, as there was no graph.")
     if any(not row["finished"] for row in figures["end_to_end"]):
-        lines.append("\\* Cut short by the time there was, or with requests that failed.")
+        lines.append("\\* Cut short by the time limit, or with failed requests.")
     lines += [f"Not measured: {s['section']} ({s['reason']})." for s in figures["skipped"]]
     lines += [f"Failed: {name} ({error})." for name, error in figures["errors"].items()]
     return "\n".join(lines) or None
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str | None:
-    """None where there are no rows."""
+    """Return a Markdown table, or None if there are no rows."""
     if not rows:
         return None
     lines = [_line(headings), "|---" * len(headings) + "|", *map(_line, rows)]

@@ -1,8 +1,8 @@
-"""One run of `bench.gpu`: its figures, where they are written, and how long it may go on.
+"""One run of `bench.gpu`: its figures, where they are written, and how much time it has.
 
-A run is a list of sections. What fails in one is noted, and the next begins; what the time
-does not reach is listed. A section that ends with the device lost ends the process too, and
-another process goes on with the next: `bench.gpu.supervisor`.
+A run is a list of sections. If a section fails, the failure is recorded and the next section
+begins; sections that do not fit into the time are listed. If a section loses the device, the
+process ends, and `bench.gpu.supervisor` continues in another process.
 """
 
 import datetime
@@ -24,20 +24,20 @@ import triton
 from bench.gpu.scales import Scale
 
 _MARGIN_S = 10.0
-"""Left at the end by what stops at the deadline by itself."""
+"""How long before the end of the run its deadlines are."""
 
 
 class DeviceLost(Exception):
-    """Nothing more can be done on it in this process."""
+    """The device can no longer be used in this process."""
 
 
 class NothingToMeasure(Exception):
-    """A section cannot be measured here, which is no failure; the reason."""
+    """A section cannot be measured here, which is not a failure. The message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Something to be measured; `needs_s` is about what it takes on an H200."""
+    """A part of a run; `needs_s` is about how long it takes on an H200."""
 
     name: str
     work: Callable[[], None]
@@ -45,7 +45,7 @@ class Section:
 
     @property
     def limit_s(self) -> float:
-        """After which it is taken to hang, be it in a process that has to load the model anew."""
+        """When a section is considered hung, even if its process has to load the model again."""
         return 2 * self.needs_s + 90
 
 
@@ -63,16 +63,19 @@ class Run:
 
     @property
     def seconds_left(self) -> float:
-        """Since the run was begun, in whichever process."""
+        """Seconds left of the run, which may have begun in another process."""
         started = datetime.datetime.fromisoformat(self.figures["started"]).timestamp()
         return self.scale.seconds - (time.time() - started)
 
     def deadline(self, most_s: float = float("inf")) -> float:
-        """For what can stop by itself, with `most_s` to go at most; `time.perf_counter`'s."""
+        """Return the `time.perf_counter` time at which work must stop, at most `most_s` ahead."""
         return time.perf_counter() + min(self.seconds_left - _MARGIN_S, most_s)
 
     def has_time(self, name: str, needs_s: float = 0.0) -> bool:
-        """Whether there is; else it is listed. A CPU is only for trying: it takes its time."""
+        """Return whether `needs_s` seconds are left; if not, list the section as skipped.
+
+        Runs on a CPU only test the run, and may take longer.
+        """
         needs_s = needs_s if self.on_cuda else 0.0
         if self.seconds_left > needs_s:
             return True
@@ -84,7 +87,7 @@ class Run:
         self.figures["skipped"].append({"section": name, "reason": reason})
 
     def fail(self, name: str, error: Exception) -> None:
-        """Raises DeviceLost where it leaves no device to go on with."""
+        """Record a failure. Raises DeviceLost if the device can no longer be used."""
         self.figures["errors"][name] = f"{type(error).__name__}: {error}"[:500]
         if self.on_cuda:
             try:
@@ -93,7 +96,7 @@ class Run:
                 raise DeviceLost(str(lost)) from error
 
     def measure(self, sections: list[Section]) -> None:
-        """All that were not reached before. Raises DeviceLost."""
+        """Measure the sections that this run has not measured or skipped. Raises DeviceLost."""
         passed = {entry["section"] for entry in self.figures["skipped"]}
         for section in sections:
             if section.name not in passed and section.name not in self.figures["seconds"]:
@@ -123,21 +126,19 @@ class Run:
         self.release()
 
     def release(self) -> None:
-        """Give back what is not used any more; a device that is lost has said so already."""
+        """Free unused memory. Errors of a lost device were reported before."""
         gc.collect()
         if self.on_cuda:
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
     def write(self) -> None:
-        """Whole or not at all: a run may be killed at any moment."""
+        """Write the figures atomically, as a run may be killed at any moment."""
         write_figures(self.path, self.figures)
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """What the engine logs goes with the figures: which fusions it found, what it could not
-        do.
-        """
+        """Add the engine's log to the figures, such as which fusions it found."""
         logger, handler = logging.getLogger("engine"), _Keep(self.figures["log"])
         level = logger.level
         logger.addHandler(handler)

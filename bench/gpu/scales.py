@@ -1,4 +1,4 @@
-"""How much `bench.gpu` measures: all of it, a quick part, or shapes small enough for a try."""
+"""How much `bench.gpu` measures: everything, a quick part, or tiny shapes to test the run."""
 
 from dataclasses import dataclass, replace
 
@@ -8,8 +8,9 @@ from bench.gpu.workloads import Workload, mixed, uniform
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Steps of a model: decode at each batch and context; prefill of (prompts, tokens of each,
-    tokens before them). What is longer than the model can be is cut to that.
+    """The steps of a model to measure; contexts are cut to the model's longest.
+
+    prompts  prefills as (number of prompts, tokens of each, cached tokens before them)
     """
 
     batches: tuple[int, ...]
@@ -18,21 +19,21 @@ class Points:
 
     @property
     def longest(self) -> int:
-        """Tokens of a sequence."""
+        """Most tokens of a sequence."""
         return max(*self.contexts, *(length + before for _, length, before in self.prompts))
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured, and in what time.
+    """How much is measured, and in how many seconds.
 
-    model          which gets everything; `others` get their steps alone
-    count          steps that are timed of each kind
-    steady         (batch, context) of the engine's own decode, and the steps timed of each
-    cached_prompt  tokens of the prompt whose first token is timed when it is cached
-    single         one request, which `generate` gets too
-    peer           what transformers' continuous batching gets too
-    starts         of the server, the last of which counts
+    model          the model of all sections; only steps are measured of `others`
+    count          timed steps of each kind
+    steady         (batch, context) of steady decode; `steady_count` steps of each are timed
+    cached_prompt  length of the prompt whose first token is timed when it is cached
+    single         workload of one request, for the engine and `generate`
+    peer           workload for the engine and transformers' continuous batching
+    starts         number of starts of the server, of which the last one counts
     """
 
     name: str
@@ -59,9 +60,7 @@ class Scale:
 
     @property
     def longest(self) -> int:
-        """Tokens of any sequence of the first model; a prompt's text may be one more than was
-        asked for.
-        """
+        """Most tokens of any sequence of the first model, with some to spare."""
         workloads = [w.longest for w in (*self.offline, self.http, self.single, self.peer)]
         return max(self.points.longest + self.count, self.cached_prompt, *workloads) + 16
 

@@ -1,4 +1,4 @@
-"""The sections of `bench.gpu`: each puts rows into the figures of its run."""
+"""The sections of `bench.gpu`. Each one adds rows to the figures of its run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,8 +42,10 @@ SECTIONS = (
 
 
 def sections_of(run: Run, only: set[str]) -> list[Section]:
-    """Those asked for, the most telling first. What each takes is estimated for an H200 whose
-    kernels have to be compiled: 435 s in all, of the full scale's 465.
+    """Return the chosen sections, the most informative first.
+
+    Their times are estimates for an H200 that has to compile the kernels: 435 s in all, of the
+    465 s of the full scale.
     """
     stage, scale = Stage(run), run.scale
     first = scale.model
@@ -64,10 +66,10 @@ def sections_of(run: Run, only: set[str]) -> list[Section]:
 
 
 def rates_of(run: Run) -> Rates:
-    """Those of the ceilings. Raises NothingToMeasure where they are missing."""
+    """Return the rates of the ceilings. Raises NothingToMeasure if they are missing."""
     ceilings = run.figures["ceilings"]
     if ceilings is None:
-        raise NothingToMeasure("there are no ceilings to hold it against")
+        raise NothingToMeasure("there are no ceilings to compare with")
     return Rates(ceilings["gb_per_s"] * 1e9, ceilings["tflops"] * 1e12)
 
 
@@ -83,7 +85,7 @@ def measure_device(run: Run) -> None:
 def decode_sections(
     run: Run, stage: Stage, name: str, first_s: float, next_s: float
 ) -> list[Section]:
-    """One for each context; the first brings the model with it."""
+    """Return a section for each context; the first one also loads the model."""
     is_first = name == run.scale.model
     contexts = (run.scale.points if is_first else run.scale.other_points).contexts
     return [
@@ -97,8 +99,10 @@ def decode_sections(
 
 
 def other_sections(run: Run, stage: Stage, name: str) -> list[Section]:
-    """A model of 8B is made in 4 s, probed and fused in 10 (with kernels of its own head size to
-    compile), sized in 2; a batch's graphs and steps take 2.
+    """Return the sections of one of the other models.
+
+    An 8B model takes 4 s to build, 10 s to probe and fuse (with kernels of its head size to
+    compile), and 2 s to size. The graphs and steps of a batch take 2 s.
     """
     prefill = Section(f"{name}: prefill", partial(measure_prefill, run, stage, name), 3)
     return [*decode_sections(run, stage, name, first_s=20, next_s=5), prefill]
@@ -150,7 +154,7 @@ def measure_prefill(run: Run, stage: Stage, name: str) -> None:
 def _prefill_row(
     subject: Subject, steps: Steps, prompts: tuple[int, int, int], count: int, rates: Rates
 ) -> Row:
-    """In as many steps as the engine takes for so many tokens."""
+    """Measure a prefill in as many steps as the engine would take."""
     batch, length, before = prompts
     longest = subject.limits.max_batch_tokens // batch
     end, parts = before + length, []
@@ -189,7 +193,10 @@ def _figures(seconds: StepSeconds, work: Work) -> Row:
 
 
 def kernel_sections(run: Run, stage: Stage) -> list[Section]:
-    """Attention first, which is to be compiled for each shape, as the sampling of rows is."""
+    """Return a section for each kind of kernel.
+
+    Attention and sampling take longest, as they are compiled for each shape.
+    """
     needs_s = {"attention": 15, "GEMM": 6, "step": 8, "sampling": 12}
     scale = run.scale
     setting = Setting(scale.kernels, run.device, run.dtype, ops_for(run.device))
@@ -202,7 +209,7 @@ def kernel_sections(run: Run, stage: Stage) -> list[Section]:
 
 def measure_kernels(run: Run, stage: Stage, cases: list[KernelCase]) -> None:
     rates = rates_of(run)
-    stage.clear_cache()  # which fills the device
+    stage.clear_cache()  # the cache fills the device
     timer = Timer(run.device)
     for case in cases:
         name = f"{case.name} {case.size}"
@@ -218,7 +225,9 @@ def measure_kernels(run: Run, stage: Stage, cases: list[KernelCase]) -> None:
 
 
 def steady_sections(run: Run, stage: Stage) -> list[Section]:
-    """The first brings the engine with it: 28 graphs, and two kinds of sampling to compile. The
+    """Return a section for each batch of steady decode.
+
+    The first one also makes the engine, with 28 graphs and two kinds of sampling to compile. The
     prompts of 256 sequences take 8 s.
     """
     return [
@@ -232,8 +241,10 @@ def steady_sections(run: Run, stage: Stage) -> list[Section]:
 
 
 def measure_steady(run: Run, stage: Stage, batch: int, context: int) -> None:
-    """Beside the same step on the device alone, forward and sampling queued back to back: what the
-    engine takes longer is time in which the device waits for it.
+    """Measure steady decode by the whole engine, and compare it with the step on the device alone.
+
+    The device's step is forward and sampling, queued back to back. The engine's extra time is
+    time in which the device waits.
     """
     rates, count = rates_of(run), run.scale.steady_count
     with stage.engine() as engine:
@@ -255,7 +266,7 @@ def measure_steady(run: Run, stage: Stage, batch: int, context: int) -> None:
 
 
 def _beside_steps(run: Run, row: Row, wall_ms: float) -> Row:
-    """Where the decode steps were measured at the same point."""
+    """Return the comparison, if the decode step was measured at the same point."""
     for step in run.figures["decode"]:
         if row.items() <= step.items():
             return {"step_ms": step["step_ms"], "idle": 1 - step["step_ms"] / wall_ms}
@@ -281,7 +292,7 @@ def measure_first_token(run: Run, stage: Stage) -> None:
 
 
 def offline_sections(run: Run, stage: Stage) -> list[Section]:
-    """The largest takes 26 s."""
+    """Return a section for each workload, the largest of which takes 26 s."""
     workloads = dict.fromkeys((run.scale.single, run.scale.peer, *run.scale.offline))
     return [
         Section(
@@ -310,7 +321,7 @@ def measure_offline(run: Run, stage: Stage, workload: Workload) -> None:
 
 
 def http_section(run: Run, stage: Stage) -> Section:
-    """A client is started in 5 s."""
+    """Return the section over HTTP, whose client takes 5 s to start."""
     needs_s = 10 + run.scale.http.num_output / 10_000
     return Section("over HTTP", partial(measure_http, run, stage), needs_s)
 
@@ -327,8 +338,10 @@ def measure_http(run: Run, stage: Stage) -> None:
 
 
 def peer_sections(run: Run, stage: Stage) -> list[Section]:
-    """`generate` takes 30 ms a token, continuous batching some 20 s to set up and 100 ms a step;
-    the model is made again, by itself: 5 s.
+    """Return the sections of transformers.
+
+    `generate` takes 30 ms a token, continuous batching some 20 s to set up and 100 ms a step, and
+    building the model again 5 s.
     """
     share = None if run.on_cuda else 0.1
     continuous = partial(workloads.continuous, memory_share=share)
@@ -369,9 +382,10 @@ def _beside_ideal(row: Row, workload: Workload, ideal_s: float) -> dict[str, flo
 
 
 def measure_cold_start(run: Run, stage: Stage) -> None:
-    """Written once, started as often as the scale says: the first fills the caches of compiled
-    kernels. The model is made in 5 s, its 16 GB are written in 20, and a start takes 15 with its
-    graphs, another one if there is the time.
+    """Write a checkpoint once, and start the server on it `starts` times.
+
+    The first start fills the caches of compiled kernels. Building the model takes 5 s, writing
+    its 16 GB 20 s, and each start with its graphs 15 s.
     """
     scale = run.scale
     try:

@@ -1,13 +1,13 @@
-"""A candidate: linears of few rows in a kernel of our own, beside the library's.
+"""A candidate kernel for linears of few rows, which is not in use.
 
-At a few rows a linear is a read of its weights. The library's product reaches some 80% of
-the memory's bandwidth there; what a decode step of one sequence loses beside its bound is
-mostly this. The kernel turns the product round, so that the weights are the tall operand
-of the matrix units and the rows their narrow one, and cuts the outputs so finely that each
-processor has several streams of weights in flight.
+At few rows, a linear mainly reads its weights. The library's product reaches some 80% of the
+memory bandwidth there, which is most of what a decode step of one sequence loses against its
+bound. This kernel transposes the product, so that the weights are the tall operand of the matrix
+units and the rows the narrow one, and cuts the outputs finely enough that each multiprocessor
+has several streams of weights in flight.
 
-It is measured by `bench.gpu` and serves nobody: it moves to `kernels/` if a card says so,
-and goes if not.
+`bench.gpu` compares it with the library's product. It moves to `kernels/` if it is faster on a
+GPU, and is deleted if not.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_ROWS = 16
-"""Of the narrow operand: what the matrix units take at least."""
+"""Rows of the narrow operand: the fewest that the matrix units accept."""
 
 
 class Tiling(NamedTuple):
-    """Outputs and inputs of a weight tile, and how many tiles a program has in flight."""
+    """The outputs and inputs of a weight tile, and the tiles that a program has in flight."""
 
     outputs: int
     inputs: int
@@ -30,10 +30,11 @@ class Tiling(NamedTuple):
 
 
 def tiling_for(num_rows: int) -> Tiling:
-    """16 KB a tile and 48 KB a program in flight, of which a processor runs three or more: over
-    a microsecond of latency that is 140 KB, and its share of 4.8 TB/s is 36 KB.
+    """Choose tiles of 16 KB, with 48 KB in flight for each program.
 
-    Every program reads all rows: with more of them tiles are taller, for fewer programs.
+    A multiprocessor runs three or more programs, so that 140 KB are in flight over a microsecond
+    of latency; its share of 4.8 TB/s is 36 KB. Every program reads all rows, so that with more
+    rows tiles are taller and programs fewer.
     """
     if num_rows <= 2:
         return Tiling(16, 512, 4)
@@ -41,16 +42,16 @@ def tiling_for(num_rows: int) -> Tiling:
 
 
 def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, accumulated in float32: [rows, outputs] in x's dtype.
+    """Return x @ weight.T, accumulated in float32, as [rows, outputs] in x's dtype.
 
     x       [rows, inputs], at most `MAX_ROWS` rows, contiguous
     weight  [outputs, inputs], contiguous
 
-    Reads the weights once. How a row is summed depends on neither the other rows nor their
-    number, but for the tile's width.
+    Reads the weights once. The sum of a row does not depend on the other rows, except that their
+    number decides the width of tiles.
     """
     (num_rows, num_inputs), num_outputs = x.shape, len(weight)
-    assert num_rows <= MAX_ROWS, f"{num_rows} rows are not few"
+    assert num_rows <= MAX_ROWS, f"{num_rows} rows are more than {MAX_ROWS}"
     output = x.new_empty(num_rows, num_outputs)
     tiling = tiling_for(num_rows)
     skinny_linear_kernel[(triton.cdiv(num_outputs, tiling.outputs),)](

@@ -1,7 +1,6 @@
-"""What is on the device: one model at a time, and what was made of it.
+"""The model that is on the device, and the engine or steps made from it: one of each at a time.
 
-Everything is made when it is first asked for, so that whichever section comes first, in
-whichever process, pays for it; and given up when something else needs the room.
+Everything is made when a section first needs it, and freed when something else needs the memory.
 """
 
 import time
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model, ready for the engine, and what its steps cost."""
+    """A model, ready for the engine, and the cost of its steps."""
 
     name: str
     loaded: LoadedModel
@@ -46,7 +45,7 @@ class Subject:
 
 
 class Stage:
-    """Owns the model on the device, and what runs it."""
+    """Owns the model on the device, and the engine or the steps that run it."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -55,13 +54,13 @@ class Stage:
         self._failed: dict[str, str] = {}
 
     def clear(self) -> None:
-        """Of everything."""
+        """Free everything."""
         self.clear_cache()
         self._model = None
         self._run.release()
 
     def clear_cache(self) -> None:
-        """Of all but the model."""
+        """Free everything except the model."""
         if self._runner is not None:
             self._runner.close()
         self._runner = None
@@ -81,7 +80,7 @@ class Stage:
         return subject
 
     def peer(self, name: str) -> PreTrainedModel:
-        """A model of transformers' own, in which nothing is replaced."""
+        """Return a plain transformers model, in which nothing is replaced."""
         match self._model:
             case (str(on_stage), PreTrainedModel() as model) if on_stage == name:
                 return model
@@ -101,7 +100,10 @@ class Stage:
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
-        """Of the first model, with every graph captured. Whoever fails leaves none behind."""
+        """Yield the engine of the first model, with every graph captured.
+
+        An exception frees the engine.
+        """
         subject = self.subject(self._run.scale.model)
         if not isinstance(self._runner, Engine):
             self.clear_cache()
@@ -113,7 +115,7 @@ class Stage:
             raise
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
-        """What cannot be made is not tried again by the next that asks for it."""
+        """Make something; if that failed before, raise at once instead of trying again."""
         if name in self._failed:
             raise RuntimeError(f"{name} failed before: {self._failed[name]}")
         try:

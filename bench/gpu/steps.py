@@ -1,7 +1,7 @@
-"""Steps of a model as the engine runs them, of batches that no scheduler made.
+"""Time the steps of a model as the engine runs them, without a scheduler.
 
-The runner, its graphs, the paged cache and the sampler are the engine's own. Sequences are
-made up: their tokens count as computed, and the cache holds noise, which takes as long.
+The runner, its graphs, the paged cache and the sampler are the engine's. The sequences are made
+up: their tokens count as computed, and the cache holds noise, which takes as long.
 """
 
 import time
@@ -28,11 +28,12 @@ from engine.step.runner import StepResult, build_runner
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """on_device  of a step, one queued behind the other
-    wall       of a step that the host builds and launches while the one before it runs
-    fits       whether the cache had a block for each that the sequences read; if it had not,
-               some are read by several, in no order that a cache could use
-    in_graph   whether the forward and the sampling were replayed from graphs
+    """The time of a step.
+
+    on_device  seconds of a step, with several queued one behind the other
+    wall       seconds of a step that the host builds and launches while the previous one runs
+    fits       the KV cache had enough blocks; otherwise sequences share blocks, at random
+    in_graph   the forward and the sampling were replayed from graphs
     """
 
     on_device: float
@@ -42,13 +43,13 @@ class StepSeconds:
 
 
 class Steps:
-    """Owns a runner, and with it the model's cache and graphs, until closed."""
+    """Owns a runner, with the model's KV cache and graphs, until it is closed."""
 
     def __init__(self, loaded: LoadedModel, limits: Limits, capture: Capture | None):
         device = loaded.model.device
         self.captures = capture is not None
         self.num_graphs = 0
-        self._captured: set[GraphShape | None] = set()  # shapes of which there are both graphs
+        self._captured: set[GraphShape | None] = set()  # shapes with both graphs
         self._limits = limits
         self._timer = Timer(device)
         self._stream = make_stream(device)
@@ -66,7 +67,7 @@ class Steps:
         self._stream.close()
 
     def decode(self, batch: int, context: int, count: int) -> StepSeconds:
-        """Of a token for each of `batch` sequences, `context` tokens long and a few more."""
+        """Time decode steps of `batch` sequences of about `context` tokens."""
         sequences, fits = self._sequences(batch, context, context + count + 1)
         start, num_graphs = context - 1, self.num_graphs
         for reset in (True, False):  # one that runs and is captured, and the first replayed
@@ -79,7 +80,7 @@ class Steps:
         return StepSeconds(self._device_seconds(step, count), wall, fits, in_graph)
 
     def prefill(self, batch: int, length: int, before: int, count: int) -> StepSeconds:
-        """Of `length` more tokens of each of `batch` prompts."""
+        """Time `length` tokens of each of `batch` prompts, after `before` cached ones."""
         sequences, fits = self._sequences(batch, before + length, before + length)
         self._launch(_batch(sequences, before, length, reset=True)).result()
         wall = self._wall_seconds(lambda _: _batch(sequences, before, length), count)
@@ -98,7 +99,7 @@ class Steps:
         return self._runner.launch(self._builder.build(batch))
 
     def _wall_seconds(self, make_batch: Callable[[int], Batch], count: int) -> float:
-        """Launched ahead by one, as the engine does."""
+        """Time steps that are launched one ahead, as the engine does."""
         pending = self._launch(make_batch(0))
         started = time.perf_counter()
         for i in range(1, count + 1):
@@ -114,7 +115,7 @@ class Steps:
     def _sequences(
         self, batch: int, num_known: int, num_tokens: int
     ) -> tuple[list[Sequence], bool]:
-        """In slots 0 and on, over blocks that lie in no order."""
+        """Make sequences in slots from 0 on, with shuffled blocks; return also whether they fit."""
         width, num_blocks = -(-num_tokens // BLOCK_SIZE), self._limits.num_blocks
         fits = batch * width <= num_blocks
         if fits:
@@ -139,7 +140,7 @@ def _batch(sequences: list[Sequence], start: int, length: int, reset: bool = Fal
 
 
 def fill_cache(calls: list[AttentionCall]) -> None:
-    """With noise: memory that was never written may hold NaN, and zeros take less power."""
+    """Fill the KV cache with noise: unwritten memory may hold NaN, and zeros take less power."""
     for call in calls:
         for cache in call.module.paged_attention._calls:  # type: ignore[union-attr]
             if cache.writes and cache.key.dtype.itemsize > 1:

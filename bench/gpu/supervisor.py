@@ -1,7 +1,8 @@
-"""Sees a run through to its end, in as many processes as it takes.
+"""Run a benchmark to its end, in as many processes as it takes.
 
-A kernel that reads where it must not leaves no device to its process, and one that never ends
-no process at all. Each costs the section it was in: another process goes on with the next.
+A kernel with an illegal memory access makes the device unusable for its process, and a kernel
+that never ends hangs the process. Either one loses the current section only: another process
+continues with the next section.
 """
 
 import json
@@ -18,13 +19,14 @@ from bench.gpu.run import write_figures
 
 _POLL_S = 0.5
 _STOP_S = 5.0
-"""For the process to clean up behind it."""
+"""How long a process may take to clean up."""
 
 
 def see_through(command: Sequence[str], path: Path, until: float) -> None:
-    """Start the command, which goes on with the run in `path` and ends with 0 when nothing is
-    left of it, until it does. Gives up at `until`, by `time.time`, and where a process comes to
-    its end without having passed any section.
+    """Start the command again and again, until it ends with 0, which means that the run is done.
+
+    The command continues the run in `path`. Gives up at `until`, a `time.time` time, and when a
+    process ends without completing a section.
     """
     while time.time() < until:
         num_passed = len(_read(path)["seconds"])
@@ -45,8 +47,9 @@ def see_through(command: Sequence[str], path: Path, until: float) -> None:
 
 
 def _watch(command: Sequence[str], path: Path, until: float) -> tuple[str | None, str | None]:
-    """Why the process ended too early, None where it did not, and in which section, None where
-    it was in none.
+    """Run the command once. Return why it ended too early, and in which section.
+
+    The reason is None if the process ended properly, the section None if it was in none.
     """
     process, hung = subprocess.Popen(command, start_new_session=True), False
     try:
@@ -59,7 +62,7 @@ def _watch(command: Sequence[str], path: Path, until: float) -> tuple[str | None
     running = running if hung else _read(path)["running"]
     section = running["section"] if running else None
     if hung:
-        return "it took far too long, and was ended", section
+        return "it took far too long, and was killed", section
     reason = None if process.returncode == 0 else f"its process ended with {process.returncode}"
     return reason, section
 
@@ -70,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With whatever it started."""
+    """End the process and everything that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""Whole workloads, from the first prompt to the last token: the engine, its server, and peers.
+"""Run whole workloads, from the first prompt to the last token, by the engine and its peers.
 
-Every measurement stops at its deadline and then tells what it has come to by then.
+Every measurement stops at its deadline, and then reports what was done by then.
 """
 
 import json
@@ -33,7 +33,7 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests of (tokens in, tokens out), all there from the start."""
+    """Requests with these (tokens in, tokens out), all present from the start."""
 
     name: str
     lengths: tuple[tuple[int, int], ...]
@@ -65,13 +65,13 @@ def uniform(count: int, num_in: int, num_out: int) -> Workload:
 
 
 def mixed(count: int, longest: int) -> Workload:
-    """nano-vllm's own benchmark: the lengths that its seed 0 gives, at temperature 0.6."""
+    """Return nano-vllm's own benchmark, with the lengths of its seed 0, at temperature 0.6."""
     rng, shortest = random.Random(0), min(100, longest)
     nums_in = []
     for _ in range(count):
         nums_in.append(rng.randint(shortest, longest))
         for _ in range(nums_in[-1]):
-            rng.randint(0, 10000)  # its tokens, which the lengths to come depend on
+            rng.randint(0, 10000)  # draw its tokens, as they affect the following lengths
     lengths = tuple((num_in, rng.randint(shortest, longest)) for num_in in nums_in)
     name = f"{count} x {shortest} to {longest} in and out"
     return Workload(name, lengths, SamplingParams(do_sample=True, temperature=0.6))
@@ -79,7 +79,7 @@ def mixed(count: int, longest: int) -> Workload:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`finished` is False where the deadline came first."""
+    """The result of a workload; `finished` is False if the deadline came first."""
 
     output_tokens: int
     seconds: float
@@ -93,7 +93,7 @@ class Outcome:
 
 
 def warm(engine: Engine, sampling: SamplingParams, vocab_size: int) -> None:
-    """Run steps of every size that has a graph, twice: the first is what captures it."""
+    """Run steps of every size that has a graph, twice: the first one captures it."""
     count = engine.limits.max_sequences
     sizes = sizes_for(count)
     lengths = [(8, 2 * sum(size > i for size in sizes) + 1) for i in range(count)]
@@ -101,7 +101,7 @@ def warm(engine: Engine, sampling: SamplingParams, vocab_size: int) -> None:
 
 
 def offline(engine: Engine, requests: Sequence[Request], deadline: float = float("inf")) -> Outcome:
-    """Driven by hand, as fast as it steps; `deadline` as `time.perf_counter` has it."""
+    """Run the requests by calling `Engine.step`; `deadline` is a `time.perf_counter` time."""
     for request in requests:
         engine.add(request)
     num_tokens, finished, started = 0, True, time.perf_counter()
@@ -115,11 +115,11 @@ def offline(engine: Engine, requests: Sequence[Request], deadline: float = float
 
 
 def over_http(engine: Engine, workload: Workload, deadline: float) -> dict[str, Any]:
-    """A stream for each request, all at once. The client is a process of its own.
+    """Stream all requests at once, from a client in its own process.
 
-    Closes the engine. Raises where no request succeeds.
+    Closes the engine. Raises RuntimeError if no request succeeds.
     """
-    from bench.http_engine import serving_engine  # brings packages that the rest can do without
+    from bench.http_engine import serving_engine  # imports packages that the rest does not need
 
     (num_in, num_out), count = workload.lengths[0], len(workload.lengths)
     options = {"input-len": num_in, "output-len": num_out}
@@ -149,7 +149,7 @@ def over_http(engine: Engine, workload: Workload, deadline: float) -> dict[str, 
 
 @torch.inference_mode()
 def generate(model: Any, workload: Workload, deadline: float) -> Outcome:
-    """`model.generate` of all requests as one batch; they have to be equally long."""
+    """Run `model.generate` on all requests as one batch; they must have equal lengths."""
     requests = workload.requests(model.config.vocab_size)
     model.set_attn_implementation("sdpa")
     ids = torch.tensor([request.prompt_ids for request in requests], device=model.device)
@@ -167,10 +167,10 @@ def generate(model: Any, workload: Workload, deadline: float) -> Outcome:
 def continuous(
     model: Any, workload: Workload, deadline: float, memory_share: float | None = None
 ) -> Outcome:
-    """Its continuous batching, set up and warmed up before the clock starts.
+    """Run transformers' continuous batching, which is set up before the clock starts.
 
-    It tells of requests that have ended only: of those cut short nothing counts. It decides
-    how much memory to take, unless told.
+    It reports finished requests only, so requests that are cut short count nothing. Unless
+    `memory_share` is given, it decides how much memory to use.
     """
     requests = workload.requests(model.config.vocab_size)
     num_out = workload.lengths[0][1]
@@ -186,14 +186,15 @@ def continuous(
         try:
             num_tokens = _collect(manager, len(requests), deadline)
             seconds = time.perf_counter() - started
-        finally:  # what has not ended would be waited for
+        finally:  # otherwise leaving the context would wait for unfinished requests
             manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
     return Outcome(num_tokens, seconds, num_tokens == workload.num_output)
 
 
 def _batching_by_sdpa(model: Any, memory_share: float | None) -> Any:
-    """Both have to be kept from taking flash attention where that is installed: up to version
-    5.17 by the name of the attention, later by an option.
+    """Make a configuration that uses sdpa even where flash attention is installed.
+
+    Up to version 5.17 the name of the attention decides, later an option.
     """
     options: dict[str, Any] = {"max_memory_percent": memory_share}
     if "auto_switch_to_flash" in transformers.ContinuousBatchingConfig.__dataclass_fields__:
@@ -205,7 +206,7 @@ def _batching_by_sdpa(model: Any, memory_share: float | None) -> Any:
 
 
 def _collect(manager: Any, num_requests: int, deadline: float) -> int:
-    """Tokens of the requests that ended by the deadline."""
+    """Return the number of tokens of the requests that ended by the deadline."""
     num_ended, num_tokens = 0, 0
     while num_ended < num_requests and time.perf_counter() < deadline:
         result = manager.get_result(timeout=1)

@@ -1,26 +1,27 @@
 """Paged attention in Triton: one launch for a step's decodes, one for its prefill chunks.
 
-**Tiles.** A tile is a few consecutive queries of one sequence, with all the query heads
-that share one key/value head: together the rows of a matrix. A program walks the keys
-they see with the online softmax of FlashAttention (Dao et al. 2022), in powers of two.
+**Tiles.** A tile is a few consecutive queries of one sequence, with all the query heads that
+share one key/value head: together they are the rows of a matrix. A program reads the keys that
+these queries see, `block_n` at a time, with the online softmax of FlashAttention (Dao et al.
+2022), in powers of two.
 
-**Splits.** The keys of a tile may be cut into splits. Each is computed from nothing, and
-what comes of it, a partial, is folded into that of the splits before it: always in that
-order, so an output is rounded in one way. How keys are cut depends on their sequence
-alone (but for steps of very many short chunks, see `STEP_QUERIES`); how splits are dealt to
-programs decides nothing but the speed.
+**Splits.** The keys of a tile may be cut into splits. Each split is computed on its own, into a
+partial result. Partials are folded in the order of their splits, so that rounding does not
+depend on which program is faster. How keys are cut depends on their sequence alone (except in
+steps of very many short chunks, see `STEP_QUERIES`); how splits are assigned to programs
+affects only the speed.
 
-- Decodes. The splits of all sequences and heads are one list, and every program takes an
-  equal run of it, so that any mix of lengths keeps the memory busy to the end (Stream-K,
-  Osama et al. 2023). Tiles that lie within one run never leave the registers.
-- Prefill. A program takes one split, and only short chunks with a long context have
-  several (Flash-Decoding, Dao et al. 2023).
+- Decode. The splits of all sequences and heads form one list, and every program takes an equal
+  run of it, so that any mix of lengths keeps the memory busy to the end (Stream-K, Osama et al.
+  2023). A tile within one run never leaves the registers.
+- Prefill. A program takes one split. Only short chunks with a long context have several
+  (Flash-Decoding, Dao et al. 2023).
 
-Partials of a tile that several programs share go through device memory; the program that
-comes last folds them.
+The partials of a tile that several programs share go through device memory, and the last of
+these programs folds them.
 
-**Lists in device memory.** All that varies from step to step is read there by the kernel:
-a captured CUDA graph serves any step of its shape.
+**Work in device memory.** The kernel reads everything that varies from step to step from device
+memory, so that a captured CUDA graph serves any step of its shape.
 """
 
 import math
@@ -37,7 +38,7 @@ from kernels.paged_attention.tuning import KernelSpec, target_of, variant_for
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _NONE_SEEN = tl.constexpr(-1.0e30)
-"""The largest score of no scores: finite, so that differences of it are."""
+"""The largest score before any score is seen: finite, so that differences are finite too."""
 
 
 class _Inputs(NamedTuple):
@@ -66,9 +67,10 @@ class _Outputs(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Queries, their key/value head, and the steps of `block_n` keys that they see.
+    """The queries of a tile, their key/value head, and the keys that they see.
 
-    unit  the first of its units, one for each split: rows of the scratch memory
+    A step is a block of `block_n` keys. A unit is one split of one tile and head, and has its
+    own rows in the scratch memory; `unit` is the first unit of the tile and head.
     """
 
     row: Any
@@ -83,7 +85,7 @@ class _Tile(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """A tile's queries, where the keys and values are, and how scores are made."""
+    """The queries of a tile, the addresses of its keys and values, and the factors of scores."""
 
     query: Any
     k_base: Any
@@ -94,7 +96,7 @@ class _Operands(NamedTuple):
 
 
 class _Partial(NamedTuple):
-    """A softmax over some keys: sum of weighted values, largest score, sum of weights."""
+    """A softmax over some keys: the weighted sum of values, the largest score, the weights' sum."""
 
     acc: Any
     peak: Any
@@ -145,11 +147,11 @@ def _attend_kernel(
 
 @triton.jit
 def _attend_units(unit, end, inputs, scratch, outputs, S: tl.constexpr):
-    """Those from `unit` up to `end` that are of the same tile and head; the one after them.
+    """Compute the units from `unit` up to `end` that share its tile and head.
 
-    Units are ordered by tile, then head, then split.
+    Returns the unit after them. Units are ordered by tile, then head, then split.
     """
-    item = unit // S.num_kv_heads  # of the same tile, but perhaps of another split
+    item = unit // S.num_kv_heads  # an item of the unit's tile, perhaps of another split
     fields = inputs.items + item * 6
     num_splits = tl.load(fields + 5)
     tile_unit = (item - tl.load(fields + 4)) * S.num_kv_heads
@@ -181,7 +183,7 @@ def _find_tile(fields, num_splits, head, unit, S: tl.constexpr):
         first_key = tl.maximum(first_key, position // S.chunk * S.chunk)
     first_step = first_key // S.block_n
     last_step = (position + num_queries + S.block_n - 1) // S.block_n
-    # Where a window leaves few keys, there are fewer splits than items.
+    # A window may leave so few keys that there are fewer splits than items.
     num_steps = last_step - first_step
     split_steps = tl.maximum((num_steps + num_splits - 1) // num_splits, 1)
     num_splits = tl.maximum((num_steps + split_steps - 1) // split_steps, 1)
@@ -219,9 +221,9 @@ def _find_operands(inputs, slot, tile, S: tl.constexpr):
 
 @triton.jit
 def _to_float16(query):
-    """Rows divided by powers of two, so that none overflows, and those.
+    """Divide each row by a power of two, so that it fits float16; return the rows and powers.
 
-    float8 becomes float16 in one instruction, and bfloat16 in four.
+    A GPU converts float8 to float16 in one instruction, and to bfloat16 in four.
     """
     query = query.to(tl.float32)
     largest = tl.max(tl.abs(query), 1)
@@ -232,9 +234,10 @@ def _to_float16(query):
 
 @triton.jit
 def _attend_run(operands, tile, start, stop, scratch, S: tl.constexpr):
-    """Splits one after the other, without a break in the stream of loads.
+    """Compute splits `start` to `stop` in one loop, so that the loads never pause.
 
-    The tile's first ones are folded here, later ones are left in the scratch memory.
+    If the run contains the first split of the tile, return its splits folded into one partial.
+    Otherwise store each partial in the scratch memory.
     """
     begin = tile.first_step + start * tile.split_steps
     end = tl.minimum(tile.first_step + stop * tile.split_steps, tile.last_step)
@@ -266,9 +269,9 @@ def _attend_split(operands, tile, split, S: tl.constexpr):
 
 @triton.jit
 def _attend_keys(operands, tile, step, part, S: tl.constexpr):
-    """`part`, and the next `block_n` keys."""
+    """Add the keys of one step to `part`."""
     k_pos = step * S.block_n + tl.arange(0, S.block_n)
-    # Past the end there is garbage, perhaps NaN: the last key stands in, and is masked.
+    # Slots past the end hold garbage, perhaps NaN. Read the last key instead; it is masked.
     at = tl.minimum(k_pos, tile.position + tile.num_queries - 1)
     block = tl.load(operands.table + at // S.block_size).to(tl.int64)
     k_rows = block * S.key_block_stride + at % S.block_size * S.key_slot_stride
@@ -292,8 +295,8 @@ def _attend_keys(operands, tile, step, part, S: tl.constexpr):
 def _add_values(acc, weights, v_base, v_rows, S: tl.constexpr):
     if S.is_float8:
         # Matrix units want consecutive keys side by side, and only 16-bit values can be
-        # turned that way fast. So float8 values come in pairs, and `acc` has all the first
-        # ones before all the second ones.
+        # transposed fast. So float8 values come in pairs, and `acc` holds the first values of
+        # all pairs before the second values.
         pairs = _load_rows(v_base, v_rows, S.value_dim // 2, S.block_v // 2)
         first = _decoded((pairs & 0xFF).to(tl.uint8), weights.dtype, S)
         second = _decoded(((pairs >> 8) & 0xFF).to(tl.uint8), weights.dtype, S)
@@ -310,7 +313,7 @@ def _add_values(acc, weights, v_base, v_rows, S: tl.constexpr):
 
 @triton.jit
 def _halves(acc):
-    """Of the columns. Only so do they stay where they are, in registers."""
+    """Split the columns of `acc` into two halves, in a way that moves no register."""
     halves = tl.reshape(acc, [acc.shape[0], 2, acc.shape[1] // 2])
     return tl.split(tl.permute(halves, (0, 2, 1)))
 
@@ -325,10 +328,10 @@ def _load_rows(base, rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decoded(x, dtype: tl.constexpr, S: tl.constexpr):
-    """float8_e4m3, if that is what the bytes are, by way of float16.
+    """Convert values of a float8_e4m3 cache to `dtype`, by way of float16.
 
-    Where there is no instruction for it, moving the bits makes a 256th of the value. To
-    bfloat16 there is a fast one only from float32.
+    On a GPU without an instruction for it, moving the bits makes a 256th of the value. Only
+    float32 has a fast conversion to bfloat16.
     """
     if S.is_float8:
         if S.as_bits:
@@ -343,13 +346,13 @@ def _decoded(x, dtype: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _scored(scores, k_pos, operands, tile, step, S: tl.constexpr):
-    """Masked scores, and the factor that they lack."""
+    """Return the masked scores, and the factor that they still have to be multiplied by."""
     q_pos = tile.position + tl.arange(0, S.block_m) // S.group
     factor = operands.factor
     if S.is_float8:
         scores *= operands.row_factors[:, None]
     if S.cap is not None:
-        # cap * tanh; exp2 must not overflow, and NaN must not vanish.
+        # This is cap * tanh. exp2 must not overflow, and NaN must propagate.
         scores = tl.minimum(scores * factor, 80.0, propagate_nan=tl.PropagateNan.ALL)
         scores = S.cap - 2 * S.cap / (1 + tl.exp2(scores))
         factor = 1.0
@@ -379,6 +382,7 @@ def _mask(scores, q_pos, k_pos, S: tl.constexpr):
 
 @triton.jit
 def _nothing(S: tl.constexpr):
+    """Return the partial of no keys."""
     return _Partial(
         tl.full([S.block_m, S.block_v], 0.0, tl.float32),
         tl.full([S.block_m], _NONE_SEEN, tl.float32),
@@ -388,9 +392,10 @@ def _nothing(S: tl.constexpr):
 
 @triton.jit
 def _fold(first, second):
-    """The softmax over the keys of both.
+    """Return the softmax over the keys of both partials.
 
-    Fused by hand, and so rounded alike wherever the compiler puts it.
+    The multiplications and additions are fused by hand, so that they are rounded alike wherever
+    the compiler inlines them.
     """
     peak = tl.maximum(first.peak, second.peak)
     keep = tl.exp2(first.peak - peak)
@@ -402,16 +407,16 @@ def _fold(first, second):
 
 @triton.jit
 def _finish(part, tile, start, stop, scratch, outputs, S: tl.constexpr):
-    """Write the output, or leave the partial to whoever comes last."""
+    """Write the output, or store the partial for the last of the tile's programs to merge."""
     if (start == 0) & (stop == tile.num_splits):
         _write_output(outputs, tile, tl.arange(0, S.block_m), part, S)
     else:
         if (start == 0) | (not S.runs):
             _store_partial(scratch, tile, start, part, S)
-        # The barrier puts the stores of all threads before the atomic, which releases them
-        # to programs that come later and acquires what came before: the last one sees all
-        # partials. Nobody else will touch them, or the counter, in this launch. The upper
-        # half of the counter tells how many of the first splits are folded in one.
+        # The barrier puts the stores of all threads before the atomic, which releases them to
+        # later programs and acquires those of earlier ones: the last program sees all partials.
+        # No other program touches them, or the counter, in this launch. The upper half of the
+        # counter is the number of first splits that are folded into one partial.
         tl.debug_barrier()
         count = stop - start
         count += tl.where(start == 0, count << 16, 0)
@@ -423,6 +428,7 @@ def _finish(part, tile, start, stop, scratch, outputs, S: tl.constexpr):
 
 @triton.jit
 def _merge(tile, num_folded, scratch, outputs, S: tl.constexpr):
+    """Fold the partials of the tile, the first of which covers `num_folded` splits."""
     MERGE_N: tl.constexpr = S.merge_n
     num_rows = tile.num_queries * S.group
     for begin in tl.range(0, num_rows, S.merge_m):
@@ -456,7 +462,7 @@ def _store_partial(scratch, tile, split, part, S: tl.constexpr):
 
 @triton.jit
 def _load_partial(scratch, tile, split, m, valid, S: tl.constexpr):
-    """Past the first-level cache, which does not see what other programs store."""
+    """Load a partial past the L1 cache, which does not see what other programs store."""
     v = tl.arange(0, S.block_v)
     rows = (tile.unit.to(tl.int64) + split) * (S.block_q * S.group)
     acc = scratch.acc + (rows + m)[:, None] * S.block_v + v[None, :]
@@ -512,22 +518,25 @@ def paged_attention_triton(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention; returns [num_tokens, num_heads, value_dim] in `query`'s dtype.
+    """Return the causal attention, [num_tokens, num_heads, value_dim] in `query`'s dtype.
 
-    query         [num_tokens, num_heads, head_dim], any strides but 1 in the last dimension
-    key_cache     [num_blocks, block_size, num_kv_heads, head_dim], likewise
-    value_cache   [num_blocks, block_size, num_kv_heads, value_dim], likewise
+    The last dimension of the query and the caches must be contiguous; other strides are free.
+
+    query         [num_tokens, num_heads, head_dim]
+    key_cache     [num_blocks, block_size, num_kv_heads, head_dim]
+    value_cache   [num_blocks, block_size, num_kv_heads, value_dim]
     scale         positive
     softcap       scores become softcap * tanh(scores / softcap)
-    sinks         [num_heads]: one more logit per head in the softmax, with no value
-    k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
+    sinks         [num_heads]: one more logit for each head in the softmax, without a value
+    k_scale, v_scale  [num_kv_heads] float32: factors of the values in float8_e4m3fn caches
 
-    Rows that no work item covers are not written. Reads the queries, and of each decode
-    the keys and values that it sees once per key/value head; of a prefill chunk once per
-    tile of about 128 rows, mostly from the second-level cache. Writes the output. Of tiles
-    whose splits are dealt to several programs, partials are written and read: a
-    4 * (value_dim + 2) / (split's keys * bytes of a key and its value) part of what decodes
-    read, times the query heads of a key/value head.
+    Rows that no work item covers are not written.
+
+    The kernel reads the queries once. It reads the keys and values that a decode sees once, and
+    those that a prefill chunk sees once for each tile of about 128 rows, mostly from the L2
+    cache. It writes the output once. Partials of tiles that several programs share are written
+    and read: beside what decodes read, these are 4 * (value_dim + 2) / (keys in a split * bytes
+    of a key and its value), times the query heads of a key/value head.
     """
     output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
     target = target_of(query.device)
@@ -576,14 +585,14 @@ def paged_attention_triton(
             num_warps=variant.num_warps,
             num_stages=variant.num_stages,
         )
-        del acc, stats  # before the next ones: a captured step keeps the most there ever was
+        del acc, stats  # free them before the next: a captured step keeps its peak of memory
     return output
 
 
 def _scratch(
     work: Work, num_units: int, spec: KernelSpec, counters: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Room for the partials of all units that may be one of several splits."""
+    """Allocate memory for the partials of all units that may be one of several splits."""
     if not spec.runs:
         num_units = min(num_units, STEP_QUERIES // work.block_q * spec.num_kv_heads)
     assert len(counters) >= num_units, f"{len(counters)} counters for {num_units} units"

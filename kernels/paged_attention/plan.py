@@ -10,32 +10,35 @@ import numpy as np
 from torch import Tensor
 
 MAX_SPLITS = 32
-"""Of the keys of a decode."""
+"""Most splits of the keys of a decode."""
 DECODE_SPLIT = 128
-"""Keys in a split of a decode, as long as that makes no more than `MAX_SPLITS`."""
+"""Keys in a split of a decode, unless that makes more than `MAX_SPLITS` splits."""
 PREFILL_SPLIT = 1024
-"""Keys in a split of a prefill tile, at least."""
+"""Fewest keys in a split of a prefill tile."""
 CHUNK_QUERIES, STEP_QUERIES = 512, 4096
-"""Times their splits, so many queries of a chunk are split, and so many of a step: what
-has more has tiles enough, and the second bounds the memory for partials, and how many programs
-of a captured step find nothing to do."""
+"""Limits on queries x splits, for a chunk and for a step.
+
+Larger batches already have enough tiles. The limit for a step also bounds the memory for
+partials, and the number of programs of a captured step that find nothing to do.
+"""
 _TILE_ROWS = 128
-"""Of a prefill tile: queries times the heads that share keys."""
+"""Rows of a prefill tile: queries times the query heads that share a key/value head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tiles to compute, by their splits.
+    """The tiles to compute, with one item for each of their splits.
 
-    items      [capacity, 6] int32, on the device: the first `num_items` of them are real.
-               Those of a tile follow one another; tiles with several splits come first.
+    items      [capacity, 6] int32, on the device, of which the first `num_items` are used. The
+               items of a tile follow one another; tiles with several splits come first.
                0  slot of the sequence
                1  row of the first query in the packed row
                2  number of queries, 1 to block_q
-               3  position of the first query; -1: nobody's, its output is zero
-               4  which split of the tile, ascending
-               5  number of splits
+               3  position of the first query; -1 for a padding row, whose output is zero
+               4  index of the split in the tile, ascending
+               5  number of splits of the tile
     num_items  [1] int32, on the device
+    block_q    most queries of a tile
     """
 
     items: Tensor
@@ -45,13 +48,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """What every attention layer of one step needs to know.
+    """The work of a step, as every attention layer needs it. All tensors are on the device.
 
     slot_mapping  [num_tokens] int64
-    block_tables  [num_slots, max_blocks] int32: the blocks of each slot's sequence
-    decode        sequences with one query
-    prefill       sequences with several, by the `block_q` that a layer needs
-    counters      [`num_counters`] int32: zero before and after every launch
+    block_tables  [num_slots, max_blocks] int32: the blocks of the sequence in each slot
+    decode        work of the sequences with one query
+    prefill       work of the sequences with several queries, by the `block_q` of a layer
+    counters      [`num_counters`] int32, zero before and after every launch
     """
 
     slot_mapping: Tensor
@@ -62,7 +65,11 @@ class PagedBatch:
 
 
 def plan_decode(slots: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Items, [n, 6] int32, for sequences with one query each, at `positions` and `rows`."""
+    """Return the items, [n, 6] int32, of sequences with one query each.
+
+    slots, positions, rows  [num_sequences]: of each sequence its slot, the position of its
+                            query and the query's row
+    """
     num_splits = np.minimum(np.maximum(positions, 0) // DECODE_SPLIT + 1, MAX_SPLITS)
     return _items(slots, rows, 1, positions, num_splits)
 
@@ -74,9 +81,11 @@ def plan_prefill(
     rows: np.ndarray,
     block_q: int,
 ) -> np.ndarray:
-    """Items, [n, 6] int32, for chunks: the last `query_lens` of `seq_lens`, from `rows` on.
+    """Return the items, [n, 6] int32, of chunks with several queries.
 
-    Tiles with many keys come before those with few, so that the last to finish is short.
+    The queries of a chunk are the last `query_lens` of its `seq_lens` positions, in the packed
+    row from `rows` on. Tiles with many keys come before tiles with few, so that the last
+    program to finish is a short one.
     """
     num_tiles = -(-query_lens // block_q)
     chunk = np.repeat(np.arange(len(slots)), num_tiles)
@@ -114,23 +123,23 @@ def _items(
 
 
 def block_q_for(group_size: int) -> int:
-    """Queries in a prefill tile, where so many query heads share a key/value head."""
+    """Return the queries of a prefill tile where `group_size` query heads share a KV head."""
     return max(_TILE_ROWS // group_size, 1)
 
 
 def decode_capacity(num_rows: int, max_sequences: int) -> int:
-    """Items that so many rows may need, where no more than `max_sequences` are anybody's."""
+    """Return how many items `num_rows` rows may need, all but `max_sequences` being padding."""
     return min(num_rows, max_sequences) * MAX_SPLITS + num_rows
 
 
 def prefill_capacity(num_tokens: int, block_q: int) -> int:
-    """Items that chunks of so many tokens in all may need, each of two at least."""
+    """Return how many items the chunks of `num_tokens` tokens may need, at 2 or more a chunk."""
     max_chunks = num_tokens // 2
     max_tiles = max_chunks + num_tokens // block_q
     return min(max_chunks * (CHUNK_QUERIES // block_q), STEP_QUERIES // block_q) + max_tiles
 
 
 def num_counters(max_decode_items: int, num_heads: int, num_kv_heads: int) -> int:
-    """Counters that steps of no more decode items may need."""
+    """Return how many counters a step with `max_decode_items` decode items may need."""
     max_prefill_items = STEP_QUERIES // block_q_for(num_heads // num_kv_heads)
     return max(max_decode_items, max_prefill_items) * num_kv_heads

@@ -20,15 +20,15 @@ from kernels.paged_attention.mask import MaskSpec
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """What every attention layer of one step needs to know.
+    """The sequences of a step, as every attention layer needs them.
 
-    The sequences' queries lie one after the other in the packed row, and are the last
-    `query_lens` positions of their `seq_lens`. Keys and values of all `seq_lens`
-    positions are in the cache once this step's are stored.
+    The queries of the sequences lie one after the other in the packed row. Those of one
+    sequence are the last `query_lens` of its `seq_lens` positions. The cache holds the keys and
+    values of all `seq_lens` positions once the step has stored its own.
 
     query_lens    [num_sequences] int64, on the host
     seq_lens      [num_sequences] int64, on the host
-    block_tables  [num_sequences, max_blocks] int64, on the host, padded with anything
+    block_tables  [num_sequences, max_blocks] int64, on the host; the padding has no meaning
     slot_mapping  [num_tokens] int64, on the device
     """
 
@@ -40,7 +40,10 @@ class AttentionMetadata:
     _groups: dict[tuple[MaskSpec, torch.dtype], list["_Group"]] = field(default_factory=dict)
 
     def groups(self, spec: MaskSpec, dtype: torch.dtype) -> list["_Group"]:
-        """The step's sequences by shape, prepared once for all layers with this mask."""
+        """Return the step's sequences, grouped by shape, for all layers with this mask.
+
+        The groups are built at the first call.
+        """
         if (spec, dtype) not in self._groups:
             self._groups[spec, dtype] = _build_groups(self, spec, dtype)
         return self._groups[spec, dtype]
@@ -58,14 +61,14 @@ def paged_attention_torch(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention; returns [num_tokens, num_heads, value_dim] in `query`'s dtype.
+    """Return the causal attention, [num_tokens, num_heads, value_dim] in `query`'s dtype.
 
     query         [num_tokens, num_heads, head_dim], any strides
     key_cache     [num_blocks, block_size, num_kv_heads, head_dim]
     value_cache   [num_blocks, block_size, num_kv_heads, value_dim]
     softcap       scores become softcap * tanh(scores / softcap)
-    sinks         [num_heads]: one more logit per head in the softmax, with no value
-    k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
+    sinks         [num_heads]: one more logit for each head in the softmax, without a value
+    k_scale, v_scale  [num_kv_heads] float32: factors of the values in float8_e4m3fn caches
     """
     output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
     for group in metadata.groups(spec, query.dtype):
@@ -84,7 +87,7 @@ def paged_attention_torch(
 
 
 def _decoded(context: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, num_kv_heads, L, dim] times what each head's values are in units of."""
+    """Multiply each head of the context, [B, num_kv_heads, L, dim], by its scale."""
     if scale is None:
         return context.to(dtype)
     return (context.float() * scale.view(-1, 1, 1)).to(dtype)
@@ -99,7 +102,9 @@ def _explicit_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` has no words for; float32 softmax.
+    """Compute attention with a softcap or sinks, which `scaled_dot_product_attention` lacks.
+
+    The softmax is float32.
 
     query       [B, num_heads, n, head_dim]
     key, value  [B, num_kv_heads, L, head_dim or value_dim]
@@ -122,10 +127,11 @@ def _explicit_attention(
 class _Group:
     """Sequences with the same number of queries, gathered into one dense batch.
 
-    rows    [B * n] int64: their queries in the packed row (a slice where contiguous)
-    blocks  [B * max_blocks] int64: their context, padded with the group's first block
+    rows    [B * n] int64: rows of the queries in the packed row (a slice where contiguous)
+    shape   (B, n)
+    blocks  [B * max_blocks] int64: blocks of the context, padded with the group's first block
     pad     [num_pad] int64: gathered positions past the end of their sequence
-    mask    [B, 1, n, L] additive
+    mask    [B, 1, n, L], added to the scores
     """
 
     rows: Tensor | slice
@@ -135,11 +141,11 @@ class _Group:
     mask: Tensor
 
     def gather(self, cache: Tensor) -> Tensor:
-        """The group's context, [B, num_kv_heads, L, dim].
+        """Return the group's context, [B, num_kv_heads, L, dim].
 
-        Positions past a sequence's end hold what an earlier owner left there. Masking
-        their scores is not enough, 0 * NaN being NaN: they are zeroed, so that no
-        sequence can ever harm another.
+        Positions past the end of a sequence hold what an earlier owner of the block left
+        there. Masking their scores is not enough, because 0 * NaN is NaN. They are zeroed, so
+        that no sequence can harm another.
         """
         dtype = cache.dtype
         if dtype.itemsize == 1:  # float8 has no indexing on the CPU

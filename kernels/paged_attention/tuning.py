@@ -16,7 +16,12 @@ _LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU: compute capability (90 is 9.0), shared memory a block may have, processors."""
+    """A GPU, as far as tuning depends on it.
+
+    capability    compute capability; 90 is 9.0
+    shared_bytes  most shared memory of a block
+    num_sms       number of streaming multiprocessors
+    """
 
     capability: int
     shared_bytes: int
@@ -44,7 +49,7 @@ def using_target(target: Target) -> Iterator[None]:
 
 @cache
 def _query(device: torch.device) -> Target:
-    if device.type != "cuda":  # interpreted
+    if device.type != "cuda":  # the kernel is interpreted
         return Target(80, 163 << 10, 2)
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
@@ -56,18 +61,18 @@ def _query(device: torch.device) -> Target:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What the kernel is compiled for.
+    """The constants that the kernel is compiled with.
 
-    block_m           rows of a tile, padded to a power of two that tensor cores take
-    block_n           keys of a step
+    block_m           rows of a tile, padded to a power of two that tensor cores accept
+    block_n           keys that a program reads at once
     block_d, block_v  `head_dim` and `value_dim`, padded to powers of two
-    runs              whether a program takes a run of splits, or one
-    is_float8         whether caches are of float8: keys come as uint8, values as int16 pairs
-    as_bits           whether to decode them without an instruction for it
+    runs              each program takes a run of splits (decode), not one split (prefill)
+    is_float8         the caches are float8: keys come as uint8, values as pairs in int16
+    as_bits           float8 is decoded by moving bits, as the GPU has no instruction for it
     merge_m, merge_n  rows and splits of partials in flight at once
-    factor            makes logarithms to base 2 of products of query and key
+    factor            turns the product of query and key into a logarithm to base 2
     cap               softcap to base 2; `factor` then makes the argument of exp2 in tanh
-    precision         of float32 products
+    precision         input precision of float32 matrix products
     """
 
     num_kv_heads: int
@@ -101,7 +106,7 @@ class KernelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The kernel for one layer's shapes, and how it is launched."""
+    """The kernel for the shapes of a layer, and the options to launch it with."""
 
     spec: KernelSpec
     num_warps: int
@@ -126,7 +131,11 @@ def variant_for(
     scale: float,
     softcap: float | None,
 ) -> Variant:
-    """`query_shape` and `key_shape` are without the first dimension."""
+    """Choose the variant of the kernel for a GPU and the shapes of a layer.
+
+    runs                    for decodes, not for prefill
+    query_shape, key_shape  shapes without the first dimension
+    """
     num_heads, head_dim = query_shape
     block_size, num_kv_heads, _ = key_shape
     group = num_heads // num_kv_heads
@@ -175,19 +184,19 @@ def variant_for(
         chunk=None if mask.chunk >= NO_LIMIT else mask.chunk,
         precision="ieee" if dtype == torch.float32 else None,
     )
-    # Addresses are loaded themselves, a stage ahead for each that their loads are.
+    # Loads of keys and values need block ids, which are loaded as many stages before them.
     return Variant(spec, num_warps, 2 * in_flight + 1, max_programs)
 
 
 def _decode_tiling(
     target: Target, block_m: int, key_bytes: int, cache_itemsize: int, other_bytes: int
 ) -> tuple[int, int]:
-    """Keys a step, and programs a processor.
+    """Return the keys that a program reads at once, and the programs per multiprocessor.
 
-    A step is of 32 KB, with one more in flight: two programs keep a processor's share of the
-    memory's bandwidth, some 40 KB a microsecond, busy over its latency.
+    A read is of 32 KB, with one more in flight: two programs keep the multiprocessor's share of
+    the memory bandwidth, some 40 KB a microsecond, busy over the memory's latency.
     """
-    # Else registers are too few: for conversions, or for the scores of many heads.
+    # With more keys, conversions or the scores of many heads run out of registers.
     most = 64 if cache_itemsize == 1 or block_m >= 64 else 128
     block_n = min(max(1 << ((32 << 10) // key_bytes).bit_length() - 1, 16), most)
     needed = 2 * block_n * (key_bytes + 4) + other_bytes + 1024
@@ -198,13 +207,14 @@ def _decode_tiling(
 def _prefill_tiling(
     target: Target, block_m: int, block_v: int, key_bytes: int, query_bytes: int, itemsize: int
 ) -> tuple[int, int]:
-    """Keys a step, and steps in flight: as many as fit, two at best.
+    """Return the keys that a program reads at once, and the reads in flight: up to two.
 
-    The matrix units of Hopper and Blackwell read shared memory in their own time, and so from
-    one more buffer; but Hopper's take the weights from registers.
+    The matrix units of Hopper and Blackwell read shared memory asynchronously, and so need one
+    more buffer. Those of Hopper take the softmax weights from registers, the others from shared
+    memory.
     """
     generation = target.capability // 10
-    most = {9: 128, 10: 64}.get(generation, 32) if block_v <= 128 else 32  # by registers
+    most = {9: 128, 10: 64}.get(generation, 32) if block_v <= 128 else 32  # for registers
     for in_flight in (2, 1):
         for block_n in (128, 64, 32, 16):
             buffers = in_flight + (generation in (9, 10))

@@ -104,7 +104,7 @@ def tgi_final(index: int, input_length: int) -> bytes:
 
 
 def tgi_events(body: Body) -> list[bytes]:
-    """As many tokens as asked, and one prompt token more than words, as for a BOS token."""
+    """Make an answer with the requested tokens, and one prompt token more than words, for BOS."""
     parameters, inputs = body["parameters"], body["inputs"]
     assert isinstance(parameters, dict)
     assert isinstance(inputs, str)
@@ -114,7 +114,7 @@ def tgi_events(body: Body) -> list[bytes]:
 
 
 def first(*scripts: Sequence[Step]) -> Answer:
-    """These answers in turn, and good ones after them."""
+    """Give these answers in turn, and good ones after them."""
     remaining = iter(scripts)
     return lambda body: next(remaining, None) or tgi_events(body)
 
@@ -132,7 +132,7 @@ def load(answer: Answer, **changes: object) -> tuple[LoadResult, Server]:
 
 
 def one_failure(steps: Sequence[Step], **changes: object) -> str:
-    """The error of a single request that is answered so."""
+    """Return the error of a single request that gets this answer."""
     result, _ = load(always(steps), num_requests=1, **changes)
     assert (result.summary.completed, result.summary.failed) == (0, 1)
     return result.summary.errors[0][0]
@@ -206,7 +206,7 @@ def test_cut_connection_fails_one_request_and_a_new_one_is_made() -> None:
 def test_stream_without_a_final_event_fails() -> None:
     assert one_failure([tgi_token(1), tgi_token(2)]) == "no final event"
     assert one_failure([b":\n\n"]) == "no final event"
-    assert "no JSON object" in one_failure([b"data: {nonsense\n\n"])
+    assert "not a JSON object" in one_failure([b"data: {nonsense\n\n"])
 
 
 def test_refusal_is_counted_with_its_status_and_keeps_the_connection() -> None:

@@ -1,4 +1,4 @@
-"""Everything here needs a CUDA device, and says so where there is none."""
+"""These tests need a CUDA device, and are skipped without one."""
 
 import gc
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ from kernels.paged_attention.mask import MaskSpec
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of one model's layers. `norm_offset` is what it adds to the weights of its norms."""
+    """The shapes of a model's layers. `norm_offset` is added to the weights of its norms."""
 
     hidden: int
     intermediate: int

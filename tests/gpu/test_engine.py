@@ -27,7 +27,7 @@ WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_atte
 
 
 class EagerAgain:
-    """In place of a captured graph: does the same work again, kernel by kernel."""
+    """Stands for a captured graph: it does the same work again, kernel by kernel."""
 
     def __init__(self, work: Callable[[], Any], result: torch.Tensor | Any):
         self._work, self._result = work, result
@@ -58,7 +58,9 @@ def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
 @cache
 def reference(name: str, dtype: torch.dtype) -> PreTrainedModel:
     config_class, options = FAMILIES[name]
-    return build(config_class, **(options | WIDE)).to("cuda", dtype)
+    model = build(config_class, **(options | WIDE))
+    # transformers types `to` as if it were not bound to a model.
+    return model.to("cuda", dtype)  # type: ignore[arg-type]
 
 
 def engine(model: LoadedModel, capture: Any = None, **options: Any) -> Engine:
@@ -114,7 +116,7 @@ def test_graphs_replay_what_runs_kernel_by_kernel(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "phi3", "gpt_oss"])
 def test_every_token_is_the_models_own(name: str) -> None:
-    """In float32, where nothing but rounding's last bits can differ."""
+    """The comparison is in float32, where only the last bits can differ."""
     model, requests = loaded(name, torch.float32), arrivals(2, 30, sampled=False)
     answers = run(engine(model), requests)
     for _, request in requests:
@@ -177,7 +179,8 @@ def test_smollm2_says_what_transformers_says(dtype: str, tolerance: float) -> No
 
     served = load(LoadConfig(DEFAULT_MODEL_ID, dtype=dtype, device="cuda"))
     path = locate(DEFAULT_MODEL_ID).path
-    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to("cuda")
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    own = own.to("cuda")  # type: ignore[arg-type]
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
     requests = [greedy(served.tokenizer.encode(text), 40) for text in prompts]
     answers = run(engine(served), [(i, request) for i, request in enumerate(requests)])

@@ -13,6 +13,7 @@ from engine.sampling.torch_sampler import TorchSampler
 from engine.sampling.triton_sampler import TritonSampler
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import TORCH, TRITON
+from kernels.paged_attention.plan import PagedBatch
 from kernels.store_kv import Rotary
 from tests.gpu.shapes import SHAPES, Shape
 
@@ -61,7 +62,9 @@ class Step:
             query_lens,
         )
         self.sequences = StepSequences(np.arange(len(seq_lens)), seq_lens - query_lens, query_lens)
-        self.metadata = FixedTables(TRITON, [call], tables, CUDA).metadata(self.sequences)
+        metadata = FixedTables(TRITON, [call], tables, CUDA).metadata(self.sequences)
+        assert isinstance(metadata, PagedBatch)
+        self.metadata = metadata
         cache = (num_blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
         self.keys, self.values = randn(*cache, dtype=dtype), randn(*cache, dtype=dtype)
         for table, length in zip(tables, seq_lens, strict=True):
@@ -211,7 +214,7 @@ PARAMS = [
 
 @each_shape
 def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
-    """The same noise over the same scores: only rounding may choose otherwise, and seldom does."""
+    """Both samplers add the same noise to the same scores, so only rounding can differ."""
     params = [replaced for replaced in PARAMS for _ in range(8)]
     slots = np.arange(len(params))
     logits = randn(len(params), shape.vocab_size, dtype=torch.bfloat16) * 3

@@ -1,6 +1,6 @@
-"""Kernels compiled for GPUs that are not there, and what the assembler says of them.
+"""Compile kernels for GPUs that this machine need not have, and read the assembler's report.
 
-In processes of their own: Triton decides at its import whether it interprets or compiles.
+Compilation runs in other processes, as Triton decides at import whether to interpret or compile.
 """
 
 import importlib
@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one kernel: registers a thread, bytes of stack a thread (spills), shared bytes a block."""
+    """What a kernel uses: registers and stack bytes (spills) per thread, shared bytes per block."""
 
     registers: int
     stack: int
@@ -55,7 +55,7 @@ def compile_everywhere(
 
 @cache
 def workers() -> ProcessPoolExecutor:
-    """That compile from the start: they import Triton with the first kernel they are sent."""
+    """Return processes that compile: they import Triton with the first kernel they receive."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_do_not_interpret)
 

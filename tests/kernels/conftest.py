@@ -1,4 +1,4 @@
-"""One thread: these tensors are small, and threads that wait for each other cost more."""
+"""Run torch on one thread: for these small tensors, synchronising threads costs more."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What tests of the last bit need: distances in ulp, and the GPU where there is one."""
+"""Helpers of tests that look at the last bit: distances in ulp, and the device to test on."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 
 def ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many steps from one representable number to the next lie between them."""
+    """Return how many representable numbers apart the elements of `a` and `b` are."""
     assert a.dtype == b.dtype
     return (_ordinal(a) - _ordinal(b)).abs()
 

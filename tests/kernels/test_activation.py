@@ -5,7 +5,7 @@ tensor's layout: contiguous float32, and with AVX-512 contiguous bfloat16 too, i
 anything else its own. They differ in the last bits, so the reference is float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from kernels.activation import ACTIVATIONS, act_mul_torch, act_mul_triton
+from kernels.ops import ActMul
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
 
@@ -26,7 +27,6 @@ TRANSFORMERS_NAMES = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-ActMul = Callable[[Tensor, Tensor, str], Tensor]
 pytestmark = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
@@ -122,7 +122,7 @@ def test_the_torch_op_is_transformers_own_activation_times_up(
 def test_few_numbers_of_16_bits_differ_from_torch_on_cuda(
     activation: str, dtype: torch.dtype
 ) -> None:
-    """A last bit of float32 decides one of 16 bits now and then."""
+    """The last bit of float32 now and then decides the last of 16 bits."""
     gate = gates_of_16_bits(dtype, activation)
     expected = ACT2FN[TRANSFORMERS_NAMES[activation]](gate)
     activated = act_mul_triton(gate, torch.ones_like(gate), activation)
@@ -146,7 +146,7 @@ def test_the_activation_is_rounded_before_the_product(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1023), (3, 1024), (2, 1, 1500), (5,), (0, 8)])
-def test_any_shape(
+def test_the_product_is_right_for_any_shape(
     implementation: ActMul, activation: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     gate, up = torch.randn(shape, dtype=dtype) * 4, torch.randn(shape, dtype=dtype)
@@ -174,7 +174,7 @@ def test_the_kernel_treats_halves_of_a_fused_projection_like_contiguous_tensors(
 
 
 def test_the_torch_op_activates_halves_of_a_fused_projection(activation: str) -> None:
-    """Not to the bit as contiguous tensors: another library may activate those."""
+    """The result may differ in a last bit from that of contiguous tensors (see above)."""
     gate, up = halves_of_a_fused_projection()
     activated = act_mul_torch(gate, torch.ones_like(up), activation)
     product = act_mul_torch(gate, up, activation)

@@ -24,14 +24,14 @@ HIDDEN_SIZES = {"llama-3.1-8b": 4096, "gemma-2-9b": 3584, "large": 16384}
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("model", HIDDEN_SIZES)
-def test_norm_of_hidden_states(model: str, added: bool, dtype: str) -> None:
+def test_norm_of_hidden_states_compiles(model: str, added: bool, dtype: str) -> None:
     hidden = HIDDEN_SIZES[model]
     block = 1 << (hidden - 1).bit_length()
     check_norm(dtype, added, hidden, block, rows=1, num_warps=min(32, block // 512))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_norm_of_heads(head_dim: int) -> None:
+def test_norm_of_heads_compiles(head_dim: int) -> None:
     check_norm("bf16", False, head_dim, head_dim, rows=1024 // head_dim, num_warps=4)
 
 
@@ -60,7 +60,7 @@ def check_norm(dtype: str, added: bool, hidden: int, block: int, rows: int, num_
 @pytest.mark.parametrize(
     ("activation", "n"), [("silu", 14336), ("gelu_tanh", 14336), ("gelu", 14336), ("relu2", 6912)]
 )
-def test_act_mul(activation: str, n: int) -> None:
+def test_act_mul_compiles(activation: str, n: int) -> None:
     check(
         "activation._act_mul_kernel",
         dict.fromkeys(["gate_ptr", "up_ptr", "output_ptr"], "*bf16")
@@ -76,17 +76,17 @@ MODELS = {"llama-3.1-8b": (32, 8, 128), "gemma-2-9b": (16, 8, 256)}
 @pytest.mark.parametrize("cache", ["bf16", "u8"])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_rotary_store_kv(model: str, interleaved: bool, cache: str) -> None:
+def test_rotary_store_kv_compiles(model: str, interleaved: bool, cache: str) -> None:
     num_heads, num_kv_heads, head_dim = MODELS[model]
     check_store(num_heads, num_kv_heads, head_dim, head_dim // 2, interleaved, cache)
 
 
 @pytest.mark.parametrize("cache", ["bf16", "u8"])
-def test_store_kv_alone(cache: str) -> None:
+def test_store_kv_alone_compiles(cache: str) -> None:
     check_store(0, 8, 128, 0, False, cache)
 
 
-def test_rotary_of_the_query_alone() -> None:
+def test_rotary_of_the_query_alone_compiles() -> None:
     check_store(32, 0, 128, 64, False, "bf16")
 
 
@@ -130,7 +130,7 @@ def check_store(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_mask_tokens(dtype: str) -> None:
+def test_mask_tokens_compiles(dtype: str) -> None:
     check(
         "token_mask._mask_tokens_kernel",
         {"logits_ptr": f"*{dtype}", "rows_ptr": "*i64", "masks_ptr": "*i32"}
@@ -141,7 +141,7 @@ def test_mask_tokens(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_watermark(dtype: str) -> None:
+def test_watermark_compiles(dtype: str) -> None:
     check(
         "watermark._watermark_kernel",
         {"logits_ptr": f"*{dtype}", "rows_ptr": "*i64", "previous_ptr": "*i64", "delta": "fp32"}

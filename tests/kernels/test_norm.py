@@ -1,4 +1,4 @@
-"""Norms of transformers' families, rounded where they round."""
+"""Norms round where the model families of transformers round."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
+from kernels.ops import AddNorm, Norm
 from tests.kernels.rounding import DEVICE, ulps
 
 EPS = 1e-5
@@ -50,9 +51,6 @@ NORMS = [norm_torch, norm_triton]
 ADD_NORMS = [add_norm_torch, add_norm_triton]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-Norm = Callable[[Tensor, Tensor | None, Tensor | None, NormForm], Tensor]
-AddNorm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormForm], tuple[Tensor, Tensor]]
-
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
@@ -62,7 +60,7 @@ def device() -> Iterator[None]:
 
 
 def a_module(family: str, hidden: int, dtype: torch.dtype) -> tuple[nn.Module, NormForm]:
-    """One of the family with weights of no particular value."""
+    """Return a norm of the family with random weights."""
     make, form = FAMILIES[family]
     module = make(hidden).to(dtype)
     with torch.no_grad():
@@ -76,7 +74,7 @@ def weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def check_last_bit(normed: Tensor, expected: Tensor) -> None:
-    """No element is off by more than 1 ulp, and nearly all are equal.
+    """Check that no element is off by more than 1 ulp, and that nearly all are equal.
 
     Near a zero of LayerNorm the ulp is none of its own but that of its terms, near 1.
     """
@@ -104,7 +102,9 @@ def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Norm
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_the_module_of_each_family(implementation: Norm, dtype: torch.dtype, family: str) -> None:
+def test_each_family_is_normed_as_its_module_does(
+    implementation: Norm, dtype: torch.dtype, family: str
+) -> None:
     module, form = a_module(family, 900, dtype)
     x = (torch.randn(1, 7, 900) * 3 + 0.5).to(dtype)
     normed = implementation(x, *weights(module), form)
@@ -123,7 +123,7 @@ def test_in_torch_nothing_differs_from_the_module(dtype: torch.dtype, family: st
 
 @pytest.mark.parametrize("implementation", NORMS)
 def test_the_place_of_the_rounding_shows(implementation: Norm) -> None:
-    """A wrong form is told apart by more than a stray bit."""
+    """A wrong form differs in far more than a few last bits."""
     module, form = a_module("llama", 512, torch.bfloat16)
     x = torch.randn(9, 512).bfloat16()
     weight, bias = weights(module)
@@ -137,7 +137,9 @@ def test_the_place_of_the_rounding_shows(implementation: Norm) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 7, 64, 80, 128, 1000, 1024, 2304, 5000])
 @pytest.mark.parametrize("form", [LLAMA, GEMMA, CENTRED], ids=["llama", "gemma", "centred"])
-def test_any_size(implementation: Norm, dtype: torch.dtype, hidden: int, form: NormForm) -> None:
+def test_hidden_size_may_be_any_number(
+    implementation: Norm, dtype: torch.dtype, hidden: int, form: NormForm
+) -> None:
     x = torch.randn(19, hidden).to(dtype)
     weight, bias = torch.randn(2, hidden).to(dtype)
     normed = implementation(x, weight, bias if form.centred else None, form)
@@ -156,8 +158,10 @@ def test_a_constant_row_is_nothing_once_centred(implementation: Norm) -> None:
 @pytest.mark.parametrize("implementation", NORMS)
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("num_heads", [1, 3])
-def test_heads_of_a_fused_projection(implementation: Norm, num_tokens: int, num_heads: int) -> None:
-    """A q_norm over a head's dimensions, read where the projection left them."""
+def test_heads_of_a_fused_projection_are_normed_in_place(
+    implementation: Norm, num_tokens: int, num_heads: int
+) -> None:
+    """A q_norm normalises each head and reads it where the projection left it."""
     module, form = a_module("qwen3", 48, torch.bfloat16)
     fused = torch.randn(1, num_tokens, 2 * num_heads * 48 + 16).bfloat16()
     heads = fused[..., 16 : 16 + num_heads * 48].unflatten(-1, (num_heads, 48))
@@ -178,7 +182,7 @@ def test_heads_of_a_fused_projection(implementation: Norm, num_tokens: int, num_
         lambda x: x.view(96, 64)[:0],  # none
     ],
 )
-def test_rows_at_any_strides(implementation: Norm, view: Callable[[Tensor], Tensor]) -> None:
+def test_rows_may_have_any_strides(implementation: Norm, view: Callable[[Tensor], Tensor]) -> None:
     x = view(torch.randn(96 * 64))
     weight = torch.randn(64)
     strided = implementation(x, weight, None, LLAMA)
@@ -203,7 +207,7 @@ def test_the_norm_is_of_the_rounded_sum(
 
 
 @pytest.mark.parametrize("implementation", ADD_NORMS)
-def test_summands_at_different_strides(implementation: AddNorm) -> None:
+def test_summands_may_differ_in_strides(implementation: AddNorm) -> None:
     x = torch.randn(1, 6, 2 * 200)[..., 200:]
     residual = torch.randn(1, 12, 200)[:, ::2]
     weight = torch.randn(200)

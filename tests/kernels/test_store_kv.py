@@ -50,7 +50,7 @@ def make_caches(
 
 
 def check_stored(cache: Tensor, before: Tensor, slots: Tensor, stored: Tensor) -> None:
-    """`cache` is as `before`, save for the rows whose slot is not negative."""
+    """Check that `cache` is `before`, with the rows of non-negative slots stored."""
     flat, expected = cache.flatten(0, 1).float(), before.clone().flatten(0, 1).float()
     for slot, row in zip(slots.tolist(), stored, strict=True):
         if slot >= 0:
@@ -91,7 +91,7 @@ def test_any_slots_in_any_order(
 @each_store
 @pytest.mark.parametrize("slots", [[-1], [-1, -7, -1], [-1, 0, -1], [5, -1, 0], [-1, -1, 11, 3]])
 def test_a_row_with_a_negative_slot_is_not_stored(store_kv: StoreKv, slots: list[int]) -> None:
-    """Whatever it holds."""
+    """The row may hold anything."""
     caches = make_caches(3, 4, 2, 5, 3)
     before = [cache.clone() for cache in caches]
     key, value = torch.randn(len(slots), 2, 5), torch.randn(len(slots), 2, 3)
@@ -103,7 +103,7 @@ def test_a_row_with_a_negative_slot_is_not_stored(store_kv: StoreKv, slots: list
 
 
 def strided(kind: str, num_tokens: int, num_heads: int, dim: int) -> Tensor:
-    """[num_tokens, num_heads, dim] as models hand it over."""
+    """Return a tensor [num_tokens, num_heads, dim] with the strides that models produce."""
     match kind:
         case "heads first":  # [1, heads, T, dim] as transformers has it
             return torch.randn(1, num_heads, num_tokens, dim)[0].transpose(0, 1)
@@ -136,7 +136,7 @@ KINDS = [
     + [(store_kv_torch, "dim first")],
 )
 @pytest.mark.parametrize("num_tokens", [1, 11])
-def test_strided_inputs(store_kv: StoreKv, kind: str, num_tokens: int) -> None:
+def test_inputs_may_have_any_strides(store_kv: StoreKv, kind: str, num_tokens: int) -> None:
     caches = make_caches(3, 8, 2, 6, 10)
     before = [cache.clone() for cache in caches]
     slots = torch.randperm(24)[:num_tokens]
@@ -159,7 +159,7 @@ def test_a_layer_of_a_shared_tensor_leaves_the_others_alone(store_kv: StoreKv) -
 
 
 @each_store
-def test_what_was_stored_may_be_overwritten(store_kv: StoreKv) -> None:
+def test_a_slot_may_be_overwritten(store_kv: StoreKv) -> None:
     caches = make_caches(1, 4, 1, 2, 2)
     for n in range(3):
         rows = torch.full((1, 1, 2), float(n))
@@ -170,7 +170,7 @@ def test_what_was_stored_may_be_overwritten(store_kv: StoreKv) -> None:
 
 @each_store
 @pytest.mark.parametrize("num_kv_heads", [1, 9, 40])
-def test_more_heads_than_one_program_takes(store_kv: StoreKv, num_kv_heads: int) -> None:
+def test_heads_may_need_several_programs(store_kv: StoreKv, num_kv_heads: int) -> None:
     caches = make_caches(1, 4, num_kv_heads, 128, 200)
     before = [cache.clone() for cache in caches]
     slots = torch.tensor([3, 0])
@@ -211,7 +211,7 @@ def test_float8_holds_each_head_over_its_scale(store_kv: StoreKv, dtype: torch.d
 def test_every_number_of_16_bits_is_rounded_to_float8_as_torch_does(
     store_kv: StoreKv, dtype: torch.dtype
 ) -> None:
-    """To nearest, ties to even, saturated at 448; infinities too, NaN stays NaN."""
+    """Numbers and infinities round to nearest even and saturate at 448; NaN stays NaN."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     every[every.isnan()] = torch.nan
     rows = every.view(1, 64, 1024)
@@ -272,7 +272,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fam
 
 
 def make_tables(form: dict[str, Any], num_tokens: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
-    """[1, num_tokens, columns]: a model's tables at any positions."""
+    """Return a model's tables, [1, num_tokens, columns], at random positions."""
     angles = torch.rand(1, num_tokens, rotary_dim // 2) * 50
     match form.get("tables", "halves"):
         case "halves":
@@ -286,7 +286,7 @@ def make_tables(form: dict[str, Any], num_tokens: int, rotary_dim: int) -> tuple
 @each_family
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
-def test_the_rotation_of_each_family(
+def test_each_family_is_rotated_as_its_model_does(
     rotary_store_kv: RotaryStoreKv, family: tuple[str, dict[str, Any], bool, float], dtype: Any
 ) -> None:
     name, form, float32_tables, share = family
@@ -298,7 +298,8 @@ def test_the_rotation_of_each_family(
         for table in make_tables(form, num_tokens, int(head_dim * share))
     )
     expected_query, expected_key = of_model(name)(query, key, cos, sin)
-    caches = tuple(cache.to(dtype) for cache in make_caches(2, 16, 3, head_dim, value_dim))
+    keys, values = make_caches(2, 16, 3, head_dim, value_dim)
+    caches = keys.to(dtype), values.to(dtype)
     before = [cache.clone() for cache in caches]
     rotary = Rotary(cos[0], sin[0], **form)
     rotated = rotary_store_kv(
@@ -316,7 +317,7 @@ def test_the_rotation_of_each_family(
 def test_each_product_is_rounded_unless_the_tables_are_float32(
     rotary_store_kv: RotaryStoreKv, dtype: torch.dtype
 ) -> None:
-    """Or said to be taken as such: it shows in many elements."""
+    """`in_float32` has the effect of float32 tables, and shows in many elements."""
     query = torch.randn(20, 2, 64).to(dtype)
     cos, sin = (table[0].to(dtype) for table in make_tables({}, 20, 64))
     caches, slots = make_caches(1, 16, 2, 64, 64), torch.zeros(20, dtype=torch.int64)
@@ -352,7 +353,7 @@ def test_a_query_alone_leaves_the_caches_as_they_are(
 @each_rotary_store
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rotating_strided_inputs(
+def test_rotated_inputs_may_have_any_strides(
     rotary_store_kv: RotaryStoreKv, interleaved: bool, kind: str
 ) -> None:
     query, key, value = (strided(kind, 7, n, 16) for n in (6, 2, 2))

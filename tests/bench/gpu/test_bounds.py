@@ -48,7 +48,7 @@ def test_a_large_batch_is_bound_by_computing() -> None:
 
 
 def test_each_operation_has_a_bound_of_its_own() -> None:
-    """One that computes does not hide another that reads."""
+    """An operation bound by arithmetic does not hide another that is bound by reading."""
     reads, computes = Matmul(1000, 20_000), Matmul(5000, 1)
     together = decode_work(matrices(reads, computes), 50, 1, RATES)
     assert together.seconds == pytest.approx(20_000 / 1e9 + 2 * 5000 * 50 / 1e10)
@@ -107,7 +107,7 @@ def test_the_operations_of_a_model_are_its_linears() -> None:
 
 
 def expected_distinct(num_experts: int, num_chosen: int, num_tokens: int) -> float:
-    """By playing it."""
+    """The expected number of experts is compared with a simulation."""
     rng = np.random.default_rng(0)
     rounds = [
         {int(e) for _ in range(num_tokens) for e in rng.permutation(num_experts)[:num_chosen]}

@@ -105,7 +105,7 @@ def test_what_was_cut_short_answers_nothing() -> None:
         end("continuous", PEER, 0.0, finished=False),
     ]
     name = "transformers' continuous batching, sdpa"
-    assert row_of(name, empty(end_to_end=rows)) == ("it came to nothing in its time", "-")
+    assert row_of(name, empty(end_to_end=rows)) == ("it finished no request in its time", "-")
     rows[1] = end("continuous", PEER, 500.0, finished=False)
     assert row_of(name, empty(end_to_end=rows)) == ("16.0 times (8,000, 500), cut short", "-")
 

@@ -136,7 +136,7 @@ def check_workloads(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_run_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path)]) == 1
     assert "no CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -152,7 +152,7 @@ def test_unknown_names_are_refused_with_the_known(
 
 
 def test_the_scales_can_run() -> None:
-    """What its clients can ask for, and the budget of time."""
+    """The scales fit the models and the budget of time."""
     for scale, limit_s in ((FULL, 8 * 60), (QUICK, 3 * 60)):
         assert scale.seconds < limit_s
         assert {scale.model, *scale.others} <= set(models.CONFIGS)
@@ -219,7 +219,8 @@ def test_an_engine_in_which_something_failed_is_not_used_again(tmp_path: Path) -
 
 
 def test_steps_without_a_graph_are_a_failure_where_there_are_graphs(tmp_path: Path) -> None:
-    def refuse(_: Any) -> Any:
+    def refuse(work: Any) -> Any:
+        del work
         raise RuntimeError("operation not permitted when stream is capturing")
 
     run = tiny_run(tmp_path, points=replace(TINY.points, batches=(1,)))
@@ -384,7 +385,7 @@ def test_sequences_share_blocks_only_where_the_cache_is_too_small() -> None:
 
 
 def test_the_mixed_workload_is_nano_vllms() -> None:
-    """As its own benchmark counts them."""
+    """nano-vllm's own benchmark has these numbers of tokens."""
     workload = mixed(256, 1024)
     assert workload.num_output == 133_966
     assert len(workload.lengths) == 256
@@ -446,7 +447,7 @@ def test_a_word_of_the_load_generator_is_a_token() -> None:
 
 
 class FakeEvent:
-    """The clock, in place of the device's."""
+    """Stands for a CUDA event, with the host's clock."""
 
     def __init__(self, **_: object):
         self._time_s = 0.0

@@ -153,7 +153,7 @@ def test_kernels_and_prompts_have_tables_of_their_own() -> None:
 def test_steps_without_a_graph_are_marked() -> None:
     text = render([figures(decode=[decode_row(in_graph=False)], file="f.json")])
     assert "| 4.00, 80% † |" in text
-    assert "for want of a graph" in text
+    assert "as there was no graph" in text
 
 
 def test_the_engine_s_own_steps_first_tokens_and_starts_have_tables() -> None:

@@ -53,7 +53,7 @@ def test_a_process_that_dies_costs_the_section_it_was_in(tmp_path: Path) -> None
 def test_a_section_that_hangs_is_ended(tmp_path: Path) -> None:
     figures = seen_through(tmp_path, "hang")
     assert figures["seconds"] == {"first": 0.1, "second": None, "third": 0.1}
-    assert figures["errors"] == {"second": "it took far too long, and was ended"}
+    assert figures["errors"] == {"second": "it took far too long, and was killed"}
 
 
 @pytest.mark.slow

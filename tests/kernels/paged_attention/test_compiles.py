@@ -1,4 +1,4 @@
-"""Attention for GPUs that are not there: it fits their registers and shared memory."""
+"""Paged attention compiles for every GPU, and fits its registers and shared memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ EVERYTHING = MaskSpec()
 BLOCK_SIZE = 16
 NUM_SMS = 132
 REGISTERS = 64 << 10
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`stack` is what a thread may keep out of registers: what its loop does not need."""
+    """A layer's shapes; `stack` bytes per thread may spill, for values outside of the loop."""
 
     num_heads: int
     num_kv_heads: int
@@ -72,7 +72,7 @@ def strides(layer: Layer, dim: int) -> tuple[int, int, int, int]:
     return BLOCK_SIZE * layer.num_kv_heads * dim, layer.num_kv_heads * dim, dim, 1
 
 
-def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]:
+def compile_variants(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]:
     arguments = {
         "output": "*bf16",
         "query": "*bf16",
@@ -115,7 +115,7 @@ def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]
 @pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "prefill"])
 def test_registers_and_shared_memory_suffice(layer: Layer, is_decode: bool) -> None:
     variants = {target: variant_on(target, layer, is_decode) for target in TARGETS}
-    for target, resources in compiled(layer, variants).items():
+    for target, resources in compile_variants(layer, variants).items():
         assert resources.stack <= layer.stack, (target, resources)
         assert resources.shared <= SHARED_LIMIT[target], (target, resources)
         if is_decode:

@@ -46,7 +46,7 @@ BLOCK_SIZE = 16
 
 @dataclass
 class Paged:
-    """The case's sequences in blocks all over a cache, and its queries packed."""
+    """The sequences of a case in shuffled blocks of a cache, with their queries packed."""
 
     case: Case
     query: Tensor
@@ -81,7 +81,7 @@ class Paged:
         return list(output.split(self.query_lens))
 
     def run(self) -> list[Tensor]:
-        """Each sequence's outputs; what is no sequence's comes last."""
+        """Return the output of each sequence; rows of no sequence come last."""
         case = self.case
         output = paged_attention_triton(
             self.query,
@@ -102,7 +102,11 @@ class Paged:
 
 
 def page(case: Case, seed: int = 0, spare_items: int = 3, dummies: int = 0) -> Paged:
-    """`spare_items` follow the real ones, and make no sense; `dummies` follow the decodes."""
+    """Put a case into a cache.
+
+    spare_items  meaningless items after the real ones
+    dummies      padding rows after the decodes
+    """
     rng = np.random.default_rng(seed)
     seqs = case.sequences
     seq_lens = np.array([len(seq.key) for seq in seqs])
@@ -186,12 +190,12 @@ def with_spare_items(batch: PagedBatch, count: int) -> PagedBatch:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """float8 has no indexing on the CPU."""
+    """View float8 as bytes, as float8 cannot be indexed on the CPU."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def error_bound(case: Case, dtype: torch.dtype) -> float:
-    """Weights and outputs are rounded, float32 scores and sums too."""
+    """Bound the rounding of weights, outputs, scores and sums."""
     unit = torch.finfo(dtype).eps / 2
     factor = 60 if dtype == torch.float32 else 2.5
     largest = max(float(seq.value.float().abs().max()) for seq in case.sequences)
@@ -231,7 +235,7 @@ def test_decodes_and_prefill_chunks_in_one_call(dtype: torch.dtype) -> None:
     [(3, 1), (2, 2), (1, 1), (2, 3), (1, 7), (1, 16), pytest.param(1, 71, marks=slow)],
     ids=str,
 )
-def test_multi_head_grouped_and_multi_query(num_kv_heads: int, group: int) -> None:
+def test_multi_head_grouped_query_and_multi_query_attention(num_kv_heads: int, group: int) -> None:
     check(Case(make_sequences(SHORT, num_kv_heads, group)))
 
 
@@ -241,12 +245,12 @@ def test_multi_head_grouped_and_multi_query(num_kv_heads: int, group: int) -> No
     + [pytest.param(dim, dim, marks=slow) for dim in (64, 96, 112, 128, 256)],
     ids=str,
 )
-def test_sizes_of_keys_and_values(head_dim: int, value_dim: int) -> None:
+def test_keys_and_values_may_have_any_sizes(head_dim: int, value_dim: int) -> None:
     sequences = make_sequences(SHORT, 1, 2, head_dim, value_dim, torch.bfloat16)
     check(Case(sequences, scale=head_dim**-0.5))
 
 
-def test_only_decodes_and_only_chunks() -> None:
+def test_a_batch_may_have_only_decodes_or_only_chunks() -> None:
     check(Case(make_sequences([(1, 70), (1, 9)])))
     check(Case(make_sequences([(7, 70), (33, 33)])))
 
@@ -254,14 +258,14 @@ def test_only_decodes_and_only_chunks() -> None:
 @pytest.mark.parametrize(
     "queries", [1, 2, pytest.param(65, marks=slow), pytest.param(130, marks=slow)]
 )
-def test_the_end_of_a_long_context(queries: int) -> None:
-    """Of many splits, one of them short."""
+def test_the_last_queries_of_a_long_context(queries: int) -> None:
+    """The keys make many splits, one of which is short."""
     check(Case(make_sequences([(queries, 2500)], 1, 2, 16)))
 
 
 @slow
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 5000])
-def test_a_decode_of_the_most_splits_that_there_are(length: int) -> None:
+def test_a_decode_has_at_most_max_splits(length: int) -> None:
     [seq] = make_sequences([(1, length)], 1, 4, 16)
     decode = page(case := Case([seq]), spare_items=0).batch.decode
     assert decode is not None
@@ -275,28 +279,28 @@ def test_a_decode_of_the_most_splits_that_there_are(length: int) -> None:
 @pytest.mark.parametrize(
     "window", [1, 17, 64, *(pytest.param(n, marks=slow) for n in (2, 16, 63, 65, 128, 299, 300))]
 )
-def test_windows(window: int) -> None:
+def test_a_window_hides_earlier_keys(window: int) -> None:
     check(Case(make_sequences(MIXED), MaskSpec(window=window)))
 
 
 @pytest.mark.parametrize(
     "chunk", [1, 17, 64, *(pytest.param(n, marks=slow) for n in (2, 16, 63, 65, 128, 299, 300))]
 )
-def test_chunks(chunk: int) -> None:
+def test_a_chunk_hides_the_keys_of_earlier_chunks(chunk: int) -> None:
     check(Case(make_sequences(MIXED), MaskSpec(chunk=chunk)))
 
 
 @pytest.mark.parametrize(
     "spec", [MaskSpec(), MaskSpec(window=65), MaskSpec(chunk=65)], ids=["all", "window", "chunk"]
 )
-def test_chunks_wherever_they_are_between_steps(spec: MaskSpec) -> None:
-    """Only where a step crosses what some query sees are scores masked."""
+def test_prefill_chunks_may_start_anywhere_in_a_step(spec: MaskSpec) -> None:
+    """The kernel masks scores only in steps that some query sees in part."""
     check(Case(make_sequences([(4, n) for n in range(100, 133)], head_dim=16), spec))
 
 
 @pytest.mark.parametrize("spec", [MaskSpec(window=100), MaskSpec(chunk=300)], ids=str)
 def test_what_no_query_sees_is_not_read(spec: MaskSpec) -> None:
-    """Save for the rest of a step: its blocks may have been given away."""
+    """Blocks before the first visible step may belong to another sequence by now."""
     case = Case(make_sequences([(1, 700), (5, 800)]), spec)
     paged = page(case)
     expected = paged.run()
@@ -309,13 +313,13 @@ def test_what_no_query_sees_is_not_read(spec: MaskSpec) -> None:
     assert all(map(torch.equal, paged.run(), expected))
 
 
-def test_a_window_within_chunks() -> None:
+def test_a_window_and_chunks_combine() -> None:
     check(Case(make_sequences(MIXED), MaskSpec(window=10, chunk=24)))
 
 
 @pytest.mark.parametrize("spec", [MaskSpec(window=100), MaskSpec(chunk=700)], ids=str)
-def test_few_keys_of_a_long_context(spec: MaskSpec) -> None:
-    """Fewer steps than splits: some have nothing to do."""
+def test_a_mask_may_leave_few_keys_of_a_long_context(spec: MaskSpec) -> None:
+    """With fewer steps than splits, some splits have nothing to do."""
     check(Case(make_sequences([(1, 2500), (3, 2500), (1, 2101), (40, 2400)], 1, 2, 16), spec))
 
 
@@ -330,13 +334,13 @@ def test_a_window_of_one_is_the_value_itself() -> None:
 
 @one_dtype
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
-def test_softcap(softcap: float, dtype: torch.dtype) -> None:
+def test_softcap_bounds_the_scores(softcap: float, dtype: torch.dtype) -> None:
     check(Case(make_sequences(SHORT, dtype=dtype), softcap=softcap))
 
 
 @one_dtype
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_sinks(softcap: float | None, dtype: torch.dtype) -> None:
+def test_sinks_take_part_in_the_softmax(softcap: float | None, dtype: torch.dtype) -> None:
     sinks = torch.tensor([-3.0, 0.0, 1.5, 6.0]).to(dtype)
     check(Case(make_sequences(SHORT, 2, dtype=dtype), softcap=softcap, sinks=sinks))
 
@@ -351,7 +355,7 @@ def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1 / math.sqrt(224)])
-def test_a_scale_of_the_models_own(scale: float) -> None:
+def test_scores_are_multiplied_by_the_models_scale(scale: float) -> None:
     check(Case(make_sequences(SHORT), scale=scale))
 
 
@@ -360,7 +364,7 @@ def test_a_scale_of_the_models_own(scale: float) -> None:
 def test_scores_of_hundreds_neither_overflow_nor_vanish(
     dtype: torch.dtype, softcap: float | None
 ) -> None:
-    """Equal keys, so that rounding of the scores has nothing to decide."""
+    """All keys are equal, so that rounding of the scores decides nothing."""
     key = torch.full((32,), 20.0, dtype=dtype)
     for sign in (1, -1):
         sequences = [
@@ -375,7 +379,9 @@ def test_scores_of_hundreds_neither_overflow_nor_vanish(
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 @one_dtype
-def test_float8_caches(dtype: torch.dtype, implementation: str) -> None:
+def test_a_float8_cache_is_multiplied_by_its_scales(
+    dtype: torch.dtype, implementation: str
+) -> None:
     case = Case(
         make_sequences(SHORT, 2, dtype=dtype, cache_dtype=torch.float8_e4m3fn),
         k_scale=torch.tensor([0.75, 1.5]),
@@ -387,7 +393,9 @@ def test_float8_caches(dtype: torch.dtype, implementation: str) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_float8_value_is_decoded_exactly(capability: int) -> None:
-    """With an instruction or without. Of a window of one key, the output is its value."""
+    """Capability 90 has an instruction for it, 80 has none. With a window of one key, the output
+    is its value.
+    """
     target = Target(capability, shared_bytes=99 << 10, num_sms=1)
     finite = [x for x in range(256) if x & 0x7F != 0x7F]
     value = torch.tensor(finite, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -399,8 +407,8 @@ def test_every_float8_value_is_decoded_exactly(capability: int) -> None:
 
 
 @pytest.mark.parametrize("largest", [1e-20, 1.0, 1e30])
-def test_queries_beyond_the_range_of_float16(largest: float) -> None:
-    """Products with float8 keys are of float16; scores are what matters, not their parts."""
+def test_queries_may_exceed_the_range_of_float16(largest: float) -> None:
+    """Products with float8 keys are computed in float16, for which queries are scaled."""
     sequences = [
         dataclasses.replace(s, query=s.query * largest)
         for s in make_sequences(
@@ -417,7 +425,7 @@ def test_queries_beyond_the_range_of_float16(largest: float) -> None:
     "spec", [MaskSpec(), pytest.param(MaskSpec(window=300), marks=slow)], ids=str
 )
 def test_a_sequence_alone_is_to_the_bit_the_sequence_in_company(spec: MaskSpec) -> None:
-    """Whoever shares its splits: programs take other runs of them in each case."""
+    """Programs take different runs of splits, depending on the other sequences."""
     lens = [(1, 500), (3, 1100), (1, 129), (60, 60), (1, 40)]
     case = Case(make_sequences(lens, 2, 2, 16), spec)
     together = page(case).run()
@@ -426,7 +434,7 @@ def test_a_sequence_alone_is_to_the_bit_the_sequence_in_company(spec: MaskSpec) 
         assert torch.equal(page(own, seed=i + 1).run()[0], together[i])
 
 
-def test_any_number_of_programs_says_the_same() -> None:
+def test_the_number_of_programs_changes_no_bit() -> None:
     case = Case(make_sequences([(1, 700), (1, 129), (1, 400), (1, 40)], 2, 2, 16))
     outputs = []
     for num_sms in (1, 2, 5, 50):
@@ -466,7 +474,7 @@ def test_a_sequence_of_nan_harms_no_other(sick: int) -> None:
 # -- what a graph needs ---------------------------------------------------------------
 
 
-def test_dummies_are_zero() -> None:
+def test_the_output_of_padding_rows_is_zero() -> None:
     case = Case(make_sequences(SHORT, 2), sinks=torch.zeros(4), softcap=3.0)
     *outputs, dummies = page(case, dummies=5).run()
     assert dummies.shape[0] == 5
@@ -474,7 +482,7 @@ def test_dummies_are_zero() -> None:
     assert all(map(torch.equal, outputs, page(case).run()))
 
 
-def test_a_batch_of_dummies() -> None:
+def test_a_batch_may_be_all_padding() -> None:
     [seq] = make_sequences([(1, 1)])
     paged = page(Case([seq]), dummies=3)
     assert paged.batch.decode is not None
@@ -492,7 +500,7 @@ def test_a_batch_without_items_writes_nothing() -> None:
 
 
 def test_the_same_tensors_serve_another_step() -> None:
-    """As when a graph is replayed: only what is in device memory changes."""
+    """A graph is replayed with the same tensors; only their contents change."""
     first = page(Case(make_sequences([(1, 40), (1, 900), (1, 300)])), spare_items=70)
     second = page(Case(make_sequences([(1, 200), (1, 7), (1, 1000)], seed=1)), spare_items=70)
     expected = second.run()
@@ -505,8 +513,8 @@ def test_the_same_tensors_serve_another_step() -> None:
     assert all(map(torch.equal, second.run(), expected))
 
 
-def test_queries_of_a_fused_projection() -> None:
-    """Rows of queries, keys and values side by side."""
+def test_queries_may_be_part_of_a_fused_projection() -> None:
+    """The rows of queries, keys and values lie side by side."""
     case = Case(make_sequences(SHORT, 2))
     paged = page(case)
     expected = paged.run()
@@ -516,8 +524,8 @@ def test_queries_of_a_fused_projection() -> None:
     assert all(map(torch.equal, paged.run(), expected))
 
 
-def test_caches_of_which_a_layer_has_a_part() -> None:
-    """Keys beside values, and blocks that other layers share."""
+def test_a_cache_may_be_part_of_a_tensor_of_all_layers() -> None:
+    """Keys lie beside values, in blocks that other layers share."""
     case = Case(make_sequences(SHORT, 2))
     paged = page(case)
     expected = paged.run()

@@ -16,6 +16,7 @@ from kernels.paged_attention.plan import (
     MAX_SPLITS,
     PREFILL_SPLIT,
     STEP_QUERIES,
+    PagedBatch,
     block_q_for,
     decode_capacity,
     plan_decode,
@@ -63,13 +64,13 @@ def test_splits_of_a_tile_follow_one_another(lens: list[tuple[int, int]], block_
 
 @given(chunks, st.sampled_from([1, 18, 32, 128]))
 def test_split_tiles_come_first_and_are_bounded(lens: list[tuple[int, int]], block_q: int) -> None:
-    """Scratch memory and counters are for the first units only."""
+    """Only the first units have scratch memory and counters."""
     num_splits = plan(lens, block_q)[:, 5]
     assert (np.diff((num_splits == 1).astype(int)) >= 0).all()
     assert (num_splits > 1).sum() * block_q <= STEP_QUERIES
 
 
-def test_the_more_chunks_a_step_has_the_fewer_are_the_splits_of_each() -> None:
+def test_steps_with_more_chunks_split_each_chunk_less() -> None:
     lens = [(32, 40_000)] * (STEP_QUERIES // CHUNK_QUERIES)
     assert (plan(lens, 32)[:, 5] == 16).all()
     assert plan([*lens, (4000, 0)], 32)[0, 5] == 16
@@ -109,6 +110,8 @@ def test_fixed_tables_have_counters_for_all_their_sequences(num_sequences: int) 
     ones = np.ones(num_sequences, dtype=np.int64)
     step = StepSequences(np.arange(num_sequences), ones * 4095, ones)
     batch = FixedTables(TRITON, [call], tables, torch.device("cpu")).metadata(step)
+    assert isinstance(batch, PagedBatch)
+    assert batch.decode is not None
     assert len(batch.counters) >= len(batch.decode.items) * call.num_kv_heads
 
 

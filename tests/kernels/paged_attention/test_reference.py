@@ -35,7 +35,7 @@ from tests.thorough import THOROUGH
 
 @dataclass(frozen=True)
 class Paged:
-    """The case's sequences in blocks all over a cache, and its queries packed."""
+    """The sequences of a case in shuffled blocks of a cache, with their queries packed."""
 
     query: Tensor
     key_cache: Tensor
@@ -43,7 +43,7 @@ class Paged:
     metadata: AttentionMetadata
 
     def run(self, case: Case) -> list[Tensor]:
-        """Each sequence's outputs."""
+        """Return the output of each sequence."""
         output = paged_attention_torch(
             self.query, self.key_cache, self.value_cache, self.metadata,
             case.spec, case.scale, case.softcap, case.sinks,
@@ -98,7 +98,7 @@ def check(case: Case, seed: int = 0) -> None:
 
 
 MIXED = [(1, 40), (17, 17), (1, 1), (5, 33), (1, 100), (17, 50), (1, 16), (1, 17), (32, 64), (5, 5)]
-"""Decodes and chunks, at and off block borders, equal query lengths apart from each other."""
+"""Decodes and chunks, at and off block borders; chunks of equal length are not adjacent."""
 
 # -- everything at once ---------------------------------------------------------------
 
@@ -152,38 +152,38 @@ def test_decodes_and_prefill_chunks_in_one_call(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("num_kv_heads", "group"), [(4, 1), (2, 4), (1, 8), (3, 3), (1, 1)], ids=str
 )
-def test_multi_head_grouped_and_multi_query(num_kv_heads: int, group: int) -> None:
+def test_multi_head_grouped_query_and_multi_query_attention(num_kv_heads: int, group: int) -> None:
     check(Case(make_sequences(MIXED, num_kv_heads, group)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128])
-def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+def test_every_common_head_size(head_dim: int, dtype: torch.dtype) -> None:
     sequences = make_sequences(MIXED, 2, 2, head_dim, dtype=dtype)
     check(Case(sequences, scale=head_dim**-0.5))
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(96, 64), (64, 128), (48, 32), (32, 80)])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_keys_and_values_of_different_sizes(
+def test_keys_and_values_may_differ_in_size(
     head_dim: int, value_dim: int, softcap: float | None
 ) -> None:
-    """The first as DeepSeek has it."""
+    """The first case has DeepSeek's larger keys."""
     check(Case(make_sequences(MIXED, 2, 2, head_dim, value_dim), softcap=softcap))
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 99, 100, 101])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_windows(window: int, softcap: float | None) -> None:
+def test_a_window_hides_earlier_keys(window: int, softcap: float | None) -> None:
     check(Case(make_sequences(MIXED, 2), MaskSpec(window=window), softcap=softcap))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 15, 16, 17, 40, 99, 100, 101])
-def test_chunks(chunk: int) -> None:
+def test_a_chunk_hides_the_keys_of_earlier_chunks(chunk: int) -> None:
     check(Case(make_sequences(MIXED, 2), MaskSpec(chunk=chunk)))
 
 
-def test_a_window_within_chunks() -> None:
+def test_a_window_and_chunks_combine() -> None:
     check(Case(make_sequences(MIXED, 2), MaskSpec(window=10, chunk=24)))
 
 
@@ -196,13 +196,13 @@ def test_a_window_of_one_is_the_value_itself() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
-def test_softcap(softcap: float, dtype: torch.dtype) -> None:
+def test_softcap_bounds_the_scores(softcap: float, dtype: torch.dtype) -> None:
     check(Case(make_sequences(MIXED, 2, dtype=dtype), softcap=softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_sinks(softcap: float | None, dtype: torch.dtype) -> None:
+def test_sinks_take_part_in_the_softmax(softcap: float | None, dtype: torch.dtype) -> None:
     sinks = torch.tensor([-3.0, 0.0, 1.5, 6.0]).to(dtype)
     check(Case(make_sequences(MIXED, 2, dtype=dtype), softcap=softcap, sinks=sinks))
 
@@ -217,13 +217,13 @@ def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1 / math.sqrt(224)])
-def test_a_scale_of_the_models_own(scale: float) -> None:
+def test_scores_are_multiplied_by_the_models_scale(scale: float) -> None:
     check(Case(make_sequences(MIXED, 2), scale=scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_hundreds_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
-    """Equal keys, so that rounding of the scores has nothing to decide."""
+    """All keys are equal, so that rounding of the scores decides nothing."""
     sequences = make_sequences(MIXED, 2, dtype=dtype)
     key = torch.full((32,), 20.0, dtype=dtype)
     sequences = [Sequence(key.expand_as(s.query), key.expand_as(s.key), s.value) for s in sequences]
@@ -251,7 +251,7 @@ def test_a_sequence_alone_is_the_sequence_in_company(
 @pytest.mark.parametrize("softcap", [None, 10.0])
 @pytest.mark.parametrize("sick", range(len(MIXED)))
 def test_a_sequence_of_nan_harms_no_other(sick: int, softcap: float | None) -> None:
-    """Its own blocks may well be what another's gathered context is padded with."""
+    """The blocks of the NaN sequence may pad the gathered context of another sequence."""
     case = Case(make_sequences(MIXED, 2), softcap=softcap)
     healthy = torch.cat(page(case).run(case)[:sick] + page(case).run(case)[sick + 1 :])
     poisoned = list(case.sequences)
@@ -264,7 +264,7 @@ def test_a_sequence_of_nan_harms_no_other(sick: int, softcap: float | None) -> N
     assert torch.equal(torch.cat(outputs[:sick] + outputs[sick + 1 :]), healthy)
 
 
-def test_the_same_blocks_in_two_tables() -> None:
+def test_two_sequences_may_share_blocks() -> None:
     """Sequences that share a prefix read it from the same blocks."""
     [long, other] = make_sequences([(3, 50), (1, 40)], 2)
     shared = Sequence(other.query, *(torch.cat([x[:32], y[32:]]) for x, y in (
@@ -292,7 +292,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one() -> None:
 
 
 def test_one_metadata_serves_layers_with_different_masks() -> None:
-    """As in models that alternate; what is prepared for one must not be used for another."""
+    """Models alternate between masks: groups built for one mask must not serve another."""
     paged = page(Case(make_sequences(MIXED, 2)))
     for spec in (EVERYTHING, MaskSpec(window=8), EVERYTHING, MaskSpec(chunk=8), MaskSpec(window=8)):
         case = Case(make_sequences(MIXED, 2), spec)
@@ -300,7 +300,7 @@ def test_one_metadata_serves_layers_with_different_masks() -> None:
         assert torch.equal(torch.cat(paged.run(case)), torch.cat(fresh))
 
 
-def test_many_decodes_of_every_length() -> None:
+def test_decodes_of_every_length_run_in_one_call() -> None:
     check(Case(make_sequences([(1, n) for n in range(1, 70)], 1, 2)), seed=3)
 
 
