@@ -1,10 +1,10 @@
 """Logits processors: what changes the scores before a token is chosen.
 
 They run in Text Generation Inference's order. Each class is one step, for the rows of a batch
-that use it. `plan` answers, on the host, with the arrays to upload for a step, none where no
-row uses it; `from_arrays` builds the processor from the uploaded arrays. Scores are float32,
-[rows, vocab_size], and changed in place. A row's result depends on that row's scores and
-parameters alone.
+that use it. Its `plan` runs on the host and returns the arrays to upload, none if no row uses
+the step; its `from_arrays` builds the processor from the uploaded arrays. Scores are float32,
+[rows, vocab_size], and changed in place. A row's result depends only on that row's scores and
+parameters.
 """
 
 from collections.abc import Mapping
@@ -144,7 +144,7 @@ class Temperature(_PerRow):
 
 
 class TopK(_PerRow):
-    """Keep scores at least as high as the k-th highest: ties at the boundary all stay."""
+    """Keep scores at least as high as the k-th highest: all ties at the boundary are kept."""
 
     parameter = "top_k"
     neutral = 0
@@ -158,7 +158,7 @@ class TopK(_PerRow):
 class TopP(_PerRow):
     """Drop the least likely tokens whose probabilities sum to at most 1 - p.
 
-    Ties stay or go together: if one of them is kept, all are. The best token and its ties stay.
+    If one of several tied tokens is kept, all are. The best token and its ties are always kept.
     """
 
     parameter = "top_p"
@@ -174,7 +174,7 @@ class TopP(_PerRow):
 class TypicalP(_PerRow):
     """Keep the tokens whose surprise is nearest the entropy, up to a mass of p.
 
-    Locally typical sampling, Meister et al. 2022.
+    This is locally typical sampling, Meister et al. 2022.
     """
 
     parameter = "typical_p"

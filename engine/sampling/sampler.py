@@ -1,8 +1,8 @@
 """The interface of a sampler: from a step's logits to token ids and logprobs.
 
-A sampler works in two parts. `plan` runs on the host ahead of the step and answers with
-plain data. `sample` runs in stream order, on the logits and on the plan's arrays, which were
-uploaded with the step.
+A sampler works in two parts. `plan` runs on the host, ahead of the step, and returns plain
+data. `sample` runs in stream order, on the logits and on the plan's arrays, which are uploaded
+with the step.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ class Sampler(Protocol):
         """Store the parameters of a sequence that is new to this slot."""
 
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
-        """Plan one step; `positions` [rows] are those of the tokens about to be sampled."""
+        """Plan one step; `positions` [rows] belong to the tokens that will be sampled."""
 
     def sample(
         self, logits: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind, /

@@ -5,7 +5,7 @@ indexed by slot and is updated by difference; the rest is computed here in a few
 calls and reaches the device in one copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -126,7 +126,6 @@ class StepBuilder:
         slots, starts, lengths = np.array(columns[:3], dtype=np.int64)
         samples = np.array(columns[3], dtype=np.bool_)
         input_ids = _token_ids(batch, int(lengths.sum()))
-        num_sampled = int(np.count_nonzero(samples))
 
         graph = None if batch.prompted else self._graph_for(lengths, samples)
         extras = self._extra_arrays(batch, slots[samples])
@@ -137,17 +136,9 @@ class StepBuilder:
             lengths = _padded(lengths, padding, 1)
             samples = _padded(samples, padding, False)
             input_ids = _padded(input_ids, padding, 0)
-        return self._pack(
-            StepSequences(slots, starts, lengths),
-            input_ids,
-            samples,
-            _prompt_rows(batch, lengths),
-            graph,
-            num_sampled=num_sampled,
-            update=update,
-            contexts=contexts,
-            extras=extras,
-        )
+        sequences = StepSequences(slots, starts, lengths)
+        step = self._pack(sequences, input_ids, samples, _prompt_rows(batch, lengths), graph)
+        return replace(step, update=update, contexts=contexts, extras=extras)
 
     def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
         """Return a step of padding alone for this graph, sampled with these parameters."""
@@ -159,7 +150,6 @@ class StepBuilder:
             np.zeros(graph.rows, dtype=np.bool_),
             _NO_ROWS,
             graph,
-            num_sampled=0,
         )
         self._sampler.set_parameters(self._padding_slot, SamplingParams())
         return step
@@ -171,21 +161,19 @@ class StepBuilder:
         samples: np.ndarray,
         prompt_rows: np.ndarray,
         graph: GraphShape | None,
-        num_sampled: int,
-        update: PackedArrays | None = None,
-        contexts: NewContexts | None = None,
-        extras: PackedArrays | None = None,
     ) -> HostStep:
+        """Pack the rows of a step, of which the graph's padding is already a part."""
         positions = step.positions
         token_slots = np.repeat(step.slots, step.lengths)
         blocks = self._block_tables[token_slots, positions // BLOCK_SIZE]
         slot_mapping = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         sampled_slots, sampled_ends = step.slots[samples], step.ends[samples]
+        num_sampled = len(sampled_slots)
         kept_rows = np.cumsum(step.lengths)[samples] - 1
         if graph is not None:
             slot_mapping = np.where(positions == PADDING, _WRITE_NOTHING, slot_mapping)
             positions = np.maximum(positions, 0)
-            padding = graph.rows - len(sampled_slots)
+            padding = graph.rows - num_sampled
             sampled_slots = _padded(sampled_slots, padding, self._padding_slot)
             sampled_ends = _padded(sampled_ends, padding, 0)
             kept_rows = _padded(kept_rows, padding, 0)
@@ -207,9 +195,6 @@ class StepBuilder:
             sampling=None if sampling is None else sampling.kind,
             graph=graph,
             num_sampled=num_sampled,
-            update=update,
-            contexts=contexts,
-            extras=extras,
         )
 
     def _extra_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:

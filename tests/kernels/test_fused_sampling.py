@@ -261,8 +261,8 @@ def test_neutral_rows_come_out_of_sample_as_of_greedy_bit_for_bit() -> None:
     logits = 5 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(5)).bfloat16()
     ids, logprobs = greedy(logits.to(DEVICE), want_logprobs=True)
     assert logprobs is not None
-    company = rows(3, top_k=[0, 0, 7], top_n_tokens=[0, 1, 0])
-    sampled = run(logits, company, num_top=3)
+    mixed = rows(3, top_k=[0, 0, 7], top_n_tokens=[0, 1, 0])
+    sampled = run(logits, mixed, num_top=3)
     assert torch.equal(sampled[0], ids.cpu())
     assert torch.equal(sampled[1][:2], logprobs[:2].cpu())
 

@@ -366,7 +366,7 @@ def test_equal_seeds_and_positions_draw_equal_tokens_and_others_differ() -> None
 
 
 def test_a_sequence_draws_the_same_when_it_starts_over_in_another_slot() -> None:
-    """After preemption its tokens are counted anew; the rest is as if it had stayed."""
+    """After preemption its tokens are counted again; the rest is as if it had stayed."""
     generator = torch.Generator().manual_seed(4)
     steps = [2 * torch.randn(1, 40, generator=generator) for _ in range(8)]
     params = SamplingParams(

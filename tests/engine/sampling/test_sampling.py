@@ -46,9 +46,9 @@ def alone() -> list[list[int]]:
 @pytest.mark.slow
 def test_sampled_tokens_in_a_batch_are_those_of_the_request_alone(alone: list[list[int]]) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
-    company = [greedy([i, i + 1, i + 2], 9) for i in range(4)]
+    others = [greedy([i, i + 1, i + 2], 9) for i in range(4)]
     sampled = requests()
-    arrivals = [(2 * i, r) for i, r in enumerate(sampled)] + [(5, r) for r in company]
+    arrivals = [(2 * i, r) for i, r in enumerate(sampled)] + [(5, r) for r in others]
     answers = run(engine, arrivals)
     assert [answers.ids(r) for r in sampled] == alone
 

@@ -73,7 +73,7 @@ def test_a_greedy_watermarked_token_is_the_best_of_the_raised_scores() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param({}, id="company"),
+        pytest.param({}, id="in a batch"),
         pytest.param({"max_batch_tokens": 9, "max_sequences": 6}, id="chunks"),
         pytest.param({"num_blocks": 9, "max_total_tokens": 128}, id="preemption"),
     ],
