@@ -6,15 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import (
-    activation,
-    norm,
-    paged_attention,
-    paged_attention_triton,
-    store_kv,
-    token_mask,
-    watermark,
-)
+from kernels import activation, norm, store_kv, token_mask, watermark
+from kernels.paged_attention.kernel import paged_attention_triton
+from kernels.paged_attention.reference import paged_attention_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +34,7 @@ class Ops:
 TORCH = Ops(
     is_triton=False,
     fuses=False,
-    paged_attention=paged_attention.paged_attention,
+    paged_attention=paged_attention_torch,
     store_kv=store_kv.store_kv_torch,
     rotary_store_kv=store_kv.rotary_store_kv_torch,
     norm=norm.norm_torch,
@@ -52,7 +46,7 @@ TORCH = Ops(
 TRITON = Ops(
     is_triton=True,
     fuses=True,
-    paged_attention=paged_attention_triton.paged_attention_triton,
+    paged_attention=paged_attention_triton,
     store_kv=store_kv.store_kv_triton,
     rotary_store_kv=store_kv.rotary_store_kv_triton,
     norm=norm.norm_triton,

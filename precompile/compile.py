@@ -24,7 +24,7 @@ from engine.loading import probe
 from engine.loading.loader import load
 from engine.loading.sizing import run_largest_step
 from kernels.ops import TRITON
-from kernels.paged_attention_triton import Target
+from kernels.paged_attention.tuning import Target
 from precompile.fake_driver import stage
 
 _NUM_TOP = 5

@@ -32,7 +32,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.build import platform_key
 
-from kernels.paged_attention_triton import Target
+from kernels.paged_attention.tuning import Target
 
 TARGETS = {
     target.capability: target
@@ -55,7 +55,7 @@ def stage(target: Target) -> Iterator[None]:
     before = drivers._active
     drivers.set_active(_Driver(target))
     try:
-        with patch("kernels.paged_attention_triton.target_of", lambda _: target):
+        with patch("kernels.paged_attention.kernel.target_of", lambda _: target):
             yield
     finally:
         drivers._active = before

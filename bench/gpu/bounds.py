@@ -18,7 +18,7 @@ from engine.attention.kv_cache import AttentionCall
 from engine.attention.plan import StepSequences
 from engine.fusion.packed_linear import PackedLinear
 from engine.loading.loader import LoadedModel
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 
 
 @dataclass(frozen=True, slots=True)

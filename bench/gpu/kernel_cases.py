@@ -25,7 +25,7 @@ from engine.core.request import SamplingParams
 from engine.sampling.triton_sampler import make_sampler
 from kernels.norm import NormForm
 from kernels.ops import Ops
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 from kernels.store_kv import Rotary
 
 _COLD_BYTES = 256 << 20

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from engine.fusion.deferred import Rotated
 from kernels.ops import Ops
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 
 ATTENTION_NAME = "skiff"
 

@@ -9,7 +9,7 @@ from torch import nn
 from engine.attention.interface import LayerCache, PagedAttention, StepContext
 from engine.core.config import BLOCK_SIZE, EngineConfig
 from kernels.ops import Ops
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,7 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import BLOCK_SIZE
 from engine.device.packed_arrays import PackedArrays, View
 from kernels.ops import Ops
-from kernels.paged_attention import AttentionMetadata
-from kernels.paged_attention_triton import (
+from kernels.paged_attention.plan import (
     PagedBatch,
     Work,
     block_q_for,
@@ -28,6 +27,7 @@ from kernels.paged_attention_triton import (
     plan_prefill,
     prefill_capacity,
 )
+from kernels.paged_attention.reference import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from engine.attention.plan import FixedTables, StepSequences
 from engine.core.config import BLOCK_SIZE
 from engine.core.errors import LoadError
 from kernels.ops import Ops
-from kernels.paged_attention import NO_LIMIT, MaskSpec
+from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
 
 _RECORDER_NAME = "skiff_recorder"
 # Keywords by which attention depends on more than positions; serving without heeding

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 
 
 @dataclass(frozen=True, slots=True)

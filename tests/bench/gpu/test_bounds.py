@@ -20,7 +20,7 @@ from bench.gpu.bounds import (
     visible,
 )
 from engine.attention.kv_cache import AttentionCall
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 from tests.engine.models import prepared, reference
 
 RATES = Rates(bytes_per_s=1e9, flops_per_s=1e10)

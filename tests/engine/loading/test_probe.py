@@ -30,7 +30,7 @@ from engine.loading.probe import (
     verify,
 )
 from kernels.ops import TORCH
-from kernels.paged_attention import MaskSpec
+from kernels.paged_attention.mask import MaskSpec
 from tests.engine.models import build, family
 
 CPU = torch.device("cpu")

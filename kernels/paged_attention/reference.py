@@ -15,16 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_LIMIT = 1 << 30
-"""A window or chunk that restricts nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class MaskSpec:
-    """Which earlier keys a query at position q sees: k > q - window, and k in q's chunk."""
-
-    window: int = NO_LIMIT
-    chunk: int = NO_LIMIT
+from kernels.paged_attention.mask import MaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +46,7 @@ class AttentionMetadata:
         return self._groups[spec, dtype]
 
 
-def paged_attention(
+def paged_attention_torch(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -64,7 +55,6 @@ def paged_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -75,7 +65,6 @@ def paged_attention(
     value_cache   [num_blocks, block_size, num_kv_heads, value_dim]
     softcap       scores become softcap * tanh(scores / softcap)
     sinks         [num_heads]: one more logit per head in the softmax, with no value
-    alibi_slopes  [num_heads]: slope * (q - k) is subtracted from the scores
     k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
     """
     output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
@@ -83,15 +72,13 @@ def paged_attention(
         keys = _decoded(group.gather(key_cache), k_scale, query.dtype)
         values = _decoded(group.gather(value_cache), v_scale, query.dtype)
         queries = query[group.rows].unflatten(0, group.shape).transpose(1, 2)
-        if softcap is None and sinks is None and alibi_slopes is None:
+        if softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=group.mask, scale=scale, enable_gqa=True
             )
         else:
-            bias = group.mask.float()
-            if alibi_slopes is not None:
-                bias = bias - alibi_slopes.float().view(-1, 1, 1) * group.distances()
-            attended = _explicit_attention(queries, keys, values, bias, scale, softcap, sinks)
+            mask = group.mask
+            attended = _explicit_attention(queries, keys, values, mask, scale, softcap, sinks)
         output[group.rows] = attended.transpose(1, 2).flatten(0, 1)
     return output
 
@@ -107,22 +94,23 @@ def _explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    mask: Tensor,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """What `scaled_dot_product_attention` has no words for; float32 softmax.
 
-    query [B, num_heads, n, head_dim], key and value [B, num_kv_heads, L, ...], and bias, which
-    is added to the scores, [B, num_heads or 1, n, L].
+    query       [B, num_heads, n, head_dim]
+    key, value  [B, num_kv_heads, L, head_dim or value_dim]
+    mask        [B, 1, n, L], added to the scores
     """
     num_kv_heads = key.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1))  # [B, num_kv_heads, group, n, head_dim]
     scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.flatten(1, 2).float() + bias  # [B, num_heads, n, L]
+    scores = scores.flatten(1, 2).float() + mask  # [B, num_heads, n, L]
     if sinks is not None:
         column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -138,7 +126,6 @@ class _Group:
     blocks  [B * max_blocks] int64: their context, padded with the group's first block
     pad     [num_pad] int64: gathered positions past the end of their sequence
     mask    [B, 1, n, L] additive
-    q_pos   [B, n], and k_pos [B, L]: positions in their sequences
     """
 
     rows: Tensor | slice
@@ -146,12 +133,6 @@ class _Group:
     blocks: Tensor
     pad: Tensor
     mask: Tensor
-    q_pos: Tensor
-    k_pos: Tensor
-
-    def distances(self) -> Tensor:
-        """From key to query, [B, 1, n, L] float32."""
-        return (self.q_pos[:, None, :, None] - self.k_pos[:, None, None, :]).float()
 
     def gather(self, cache: Tensor) -> Tensor:
         """The group's context, [B, num_kv_heads, L, dim].
@@ -217,8 +198,6 @@ def _build_group(
         blocks=torch.from_numpy(blocks.reshape(-1)).to(device),
         pad=torch.from_numpy(np.flatnonzero(key_pos >= seq_lens)).to(device),
         mask=torch.from_numpy(mask).to(device=device, dtype=dtype),
-        q_pos=torch.from_numpy(query_pos).to(device),
-        k_pos=torch.from_numpy(key_pos).to(device),
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.paged_attention import MaskSpec
-from kernels.paged_attention_triton import Target, Variant, block_q_for, variant_for
+from kernels.paged_attention.mask import MaskSpec
+from kernels.paged_attention.plan import block_q_for
+from kernels.paged_attention.tuning import Target, Variant, variant_for
 from tests.kernels import compiling
 from tests.kernels.compiling import SHARED_LIMIT, TARGETS, Resources
 
@@ -30,7 +31,6 @@ class Layer:
     softcap: float | None = None
     is_float8: bool = False
     has_sinks: bool = False
-    has_alibi: bool = False
     stack: int = 0
 
 
@@ -43,7 +43,6 @@ LAYERS = {
     "DeepSeek-V2-Lite": Layer(16, 16, 192, 128),
     "Llama-4-Scout": Layer(40, 8, 128, 128, MaskSpec(chunk=8192), stack=8),
     "gpt-oss-20b": Layer(64, 8, 64, 64, MaskSpec(window=128), has_sinks=True),
-    "BLOOM-7B1": Layer(32, 32, 128, 128, has_alibi=True),
     "StarCoder": Layer(48, 1, 128, 128, stack=16),
     "Falcon-40B": Layer(128, 8, 64, 64),
 }
@@ -66,7 +65,6 @@ def variant_on(target: int, layer: Layer, is_decode: bool) -> Variant:
         layer.mask,
         layer.head_dim**-0.5,
         layer.softcap,
-        layer.has_alibi,
     )
 
 
@@ -91,7 +89,6 @@ def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]
     }
     optional = {
         "sinks": "*bf16" if layer.has_sinks else None,
-        "alibi_slopes": "*fp32" if layer.has_alibi else None,
         "k_scale": "*fp32" if layer.is_float8 else None,
         "v_scale": "*fp32" if layer.is_float8 else None,
     }
@@ -101,7 +98,7 @@ def compiled(layer: Layer, variants: dict[int, Variant]) -> dict[int, Resources]
         target: compiling.workers().submit(
             compiling._compile,
             target,
-            "kernels.paged_attention_triton._attend_kernel",
+            "kernels.paged_attention.kernel._attend_kernel",
             arguments,
             {"S": variant.spec, **absent},
             variant.num_warps,

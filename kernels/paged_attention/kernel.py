@@ -24,198 +24,20 @@ a captured CUDA graph serves any step of its shape.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_attention import NO_LIMIT, MaskSpec
-
-MAX_SPLITS = 32
-"""Of the keys of a decode."""
-DECODE_SPLIT = 128
-"""Keys in a split of a decode, as long as that makes no more than `MAX_SPLITS`."""
-PREFILL_SPLIT = 1024
-"""Keys in a split of a prefill tile, at least."""
-CHUNK_QUERIES, STEP_QUERIES = 512, 4096
-"""Times their splits, so many queries of a chunk are split, and so many of a step: what
-has more has tiles enough, and the second bounds the memory for partials, and how many programs
-of a captured step find nothing to do."""
-_TILE_ROWS = 128
-"""Of a prefill tile: queries times the heads that share keys."""
-
-# -- what a step computes ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Tiles to compute, by their splits.
-
-    items      [capacity, 6] int32, on the device: the first `num_items` of them are real.
-               Those of a tile follow one another; tiles with several splits come first.
-               0  slot of the sequence
-               1  row of the first query in the packed row
-               2  number of queries, 1 to block_q
-               3  position of the first query; -1: nobody's, its output is zero
-               4  which split of the tile, ascending
-               5  number of splits
-    num_items  [1] int32, on the device
-    """
-
-    items: Tensor
-    num_items: Tensor
-    block_q: int
-
-
-@dataclass(frozen=True, slots=True)
-class PagedBatch:
-    """What every attention layer of one step needs to know.
-
-    slot_mapping  [num_tokens] int64
-    block_tables  [num_slots, max_blocks] int32: the blocks of each slot's sequence
-    decode        sequences with one query
-    prefill       sequences with several, by the `block_q` that a layer needs
-    counters      [`num_counters`] int32: zero before and after every launch
-    """
-
-    slot_mapping: Tensor
-    block_tables: Tensor
-    decode: Work | None
-    prefill: dict[int, Work]
-    counters: Tensor
-
-
-def plan_decode(slots: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Items, [n, 6] int32, for sequences with one query each, at `positions` and `rows`."""
-    num_splits = np.minimum(np.maximum(positions, 0) // DECODE_SPLIT + 1, MAX_SPLITS)
-    return _items(slots, rows, 1, positions, num_splits)
-
-
-def plan_prefill(
-    slots: np.ndarray,
-    query_lens: np.ndarray,
-    seq_lens: np.ndarray,
-    rows: np.ndarray,
-    block_q: int,
-) -> np.ndarray:
-    """Items, [n, 6] int32, for chunks: the last `query_lens` of `seq_lens`, from `rows` on.
-
-    Tiles with many keys come before those with few, so that the last to finish is short.
-    """
-    num_tiles = -(-query_lens // block_q)
-    chunk = np.repeat(np.arange(len(slots)), num_tiles)
-    start = (np.arange(len(chunk)) - (np.cumsum(num_tiles) - num_tiles)[chunk]) * block_q
-    num_queries = np.minimum(query_lens[chunk] - start, block_q)
-    positions = (seq_lens - query_lens)[chunk] + start
-
-    num_splits = np.minimum(
-        -(-(positions + num_queries) // PREFILL_SPLIT),
-        CHUNK_QUERIES // (num_tiles * block_q)[chunk],
-    )
-    num_splits = np.maximum(num_splits, 1)
-    if num_splits[num_splits > 1].sum() * block_q > STEP_QUERIES:
-        num_splits = np.minimum(num_splits, max(STEP_QUERIES // (len(chunk) * block_q), 1))
-    order = np.lexsort((-positions, num_splits == 1))
-    columns = (slots[chunk], rows[chunk] + start, num_queries, positions, num_splits)
-    return _items(*(column[order] for column in columns))
-
-
-def _items(
-    slots: np.ndarray,
-    rows: np.ndarray,
-    num_queries: np.ndarray | int,
-    positions: np.ndarray,
-    num_splits: np.ndarray,
-) -> np.ndarray:
-    first = np.cumsum(num_splits) - num_splits
-    tiles = np.empty((len(slots), 6), dtype=np.int32)
-    for column, values in enumerate((slots, rows, num_queries, positions, first, num_splits)):
-        tiles[:, column] = values
-    items = tiles.repeat(num_splits, axis=0)
-    which = items[:, 4]
-    np.subtract(np.arange(len(items), dtype=np.int32), which, out=which)
-    return items
-
-
-def block_q_for(group_size: int) -> int:
-    """Queries in a prefill tile, where so many query heads share a key/value head."""
-    return max(_TILE_ROWS // group_size, 1)
-
-
-def decode_capacity(num_rows: int, max_sequences: int) -> int:
-    """Items that so many rows may need, where no more than `max_sequences` are anybody's."""
-    return min(num_rows, max_sequences) * MAX_SPLITS + num_rows
-
-
-def prefill_capacity(num_tokens: int, block_q: int) -> int:
-    """Items that chunks of so many tokens in all may need, each of two at least."""
-    max_chunks = num_tokens // 2
-    max_tiles = max_chunks + num_tokens // block_q
-    return min(max_chunks * (CHUNK_QUERIES // block_q), STEP_QUERIES // block_q) + max_tiles
-
-
-def num_counters(max_decode_items: int, num_heads: int, num_kv_heads: int) -> int:
-    """Counters that steps of no more decode items may need."""
-    max_prefill_items = STEP_QUERIES // block_q_for(num_heads // num_kv_heads)
-    return max(max_decode_items, max_prefill_items) * num_kv_heads
-
-
-# -- the kernel ----------------------------------------------------------------------------
+from kernels.paged_attention.mask import MaskSpec
+from kernels.paged_attention.plan import STEP_QUERIES, PagedBatch, Work, block_q_for
+from kernels.paged_attention.tuning import KernelSpec, target_of, variant_for
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _NONE_SEEN = tl.constexpr(-1.0e30)
 """The largest score of no scores: finite, so that differences of it are."""
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """What the kernel is compiled for.
-
-    block_m           rows of a tile, padded to a power of two that tensor cores take
-    block_n           keys of a step
-    block_d, block_v  `head_dim` and `value_dim`, padded to powers of two
-    runs              whether a program takes a run of splits, or one
-    is_float8         whether caches are of float8: keys come as uint8, values as int16 pairs
-    as_bits           whether to decode them without an instruction for it
-    merge_m, merge_n  rows and splits of partials in flight at once
-    factor            makes logarithms to base 2 of products of query and key
-    cap               softcap to base 2; `factor` then makes the argument of exp2 in tanh
-    precision         of float32 products
-    """
-
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    value_dim: int
-    block_size: int
-    key_block_stride: int
-    key_slot_stride: int
-    key_head_stride: int
-    value_block_stride: int
-    value_slot_stride: int
-    value_head_stride: int
-    table_stride: int
-    block_q: int
-    block_m: int
-    block_n: int
-    block_d: int
-    block_v: int
-    runs: bool
-    is_float8: bool
-    as_bits: bool
-    merge_m: int
-    merge_n: int
-    factor: float
-    cap: float | None
-    window: int | None
-    chunk: int | None
-    has_alibi: bool
-    precision: str | None
 
 
 class _Inputs(NamedTuple):
@@ -226,7 +48,6 @@ class _Inputs(NamedTuple):
     value_cache: Any
     block_tables: Any
     items: Any
-    alibi_slopes: Any
     k_scale: Any
 
 
@@ -270,7 +91,6 @@ class _Operands(NamedTuple):
     table: Any
     factor: Any
     row_factors: Any
-    slopes: Any
 
 
 class _Partial(NamedTuple):
@@ -294,7 +114,6 @@ def _attend_kernel(
     partial_acc,
     partial_stats,
     sinks,
-    alibi_slopes,
     k_scale,
     v_scale,
     query_row_stride,
@@ -309,7 +128,6 @@ def _attend_kernel(
         value_cache,
         block_tables,
         items,
-        alibi_slopes,
         k_scale,
     )
     scratch = _Scratch(partial_acc, partial_stats, counters)
@@ -389,9 +207,6 @@ def _find_operands(inputs, slot, tile, S: tl.constexpr):
         factor *= 256
     if inputs.k_scale is not None:
         factor *= tl.load(inputs.k_scale + tile.head)
-    slopes = row_factors  # a tensor where there are none: functions cannot return None
-    if S.has_alibi:
-        slopes = tl.load(inputs.alibi_slopes + q_head).to(tl.float32) * _LOG2E
     return _Operands(
         query,
         inputs.key_cache + tile.head * S.key_head_stride,
@@ -399,7 +214,6 @@ def _find_operands(inputs, slot, tile, S: tl.constexpr):
         inputs.block_tables + slot.to(tl.int64) * S.table_stride,
         factor,
         row_factors,
-        slopes,
     )
 
 
@@ -538,10 +352,6 @@ def _scored(scores, k_pos, operands, tile, step, S: tl.constexpr):
         # cap * tanh; exp2 must not overflow, and NaN must not vanish.
         scores = tl.minimum(scores * factor, 80.0, propagate_nan=tl.PropagateNan.ALL)
         scores = S.cap - 2 * S.cap / (1 + tl.exp2(scores))
-        factor = 1.0
-    if S.has_alibi:
-        distance = (q_pos[:, None] - k_pos[None, :]).to(tl.float32)
-        scores = scores * factor - operands.slopes[:, None] * distance
         factor = 1.0
     if S.runs:
         scores = _mask(scores, q_pos, k_pos, S)
@@ -699,7 +509,6 @@ def paged_attention_triton(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -711,7 +520,6 @@ def paged_attention_triton(
     scale         positive
     softcap       scores become softcap * tanh(scores / softcap)
     sinks         [num_heads]: one more logit per head in the softmax, with no value
-    alibi_slopes  [num_heads]: slope * (q - k) is subtracted from the scores
     k_scale, v_scale  [num_kv_heads] float32: what float8_e4m3fn caches are to be times
 
     Rows that no work item covers are not written. Reads the queries, and of each decode
@@ -745,7 +553,6 @@ def paged_attention_triton(
             spec,
             scale,
             softcap,
-            alibi_slopes is not None,
         )
         num_units = len(work.items) * key_cache.shape[2]
         acc, stats = _scratch(work, num_units, variant.spec, metadata.counters)
@@ -761,7 +568,6 @@ def paged_attention_triton(
             acc,
             stats,
             sinks,
-            alibi_slopes,
             k_scale,
             v_scale,
             query.stride(0),
@@ -774,7 +580,9 @@ def paged_attention_triton(
     return output
 
 
-def _scratch(work: Work, num_units: int, spec: _Spec, counters: Tensor) -> tuple[Tensor, Tensor]:
+def _scratch(
+    work: Work, num_units: int, spec: KernelSpec, counters: Tensor
+) -> tuple[Tensor, Tensor]:
     """Room for the partials of all units that may be one of several splits."""
     if not spec.runs:
         num_units = min(num_units, STEP_QUERIES // work.block_q * spec.num_kv_heads)
@@ -782,142 +590,3 @@ def _scratch(work: Work, num_units: int, spec: _Spec, counters: Tensor) -> tuple
     rows = num_units * work.block_q * spec.group
     scratch = torch.empty(rows * (spec.block_v + 2), dtype=torch.float32, device=counters.device)
     return scratch, scratch[rows * spec.block_v :]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A GPU: compute capability (90 is 9.0), shared memory a block may have, processors."""
-
-    capability: int
-    shared_bytes: int
-    num_sms: int
-
-
-@cache
-def target_of(device: torch.device) -> Target:
-    if device.type != "cuda":  # interpreted
-        return Target(80, 163 << 10, 2)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    return Target(
-        major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"]
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """The kernel for one layer's shapes, and how it is launched."""
-
-    spec: _Spec
-    num_warps: int
-    num_stages: int
-    max_programs: int
-
-
-@cache
-def variant_for(
-    target: Target,
-    runs: bool,
-    block_q: int,
-    dtype: torch.dtype,
-    query_shape: tuple[int, int],
-    cache_dtype: torch.dtype,
-    key_shape: tuple[int, int, int],
-    key_strides: tuple[int, int, int, int],
-    value_dim: int,
-    value_strides: tuple[int, int, int, int],
-    table_stride: int,
-    mask: MaskSpec,
-    scale: float,
-    softcap: float | None,
-    has_alibi: bool,
-) -> Variant:
-    """`query_shape` and `key_shape` are without the first dimension."""
-    num_heads, head_dim = query_shape
-    block_size, num_kv_heads, _ = key_shape
-    group = num_heads // num_kv_heads
-    block_m = max(triton.next_power_of_2(group * block_q), 16)
-    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
-    key_bytes = (block_d + block_v) * cache_dtype.itemsize
-    query_bytes = block_m * block_d * dtype.itemsize
-    if runs:
-        other_bytes = query_bytes + block_m * block_v * 4
-        block_n, per_sm = _decode_tiling(
-            target, block_m, key_bytes, cache_dtype.itemsize, other_bytes
-        )
-        in_flight, max_programs = 2, target.num_sms * per_sm
-        num_warps = 4 if block_m < 64 else 8
-    else:
-        block_n, in_flight = _prefill_tiling(
-            target, block_m, block_v, key_bytes, query_bytes, dtype.itemsize
-        )
-        num_warps, max_programs = 8, 1 << 30
-    spec = _Spec(
-        num_kv_heads=num_kv_heads,
-        group=group,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        block_size=block_size,
-        key_block_stride=key_strides[0],
-        key_slot_stride=key_strides[1],
-        key_head_stride=key_strides[2],
-        value_block_stride=value_strides[0],
-        value_slot_stride=value_strides[1],
-        value_head_stride=value_strides[2],
-        table_stride=table_stride,
-        block_q=block_q,
-        block_m=block_m,
-        block_n=block_n,
-        block_d=block_d,
-        block_v=block_v,
-        runs=runs,
-        is_float8=cache_dtype == torch.uint8,
-        as_bits=cache_dtype == torch.uint8 and target.capability < 89,
-        merge_m=min(triton.next_power_of_2(group * block_q), 16),
-        merge_n=4,
-        factor=scale * _LOG2E.value if softcap is None else 2 * _LOG2E.value * scale / softcap,
-        cap=None if softcap is None else softcap * _LOG2E.value,
-        window=None if mask.window >= NO_LIMIT else mask.window,
-        chunk=None if mask.chunk >= NO_LIMIT else mask.chunk,
-        has_alibi=has_alibi,
-        precision="ieee" if dtype == torch.float32 else None,
-    )
-    # Addresses are loaded themselves, a stage ahead for each that their loads are.
-    return Variant(spec, num_warps, 2 * in_flight + 1, max_programs)
-
-
-def _decode_tiling(
-    target: Target, block_m: int, key_bytes: int, cache_itemsize: int, other_bytes: int
-) -> tuple[int, int]:
-    """Keys a step, and programs a processor.
-
-    A step is of 32 KB, with one more in flight: two programs keep a processor's share of the
-    memory's bandwidth, some 40 KB a microsecond, busy over its latency.
-    """
-    # Else registers are too few: for conversions, or for the scores of many heads.
-    most = 64 if cache_itemsize == 1 or block_m >= 64 else 128
-    block_n = min(max(1 << ((32 << 10) // key_bytes).bit_length() - 1, 16), most)
-    needed = 2 * block_n * (key_bytes + 4) + other_bytes + 1024
-    fits_twice = 2 * needed <= target.shared_bytes + 1024
-    return block_n, 2 if fits_twice and block_m < 64 else 1
-
-
-def _prefill_tiling(
-    target: Target, block_m: int, block_v: int, key_bytes: int, query_bytes: int, itemsize: int
-) -> tuple[int, int]:
-    """Keys a step, and steps in flight: as many as fit, two at best.
-
-    The matrix units of Hopper and Blackwell read shared memory in their own time, and so from
-    one more buffer; but Hopper's take the weights from registers.
-    """
-    generation = target.capability // 10
-    most = {9: 128, 10: 64}.get(generation, 32) if block_v <= 128 else 32  # by registers
-    for in_flight in (2, 1):
-        for block_n in (128, 64, 32, 16):
-            buffers = in_flight + (generation in (9, 10))
-            needed = query_bytes + buffers * block_n * key_bytes + 2048
-            needed += 0 if generation == 9 else block_m * block_n * itemsize
-            if block_n <= most and needed <= target.shared_bytes:
-                return block_n, in_flight
-    return 16, 0

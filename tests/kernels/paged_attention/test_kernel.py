@@ -6,7 +6,7 @@ the block tables that no sequence has yet is a block of those.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,83 +15,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.attention.kv_cache import AttentionCall
-from engine.attention.plan import FixedTables, StepSequences
-from kernels import paged_attention_triton as module
-from kernels.ops import TRITON
-from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
-from kernels.paged_attention_triton import (
-    CHUNK_QUERIES,
-    DECODE_SPLIT,
+from kernels.paged_attention.kernel import paged_attention_triton
+from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
+from kernels.paged_attention.plan import (
     MAX_SPLITS,
-    PREFILL_SPLIT,
-    STEP_QUERIES,
     PagedBatch,
-    Target,
     Work,
     block_q_for,
-    decode_capacity,
     num_counters,
-    paged_attention_triton,
     plan_decode,
     plan_prefill,
-    prefill_capacity,
+)
+from kernels.paged_attention.reference import AttentionMetadata, paged_attention_torch
+from kernels.paged_attention.tuning import Target, using_target
+from tests.kernels.paged_attention.dense import (
+    DTYPES,
+    Case,
+    Sequence,
+    attend,
+    garbage,
+    make_sequences,
 )
 from tests.thorough import THOROUGH
 
 pytestmark = pytest.mark.slow  # interpreted; the engine's own tests run the kernel in the fast core
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GARBAGE = torch.tensor([math.nan, math.inf, -math.inf])
 BLOCK_SIZE = 16
-
-# -- the reference --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """query [n, num_heads, dim], key and value [L, num_kv_heads, dim]: the last n of L."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Case:
-    sequences: list[Sequence]
-    spec: MaskSpec = field(default_factory=MaskSpec)
-    scale: float = 0.25
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-
-
-def attend(case: Case, seq: Sequence) -> Tensor:
-    """[n, num_heads, value_dim] float64."""
-    query, key, value = (x.double() for x in (seq.query, seq.key, seq.value))
-    if case.k_scale is not None:
-        key = key * case.k_scale.double()[:, None]
-    if case.v_scale is not None:
-        value = value * case.v_scale.double()[:, None]
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    k = torch.arange(len(key))[None, :]
-    q = k[0, len(key) - len(query) :, None]
-    seen = (k <= q) & (q - k < case.spec.window) & (k // case.spec.chunk == q // case.spec.chunk)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * case.scale
-    if case.softcap is not None:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    if case.alibi_slopes is not None:
-        scores = scores - case.alibi_slopes.double()[:, None, None] * (q - k)
-    scores = scores.masked_fill(~seen, -math.inf)
-    if case.sinks is not None:
-        column = case.sinks.double()[:, None, None].expand(-1, len(query), 1)
-        scores = torch.cat([scores, column], dim=-1)
-    probs = scores.softmax(dim=-1)[..., : len(key)]
-    return torch.einsum("hqk,khd->qhd", probs, value)
-
 
 # -- the paged side -------------------------------------------------------------------
 
@@ -118,7 +66,7 @@ class Paged:
             slot_mapping=self.batch.slot_mapping,
             block_size=BLOCK_SIZE,
         )
-        output = paged_attention(
+        output = paged_attention_torch(
             self.query,
             self.key_cache,
             self.value_cache,
@@ -127,7 +75,6 @@ class Paged:
             case.scale,
             case.softcap,
             case.sinks,
-            case.alibi_slopes,
             case.k_scale,
             case.v_scale,
         )
@@ -145,7 +92,6 @@ class Paged:
             case.scale,
             case.softcap,
             case.sinks,
-            case.alibi_slopes,
             case.k_scale,
             case.v_scale,
         )
@@ -244,10 +190,6 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def garbage(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator) -> Tensor:
-    return GARBAGE[torch.from_numpy(rng.integers(0, 3, shape))].to(dtype)
-
-
 def error_bound(case: Case, dtype: torch.dtype) -> float:
     """Weights and outputs are rounded, float32 scores and sums too."""
     unit = torch.finfo(dtype).eps / 2
@@ -262,35 +204,9 @@ def check(case: Case, seed: int = 0, implementation: str = "triton") -> None:
     paged = page(case, seed)
     outputs = paged.run() if implementation == "triton" else paged.run_torch()
     for seq, output in zip(case.sequences, outputs, strict=False):
-        error = float((output.double() - attend(case, seq)).abs().max())
+        error = float((output.double() - attend(case, seq)[0]).abs().max())
         bound = error_bound(case, output.dtype)
         assert error <= bound, f"{error:.2g} > {bound:.2g}"
-
-
-def make_sequences(
-    lens: list[tuple[int, int]],
-    num_kv_heads: int = 1,
-    group: int = 2,
-    head_dim: int = 32,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    cache_dtype: torch.dtype | None = None,
-) -> list[Sequence]:
-    """From (queries, context) lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return [
-        Sequence(
-            query=randn(n, num_kv_heads * group, head_dim),
-            key=randn(length, num_kv_heads, head_dim).to(cache_dtype or dtype),
-            value=randn(length, num_kv_heads, value_dim or head_dim).to(cache_dtype or dtype),
-        )
-        for n, length in lens
-    ]
 
 
 MIXED = [(1, 40), (17, 17), (1, 1), (5, 33), (1, 300), (70, 150), (1, 129), (1, 128), (2, 2)]
@@ -433,16 +349,6 @@ def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
     assert not torch.cat(page(all_of_it).run()).any()
 
 
-@pytest.mark.parametrize("implementation", ["triton", "torch"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_alibi(softcap: float | None, implementation: str) -> None:
-    slopes = torch.tensor([0.5, 0.25, 0.03, 0.0])
-    case = Case(make_sequences(SHORT, 2), softcap=softcap, alibi_slopes=slopes)
-    check(case, implementation=implementation)
-    windowed = dataclasses.replace(case, spec=MaskSpec(window=50))
-    check(windowed, implementation=implementation)
-
-
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1 / math.sqrt(224)])
 def test_a_scale_of_the_models_own(scale: float) -> None:
     check(Case(make_sequences(SHORT), scale=scale))
@@ -479,17 +385,15 @@ def test_float8_caches(dtype: torch.dtype, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_float8_value_is_decoded_exactly(
-    capability: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_float8_value_is_decoded_exactly(capability: int) -> None:
     """With an instruction or without. Of a window of one key, the output is its value."""
     target = Target(capability, shared_bytes=99 << 10, num_sms=1)
-    monkeypatch.setattr(module, "target_of", lambda _: target)
     finite = [x for x in range(256) if x & 0x7F != 0x7F]
     value = torch.tensor(finite, dtype=torch.uint8).view(torch.float8_e4m3fn)
     [seq] = make_sequences([(4, 4)], 1, 1)
     seq = Sequence(seq.query, seq.key.to(value.dtype), value.expand(4, 1, -1))
-    [output, _] = page(Case([seq], MaskSpec(window=1))).run()
+    with using_target(target):
+        [output, _] = page(Case([seq], MaskSpec(window=1))).run()
     assert torch.equal(output, value.float().expand_as(output))
 
 
@@ -521,13 +425,13 @@ def test_a_sequence_alone_is_to_the_bit_the_sequence_in_company(spec: MaskSpec) 
         assert torch.equal(page(own, seed=i + 1).run()[0], together[i])
 
 
-def test_any_number_of_programs_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_programs_says_the_same() -> None:
     case = Case(make_sequences([(1, 700), (1, 129), (1, 400), (1, 40)], 2, 2, 16))
     outputs = []
     for num_sms in (1, 2, 5, 50):
         target = Target(capability=80, shared_bytes=163 << 10, num_sms=num_sms)
-        monkeypatch.setattr(module, "target_of", lambda _, target=target: target)
-        outputs.append(torch.cat(page(case).run()))
+        with using_target(target):
+            outputs.append(torch.cat(page(case).run()))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
@@ -646,7 +550,6 @@ def cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([head_dim**-0.5, 0.02])),
         softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
         sinks=draw(st.sampled_from([None, heads.to(dtype)])),
-        alibi_slopes=draw(st.sampled_from([None, heads.abs() / 10])),
         k_scale=scales[0] if is_float8 else None,
         v_scale=scales[1] if is_float8 else None,
     )
@@ -664,111 +567,3 @@ def compare(case: Case, seed: int) -> None:
 @given(cases(), st.integers(0, 2**16))
 def test_any_batch_is_what_torch_says(case: Case, seed: int) -> None:
     compare(case, seed)
-
-
-# -- planning -------------------------------------------------------------------------
-
-chunks = st.lists(st.tuples(st.integers(1, 700), st.integers(0, 40_000)), min_size=1, max_size=20)
-
-
-def plan(lens: list[tuple[int, int]], block_q: int) -> np.ndarray:
-    query_lens, before = np.array(lens).T
-    rows = np.cumsum(query_lens) - query_lens
-    return plan_prefill(np.arange(len(lens)), query_lens, query_lens + before, rows, block_q)
-
-
-@given(chunks, st.sampled_from([1, 18, 32, 128]))
-def test_tiles_cover_every_query_once(lens: list[tuple[int, int]], block_q: int) -> None:
-    items = plan(lens, block_q)
-    assert items.dtype == np.int32
-    covered = [
-        (slot, row + i, position + i)
-        for slot, row, num_queries, position, split, _ in items.tolist()
-        for i in range(num_queries)
-        if split == 0
-    ]
-    rows = np.cumsum([0] + [n for n, _ in lens])
-    assert sorted(covered) == [
-        (slot, rows[slot] + i, before + i)
-        for slot, (n, before) in enumerate(lens)
-        for i in range(n)
-    ]
-    assert items[:, 2].min() >= 1
-    assert items[:, 2].max() <= block_q
-
-
-@given(chunks, st.sampled_from([1, 18, 32, 128]))
-def test_splits_of_a_tile_follow_one_another(lens: list[tuple[int, int]], block_q: int) -> None:
-    items = plan(lens, block_q).tolist()
-    while items:
-        *tile, _, num_splits = items[0]
-        assert items[:num_splits] == [[*tile, i, num_splits] for i in range(num_splits)]
-        items = items[num_splits:]
-
-
-@given(chunks, st.sampled_from([1, 18, 32, 128]))
-def test_split_tiles_come_first_and_are_bounded(lens: list[tuple[int, int]], block_q: int) -> None:
-    """Scratch memory and counters are for the first units only."""
-    num_splits = plan(lens, block_q)[:, 5]
-    assert (np.diff((num_splits == 1).astype(int)) >= 0).all()
-    assert (num_splits > 1).sum() * block_q <= STEP_QUERIES
-
-
-def test_the_more_chunks_a_step_has_the_fewer_are_the_splits_of_each() -> None:
-    lens = [(32, 40_000)] * (STEP_QUERIES // CHUNK_QUERIES)
-    assert (plan(lens, 32)[:, 5] == 16).all()
-    assert plan([*lens, (4000, 0)], 32)[0, 5] == 16
-    assert (plan([*lens, (32, 40_000)], 32)[:, 5] == 14).all()
-    assert (plan(lens * 16, 32)[:, 5] == 1).all()
-
-
-def test_long_chunks_and_short_contexts_are_not_split() -> None:
-    assert (plan([(CHUNK_QUERIES, 40_000)], 32)[:, 5] == 1).all()
-    assert (plan([(32, PREFILL_SPLIT - 32)], 32)[:, 5] == 1).all()
-    assert (plan([(32, PREFILL_SPLIT - 31)], 32)[:, 5] == 2).all()
-
-
-@given(
-    st.lists(st.tuples(st.integers(2, 256), st.integers(0, 40_000)), min_size=1, max_size=128),
-    st.sampled_from([1, 18, 32, 128]),
-)
-def test_a_graphs_items_fit_whatever_chunks_it_gets(
-    lens: list[tuple[int, int]], block_q: int
-) -> None:
-    num_tokens = sum(length for length, _ in lens)
-    assert len(plan(lens, block_q)) <= prefill_capacity(num_tokens, block_q)
-
-
-def test_a_graphs_items_fit_whatever_decodes_it_gets() -> None:
-    nobodys = np.full(9, -1)
-    for num_sequences in (1, 4, 7):
-        positions = np.concatenate([np.full(num_sequences, 10**6), nobodys])
-        items = plan_decode(positions, positions, positions)
-        assert len(items) <= decode_capacity(len(positions), max_sequences=num_sequences)
-
-
-@pytest.mark.parametrize("num_sequences", [1, 5, 8, 31])
-def test_fixed_tables_have_counters_for_all_their_sequences(num_sequences: int) -> None:
-    call = AttentionCall(torch.nn.Identity(), 32, 8, 128, 128, MaskSpec())
-    tables = np.zeros((num_sequences, 256), dtype=np.int64)
-    ones = np.ones(num_sequences, dtype=np.int64)
-    step = StepSequences(np.arange(num_sequences), ones * 4095, ones)
-    batch = FixedTables(TRITON, [call], tables, torch.device("cpu")).metadata(step)
-    assert len(batch.counters) >= len(batch.decode.items) * call.num_kv_heads
-
-
-def test_splits_of_a_decode_depend_on_its_position_alone() -> None:
-    positions = np.array([-1, 0, 127, 128, 4000, 4095, 4096, 10**6])
-    items = plan_decode(np.arange(8), positions, np.arange(8)[::-1])
-    tiles = items[items[:, 4] == 0]
-    assert tiles[:, 5].tolist() == [1, 1, 1, 2, 32, 32, 32, 32]
-    assert tiles[:, 0].tolist() == list(range(8))
-    assert tiles[:, 1].tolist() == list(range(8))[::-1]
-    assert tiles[:, 3].tolist() == positions.tolist()
-    assert (tiles[:, 2] == 1).all()
-    assert DECODE_SPLIT * MAX_SPLITS == 4096
-
-
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 48, 128])
-def test_tiles_are_as_many_rows_as_fit(group: int) -> None:
-    assert 128 - group < block_q_for(group) * group <= 128

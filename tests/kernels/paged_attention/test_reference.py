@@ -16,60 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.paged_attention import NO_LIMIT, AttentionMetadata, MaskSpec, paged_attention
+from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
+from kernels.paged_attention.reference import AttentionMetadata, paged_attention_torch
 from kernels.store_kv import store_kv_torch
+from tests.kernels.paged_attention.dense import (
+    DTYPES,
+    EVERYTHING,
+    Case,
+    Sequence,
+    attend,
+    garbage,
+    make_sequences,
+)
 from tests.thorough import THOROUGH
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GARBAGE = torch.tensor([math.nan, math.inf, -math.inf])
-EVERYTHING = MaskSpec()
-
-# -- the reference --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """query [n, num_heads, dim], key and value [L, num_kv_heads, dim]: the last n of L."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Case:
-    sequences: list[Sequence]
-    spec: MaskSpec = EVERYTHING
-    scale: float = 0.25
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    block_size: int = 16
-
-
-def visible(query_pos: Tensor, key_pos: Tensor, spec: MaskSpec) -> Tensor:
-    """[n, L] bool: a query sees up to itself, within the window, in its own chunk."""
-    q, k = query_pos[:, None], key_pos[None, :]
-    return (k <= q) & (q - k < spec.window) & (k // spec.chunk == q // spec.chunk)
-
-
-def attend(case: Case, seq: Sequence) -> tuple[Tensor, float]:
-    """[n, num_heads, value_dim] float64, and the largest score's size."""
-    query, key, value = (x.double() for x in (seq.query, seq.key, seq.value))
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    key_pos = torch.arange(len(key))
-    seen = visible(key_pos[len(key) - len(query) :], key_pos, case.spec)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * case.scale
-    largest = float(scores[:, seen].abs().max())
-    if case.softcap is not None:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    scores = scores.masked_fill(~seen, -math.inf)
-    if case.sinks is not None:
-        column = case.sinks.double()[:, None, None].expand(-1, len(query), 1)
-        scores = torch.cat([scores, column], dim=-1)
-    probs = scores.softmax(dim=-1)[..., : len(key)]
-    return torch.einsum("hqk,khd->qhd", probs, value), largest
-
 
 # -- the paged side -------------------------------------------------------------------
 
@@ -85,7 +44,7 @@ class Paged:
 
     def run(self, case: Case) -> list[Tensor]:
         """Each sequence's outputs."""
-        output = paged_attention(
+        output = paged_attention_torch(
             self.query, self.key_cache, self.value_cache, self.metadata,
             case.spec, case.scale, case.softcap, case.sinks,
         )  # fmt: skip
@@ -123,10 +82,6 @@ def page(case: Case, seed: int = 0) -> Paged:
     return Paged(query, key_cache, value_cache, metadata)
 
 
-def garbage(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator) -> Tensor:
-    return GARBAGE[torch.from_numpy(rng.integers(0, 3, shape))].to(dtype)
-
-
 def check(case: Case, seed: int = 0) -> None:
     for seq, output in zip(case.sequences, page(case, seed).run(case), strict=True):
         expected, largest = attend(case, seq)
@@ -140,31 +95,6 @@ def check(case: Case, seed: int = 0) -> None:
         tolerance = unit * factor * float(seq.value.abs().max())
         error = float((output.double() - expected).abs().max())
         assert error <= tolerance, f"{error:.2g} > {tolerance:.2g}"
-
-
-def make_sequences(
-    lens: list[tuple[int, int]],
-    num_kv_heads: int = 2,
-    group: int = 2,
-    head_dim: int = 32,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> list[Sequence]:
-    """From (queries, context) lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return [
-        Sequence(
-            query=randn(n, num_kv_heads * group, head_dim),
-            key=randn(length, num_kv_heads, head_dim),
-            value=randn(length, num_kv_heads, value_dim or head_dim),
-        )
-        for n, length in lens
-    ]
 
 
 MIXED = [(1, 40), (17, 17), (1, 1), (5, 33), (1, 100), (17, 50), (1, 16), (1, 17), (32, 64), (5, 5)]
@@ -216,7 +146,7 @@ def test_many_batches_are_what_dense_attention_says(case: Case, seed: int) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decodes_and_prefill_chunks_in_one_call(dtype: torch.dtype) -> None:
-    check(Case(make_sequences(MIXED, dtype=dtype)))
+    check(Case(make_sequences(MIXED, 2, dtype=dtype)))
 
 
 @pytest.mark.parametrize(
@@ -245,16 +175,16 @@ def test_keys_and_values_of_different_sizes(
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 99, 100, 101])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_windows(window: int, softcap: float | None) -> None:
-    check(Case(make_sequences(MIXED), MaskSpec(window=window), softcap=softcap))
+    check(Case(make_sequences(MIXED, 2), MaskSpec(window=window), softcap=softcap))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 15, 16, 17, 40, 99, 100, 101])
 def test_chunks(chunk: int) -> None:
-    check(Case(make_sequences(MIXED), MaskSpec(chunk=chunk)))
+    check(Case(make_sequences(MIXED, 2), MaskSpec(chunk=chunk)))
 
 
 def test_a_window_within_chunks() -> None:
-    check(Case(make_sequences(MIXED), MaskSpec(window=10, chunk=24)))
+    check(Case(make_sequences(MIXED, 2), MaskSpec(window=10, chunk=24)))
 
 
 def test_a_window_of_one_is_the_value_itself() -> None:
@@ -267,18 +197,18 @@ def test_a_window_of_one_is_the_value_itself() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
 def test_softcap(softcap: float, dtype: torch.dtype) -> None:
-    check(Case(make_sequences(MIXED, dtype=dtype), softcap=softcap))
+    check(Case(make_sequences(MIXED, 2, dtype=dtype), softcap=softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_sinks(softcap: float | None, dtype: torch.dtype) -> None:
     sinks = torch.tensor([-3.0, 0.0, 1.5, 6.0]).to(dtype)
-    check(Case(make_sequences(MIXED, dtype=dtype), softcap=softcap, sinks=sinks))
+    check(Case(make_sequences(MIXED, 2, dtype=dtype), softcap=softcap, sinks=sinks))
 
 
 def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
-    case = Case(make_sequences(MIXED))
+    case = Case(make_sequences(MIXED, 2))
     plain = torch.cat(page(case).run(case))
     none = dataclasses.replace(case, sinks=torch.full((4,), -math.inf))
     torch.testing.assert_close(torch.cat(page(none).run(none)), plain)
@@ -288,13 +218,13 @@ def test_a_sink_of_minus_infinity_takes_nothing_and_a_huge_one_all() -> None:
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1 / math.sqrt(224)])
 def test_a_scale_of_the_models_own(scale: float) -> None:
-    check(Case(make_sequences(MIXED), scale=scale))
+    check(Case(make_sequences(MIXED, 2), scale=scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_hundreds_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
     """Equal keys, so that rounding of the scores has nothing to decide."""
-    sequences = make_sequences(MIXED, dtype=dtype)
+    sequences = make_sequences(MIXED, 2, dtype=dtype)
     key = torch.full((32,), 20.0, dtype=dtype)
     sequences = [Sequence(key.expand_as(s.query), key.expand_as(s.key), s.value) for s in sequences]
     check(Case(sequences, scale=32**-0.5))
@@ -309,7 +239,7 @@ def test_scores_of_hundreds_neither_overflow_nor_vanish(dtype: torch.dtype) -> N
 def test_a_sequence_alone_is_the_sequence_in_company(
     spec: MaskSpec, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    case = Case(make_sequences(MIXED, dtype=dtype), spec, softcap=softcap)
+    case = Case(make_sequences(MIXED, 2, dtype=dtype), spec, softcap=softcap)
     together = page(case).run(case)
     eps = torch.finfo(dtype).eps
     for i, seq in enumerate(case.sequences):
@@ -322,7 +252,7 @@ def test_a_sequence_alone_is_the_sequence_in_company(
 @pytest.mark.parametrize("sick", range(len(MIXED)))
 def test_a_sequence_of_nan_harms_no_other(sick: int, softcap: float | None) -> None:
     """Its own blocks may well be what another's gathered context is padded with."""
-    case = Case(make_sequences(MIXED), softcap=softcap)
+    case = Case(make_sequences(MIXED, 2), softcap=softcap)
     healthy = torch.cat(page(case).run(case)[:sick] + page(case).run(case)[sick + 1 :])
     poisoned = list(case.sequences)
     poisoned[sick] = Sequence(
@@ -336,7 +266,7 @@ def test_a_sequence_of_nan_harms_no_other(sick: int, softcap: float | None) -> N
 
 def test_the_same_blocks_in_two_tables() -> None:
     """Sequences that share a prefix read it from the same blocks."""
-    [long, other] = make_sequences([(3, 50), (1, 40)])
+    [long, other] = make_sequences([(3, 50), (1, 40)], 2)
     shared = Sequence(other.query, *(torch.cat([x[:32], y[32:]]) for x, y in (
         (long.key, other.key), (long.value, other.value)
     )))  # fmt: skip
@@ -351,7 +281,7 @@ def test_the_same_blocks_in_two_tables() -> None:
 
 
 def test_a_prompt_in_chunks_is_the_prompt_in_one() -> None:
-    [whole] = make_sequences([(60, 60)])
+    [whole] = make_sequences([(60, 60)], 2)
     case = Case([whole], MaskSpec(window=23))
     [expected] = page(case).run(case)
     parts = []
@@ -363,9 +293,9 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one() -> None:
 
 def test_one_metadata_serves_layers_with_different_masks() -> None:
     """As in models that alternate; what is prepared for one must not be used for another."""
-    paged = page(Case(make_sequences(MIXED)))
+    paged = page(Case(make_sequences(MIXED, 2)))
     for spec in (EVERYTHING, MaskSpec(window=8), EVERYTHING, MaskSpec(chunk=8), MaskSpec(window=8)):
-        case = Case(make_sequences(MIXED), spec)
+        case = Case(make_sequences(MIXED, 2), spec)
         fresh = page(case).run(case)
         assert torch.equal(torch.cat(paged.run(case)), torch.cat(fresh))
 
@@ -375,7 +305,7 @@ def test_many_decodes_of_every_length() -> None:
 
 
 def test_caches_and_queries_are_left_alone() -> None:
-    case = Case(make_sequences(MIXED), softcap=5.0)
+    case = Case(make_sequences(MIXED, 2), softcap=5.0)
     paged = page(case)
     before = [x.clone() for x in (paged.query, paged.key_cache, paged.value_cache)]
     paged.run(case)

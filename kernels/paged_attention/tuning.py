@@ -1,0 +1,215 @@
+"""How the kernel is compiled and launched for a GPU and a layer's shapes."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
+
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU: compute capability (90 is 9.0), shared memory a block may have, processors."""
+
+    capability: int
+    shared_bytes: int
+    num_sms: int
+
+
+_assumed_target: Target | None = None
+
+
+def target_of(device: torch.device) -> Target:
+    """Return the GPU that kernels on `device` are tuned for."""
+    return _assumed_target or _query(device)
+
+
+@contextmanager
+def using_target(target: Target) -> Iterator[None]:
+    """Make `target_of` return `target` for every device, in all threads, for the time being."""
+    global _assumed_target
+    before, _assumed_target = _assumed_target, target
+    try:
+        yield
+    finally:
+        _assumed_target = before
+
+
+@cache
+def _query(device: torch.device) -> Target:
+    if device.type != "cuda":  # interpreted
+        return Target(80, 163 << 10, 2)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target(
+        major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"]
+    )
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What the kernel is compiled for.
+
+    block_m           rows of a tile, padded to a power of two that tensor cores take
+    block_n           keys of a step
+    block_d, block_v  `head_dim` and `value_dim`, padded to powers of two
+    runs              whether a program takes a run of splits, or one
+    is_float8         whether caches are of float8: keys come as uint8, values as int16 pairs
+    as_bits           whether to decode them without an instruction for it
+    merge_m, merge_n  rows and splits of partials in flight at once
+    factor            makes logarithms to base 2 of products of query and key
+    cap               softcap to base 2; `factor` then makes the argument of exp2 in tanh
+    precision         of float32 products
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    key_block_stride: int
+    key_slot_stride: int
+    key_head_stride: int
+    value_block_stride: int
+    value_slot_stride: int
+    value_head_stride: int
+    table_stride: int
+    block_q: int
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    runs: bool
+    is_float8: bool
+    as_bits: bool
+    merge_m: int
+    merge_n: int
+    factor: float
+    cap: float | None
+    window: int | None
+    chunk: int | None
+    precision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The kernel for one layer's shapes, and how it is launched."""
+
+    spec: KernelSpec
+    num_warps: int
+    num_stages: int
+    max_programs: int
+
+
+@cache
+def variant_for(
+    target: Target,
+    runs: bool,
+    block_q: int,
+    dtype: torch.dtype,
+    query_shape: tuple[int, int],
+    cache_dtype: torch.dtype,
+    key_shape: tuple[int, int, int],
+    key_strides: tuple[int, int, int, int],
+    value_dim: int,
+    value_strides: tuple[int, int, int, int],
+    table_stride: int,
+    mask: MaskSpec,
+    scale: float,
+    softcap: float | None,
+) -> Variant:
+    """`query_shape` and `key_shape` are without the first dimension."""
+    num_heads, head_dim = query_shape
+    block_size, num_kv_heads, _ = key_shape
+    group = num_heads // num_kv_heads
+    block_m = max(triton.next_power_of_2(group * block_q), 16)
+    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    key_bytes = (block_d + block_v) * cache_dtype.itemsize
+    query_bytes = block_m * block_d * dtype.itemsize
+    if runs:
+        other_bytes = query_bytes + block_m * block_v * 4
+        block_n, per_sm = _decode_tiling(
+            target, block_m, key_bytes, cache_dtype.itemsize, other_bytes
+        )
+        in_flight, max_programs = 2, target.num_sms * per_sm
+        num_warps = 4 if block_m < 64 else 8
+    else:
+        block_n, in_flight = _prefill_tiling(
+            target, block_m, block_v, key_bytes, query_bytes, dtype.itemsize
+        )
+        num_warps, max_programs = 8, 1 << 30
+    spec = KernelSpec(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        key_block_stride=key_strides[0],
+        key_slot_stride=key_strides[1],
+        key_head_stride=key_strides[2],
+        value_block_stride=value_strides[0],
+        value_slot_stride=value_strides[1],
+        value_head_stride=value_strides[2],
+        table_stride=table_stride,
+        block_q=block_q,
+        block_m=block_m,
+        block_n=block_n,
+        block_d=block_d,
+        block_v=block_v,
+        runs=runs,
+        is_float8=cache_dtype == torch.uint8,
+        as_bits=cache_dtype == torch.uint8 and target.capability < 89,
+        merge_m=min(triton.next_power_of_2(group * block_q), 16),
+        merge_n=4,
+        factor=scale * _LOG2E if softcap is None else 2 * _LOG2E * scale / softcap,
+        cap=None if softcap is None else softcap * _LOG2E,
+        window=None if mask.window >= NO_LIMIT else mask.window,
+        chunk=None if mask.chunk >= NO_LIMIT else mask.chunk,
+        precision="ieee" if dtype == torch.float32 else None,
+    )
+    # Addresses are loaded themselves, a stage ahead for each that their loads are.
+    return Variant(spec, num_warps, 2 * in_flight + 1, max_programs)
+
+
+def _decode_tiling(
+    target: Target, block_m: int, key_bytes: int, cache_itemsize: int, other_bytes: int
+) -> tuple[int, int]:
+    """Keys a step, and programs a processor.
+
+    A step is of 32 KB, with one more in flight: two programs keep a processor's share of the
+    memory's bandwidth, some 40 KB a microsecond, busy over its latency.
+    """
+    # Else registers are too few: for conversions, or for the scores of many heads.
+    most = 64 if cache_itemsize == 1 or block_m >= 64 else 128
+    block_n = min(max(1 << ((32 << 10) // key_bytes).bit_length() - 1, 16), most)
+    needed = 2 * block_n * (key_bytes + 4) + other_bytes + 1024
+    fits_twice = 2 * needed <= target.shared_bytes + 1024
+    return block_n, 2 if fits_twice and block_m < 64 else 1
+
+
+def _prefill_tiling(
+    target: Target, block_m: int, block_v: int, key_bytes: int, query_bytes: int, itemsize: int
+) -> tuple[int, int]:
+    """Keys a step, and steps in flight: as many as fit, two at best.
+
+    The matrix units of Hopper and Blackwell read shared memory in their own time, and so from
+    one more buffer; but Hopper's take the weights from registers.
+    """
+    generation = target.capability // 10
+    most = {9: 128, 10: 64}.get(generation, 32) if block_v <= 128 else 32  # by registers
+    for in_flight in (2, 1):
+        for block_n in (128, 64, 32, 16):
+            buffers = in_flight + (generation in (9, 10))
+            needed = query_bytes + buffers * block_n * key_bytes + 2048
+            needed += 0 if generation == 9 else block_m * block_n * itemsize
+            if block_n <= most and needed <= target.shared_bytes:
+                return block_n, in_flight
+    return 16, 0
