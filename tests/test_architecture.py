@@ -23,7 +23,17 @@ FORBIDDEN = {
 # From the ground up: a folder imports what stands before it, never what stands after it. Files
 # outside these folders import any of them; `api.vast` may import those files, too.
 FLOORS = {
-    "engine": ("core", "device", "text", "fusion", "attention", "loading", "sampling", "step"),
+    "engine": (
+        "core",
+        "device",
+        "text",
+        "linear",
+        "fusion",
+        "attention",
+        "loading",
+        "sampling",
+        "step",
+    ),
     "api": ("http", "settings", "telemetry", "generation", "tgi", "openai", "vast"),
 }
 TORCH_FREE = ("engine.core", "engine.async_engine")

@@ -9,7 +9,7 @@ recognised stays as it is.
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,8 @@ from engine.fusion.deferred import (
     Rotated,
     Rotation,
 )
-from engine.fusion.merged_linear import merge, unmerge
+from engine.linear.merged import can_merge, merge
+from engine.linear.replace import replace_linears
 from kernels.activation import ACTIVATIONS, activate
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import Ops
@@ -256,36 +257,24 @@ def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
 
 
 def _merge_linears(model: PreTrainedModel, trace: ForwardTrace) -> Fusion:
-    """Linears of one parent that read the same tensor become one GEMM."""
-    parents = {
-        child: (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-    }
+    """Merge the linears of one parent that read the same tensor into one matrix product."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
     readers: dict[tuple[nn.Module, int], list[nn.Linear]] = defaultdict(list)
     for linear, x in trace.inputs:
-        readers[parents[linear][0], id(x)].append(linear)
-    calls = Counter(linear for linear, _ in trace.inputs)
-    together = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
+        readers[parents[linear], id(x)].append(linear)
+    num_calls = Counter(linear for linear, _ in trace.inputs)
+    num_joint_calls = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
     groups = [
-        (parents[group[0]][0], {parents[linear][1]: linear for linear in group})
-        for group, times in together.items()
-        if _can_merge(group, times, calls)
+        group
+        for group, times in num_joint_calls.items()
+        if can_merge(group) and all(num_calls[linear] == times for linear in group)
     ]
-    for parent, members in groups:
-        merge(parent, members)
-
-    def undo() -> None:
-        for parent, members in groups:
-            unmerge(parent, members)
-
-    return Fusion("GEMMs of one input", len(groups), undo)
-
-
-def _can_merge(group: tuple[nn.Linear, ...], times: int, calls: Mapping[nn.Linear, int]) -> bool:
-    """Several of one type, never called but together."""
-    kinds = {(linear.weight.dtype, linear.bias is None) for linear in group}
-    return len(group) > 1 and len(kinds) == 1 and all(calls[linear] == times for linear in group)
+    merged: dict[nn.Module, nn.Module] = {}
+    for group in groups:
+        merged |= merge(group)
+    replace_linears(model, merged.get)
+    originals = {replacement: linear for linear, replacement in merged.items()}
+    return Fusion("GEMMs of one input", len(groups), partial(replace_linears, model, originals.get))
 
 
 def _fuse_norms(model: PreTrainedModel, trace: ForwardTrace, ops: Ops) -> Fusion:

@@ -25,12 +25,14 @@ from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.fusion.find import fuse, trace_forward
-from engine.fusion.packed_linear import pack_linears
+from engine.linear.packed import pack_linears
 from engine.loading.checkpoint import Checkpoint, download_errors, locate
 from engine.loading.lazy_shards import Shards
 from engine.loading.probe import (
-    difference,
+    LogitsCheck,
+    compare_logits,
     discover,
+    find_problem,
     reference_logits,
     verify,
 )
@@ -57,8 +59,16 @@ class LoadedModel:
     max_positions: int
 
 
-def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel:
-    """Load, probe and verify. Raises LoadError with the reason and what to do."""
+def load(
+    config: LoadConfig,
+    cold_start: ColdStart | None = None,
+    ops: Ops | None = None,
+    check: LogitsCheck = compare_logits,
+) -> LoadedModel:
+    """Load a model and prepare it for the engine, see `prepare_model`.
+
+    Raises LoadError with the reason and what to do.
+    """
     cold_start = cold_start or ColdStart()
     with cold_start.phase("download"):
         checkpoint = locate(config.model_id, config.revision)
@@ -67,7 +77,7 @@ def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel
     if checkpoint.shards is not None:
         cold_start.move(checkpoint.shards.seconds, "load", "download")
     with cold_start.phase("verify"):
-        return prepare_model(model, tokenizer, checkpoint)
+        return prepare_model(model, tokenizer, checkpoint, ops, check)
 
 
 def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -100,26 +110,20 @@ def _chat_template(path: Path) -> str | list[dict[str, str]]:
 
 
 def prepare_model(
-    model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint, ops: Ops | None = None
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    checkpoint: Checkpoint,
+    ops: Ops | None = None,
+    check: LogitsCheck = compare_logits,
 ) -> LoadedModel:
-    """Make a transformers model that is in memory already ready for the engine, in place.
+    """Prepare a transformers model that is in memory for the engine, in place.
 
-    `ops` are the kernels to run it with: those of its device, if not said otherwise.
+    `ops` are the kernels to run it with, by default those of its device. `check` compares the
+    logits of the prepared model with its own. Raises LoadError where they differ.
     """
     model.eval().requires_grad_(False)
-    text_config = model.config.get_text_config()
-    max_positions = min(
-        getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
-    )
     ops = ops or ops_for(model.device)
     weight_bytes = model.get_memory_footprint()
-    calls = discover(model)
-    with trace_forward(model, [call.module for call in calls]) as trace:
-        expected = reference_logits(model)
-    if ops.fuses:
-        fuse(model, trace, ops, partial(difference, model, calls, expected, ops))
-    pack_linears(model)
-    verify(model, calls, expected, ops)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -132,11 +136,47 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=calls,
+        calls=_replace_modules(model, ops, check),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
-        max_positions=max_positions,
+        max_positions=_max_positions(model, tokenizer),
     )
+
+
+def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> list[AttentionCall]:
+    """Have the model's parts computed by our own, verify it, and return its attention calls.
+
+    The order matters:
+
+    1. Before this, while weights are loaded, quantised linears are replaced. Everything below
+       then sees the arithmetic that is served.
+    2. A forward of the unchanged model is traced, and gives the logits that every later form
+       of the model has to give: tracing recognises the model's own modules only.
+    3. Linears of one input are merged, and norms, activations and rotations fused, where a
+       launch costs more than what it computes.
+    4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
+       last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
+       matrix products need no packing.
+    5. The whole is verified through the paged cache.
+
+    A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
+    """
+    calls = discover(model)
+    with trace_forward(model, [call.module for call in calls]) as trace:
+        expected = reference_logits(model)
+    if ops.fuses:
+        fuse(model, trace, ops, partial(find_problem, model, calls, expected, ops, check))
+    if not ops.is_triton:
+        pack_linears(model)
+    verify(model, calls, expected, ops, check)
+    return calls
+
+
+def _max_positions(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """Return the longest sequence that both the model and its tokenizer are made for."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
+    return min(longest, tokenizer.max_length)
 
 
 def _load_weights(

@@ -198,46 +198,63 @@ def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
 
 @torch.inference_mode()
 def reference_logits(model: PreTrainedModel) -> list[Tensor]:
-    """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
+    """Return the logits of the model's own forward for each probe prompt, [length, vocab_size].
 
-    Run under an observer, it also shows how the model computes: the prompts are no special case.
+    The prompts are ordinary ones, so a trace of this forward shows how the model computes any.
     """
     with _attention(model, "eager"):
         return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in _prompts(model)]
 
 
+LogitsCheck = Callable[[list[Tensor], list[Tensor], torch.dtype], str | None]
+"""Says what is wrong with the logits of each prompt, None if nothing. See `compare_logits`."""
+
+
+def compare_logits(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str | None:
+    """Return what is wrong with `actual`, computed in `dtype`; None if it is as expected."""
+    worst = max(
+        float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
+        for a, e in zip(actual, expected, strict=True)
+    )
+    if not worst <= _TOLERANCE[dtype]:  # NaN is wrong, too
+        return f"its packed logits are off by {worst:.2g} of their spread"
+    return None
+
+
 @torch.inference_mode()
 def verify(
-    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+    model: PreTrainedModel,
+    calls: list[AttentionCall],
+    expected: list[Tensor],
+    ops: Ops,
+    check: LogitsCheck = compare_logits,
 ) -> None:
-    """Raise LoadError unless packed, paged and chunked logits equal the model's own.
+    """Raise LoadError unless packed, paged and chunked logits equal the expected ones.
 
     A model that keeps state between tokens anywhere but in its attention fails here,
     since neither the chunks nor the sequences of a packed row see each other.
     Leaves the model with our attention function selected and a small cache bound.
     """
-    problem = difference(model, calls, expected, ops)
+    problem = find_problem(model, calls, expected, ops, check)
     if problem is not None:
         raise _refusal(model, calls, problem)
 
 
 @torch.inference_mode()
-def difference(
-    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+def find_problem(
+    model: PreTrainedModel,
+    calls: list[AttentionCall],
+    expected: list[Tensor],
+    ops: Ops,
+    check: LogitsCheck = compare_logits,
 ) -> str | None:
-    """What is wrong with the model's packed answers; None when they are its own."""
+    """Return what is wrong with the model's packed logits; None if they are as expected."""
     use_attention(model, ATTENTION_NAME)
     try:
         actual = _packed_logits(model, calls, _prompts(model), ops)
     except Exception as error:
         return f"its packed forward failed: {error}"
-    worst = max(
-        float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
-        for a, e in zip(actual, expected, strict=True)
-    )
-    if not worst <= _TOLERANCE[model.dtype]:
-        return f"its packed logits are off by {worst:.2g} of their spread"
-    return None
+    return check(actual, expected, model.dtype)
 
 
 def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) -> LoadError:

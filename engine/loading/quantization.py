@@ -30,14 +30,14 @@ first choices that change:
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from engine.core.config import Quantization
 from engine.core.errors import LoadError
+from engine.linear.int8 import Int8Linear
+from engine.linear.replace import replace_linears
 
 _ARGUMENTS: dict[Quantization, dict[str, Any]] = {
     "bitsandbytes": {"load_in_8bit": True},
@@ -90,36 +90,22 @@ def quantization_of(config: PreTrainedConfig) -> str | None:
 
 
 def compute_in_served_type(model: PreTrainedModel) -> None:
-    """Give the linears of bitsandbytes, if the model has any, our way to compute, in place."""
+    """Have the linears that bitsandbytes quantised, if any, compute in the model's type.
+
+    8-bit linears are replaced, 4-bit ones are configured; both in place.
+    """
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         return
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt  # seldom needed
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt  # slow, and seldom needed
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear8bitLt):
-                weight: Any = child.weight
-                setattr(parent, name, Int8Linear(weight.data, weight.SCB, child.bias))
-            elif isinstance(child, Linear4bit):
-                child.compute_dtype, child.compute_type_is_set = model.dtype, True
-                child.support_avx512bf16_for_cpu = False
+    def int8(linear: nn.Module) -> Int8Linear | None:
+        if not isinstance(linear, Linear8bitLt):
+            return None
+        weight: Any = linear.weight
+        return Int8Linear(weight.data, weight.SCB, linear.bias)
 
-
-class Int8Linear(nn.Module):
-    """y = x W^T + b, where W is int8 with the largest magnitude of each row beside it.
-
-    weight [out_features, in_features] int8; absmax [out_features] float32; x is
-    [..., in_features] of any floating type, and so is W while it is used.
-    """
-
-    def __init__(self, weight: Tensor, absmax: Tensor, bias: nn.Parameter | None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(absmax[:, None] / 127, requires_grad=False)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch.empty_like(self.weight, dtype=x.dtype)
-        torch.mul(self.weight, self.scale, out=weight)  # one pass, rounded once
-        return F.linear(x, weight, self.bias)
+    replace_linears(model, int8)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = model.dtype, True
+            module.support_avx512bf16_for_cpu = False

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -108,9 +109,10 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """transformers' own greedy `generate`, alone, with the model's eager attention."""
+    """Return what transformers' own greedy `generate` adds, with the model's eager attention."""
+    untyped: Any = model  # PreTrainedModel does not declare `generate`, each model's class has it
     with own_attention(model):
-        result = model.generate(
+        result = untyped.generate(
             torch.tensor([prompt], device=model.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
             max_new_tokens=num_tokens,
@@ -118,7 +120,8 @@ def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list
             eos_token_id=None,
             pad_token_id=0,
         )
-    return result[0, len(prompt) :].tolist()
+    output_ids: list[int] = result[0, len(prompt) :].tolist()
+    return output_ids
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -122,7 +123,8 @@ def prepared(
     """A model of this family, made ready for the engine anew, to run on these kernels."""
     config_class, family_options = FAMILIES[name]
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
-    model = build(config_class, **(family_options | options)).to(device, dtype)
+    model = build(config_class, **(family_options | options))
+    nn.Module.to(model, device, dtype)
     return prepare_model(model, byte_tokenizer(), checkpoint, ops)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.fusion.deferred import Activated, Deferred, Residual
 from kernels.norm import NormForm
-from kernels.ops import TORCH
+from kernels.ops import TORCH, Ops
 
 FORM = NormForm(eps=1e-6)
 generator = torch.Generator().manual_seed(0)
@@ -58,14 +58,15 @@ def test_whoever_does_not_fuse_gets_the_tensor(
     assert torch.equal(answer, use(value))
 
 
-def counting(name: str) -> tuple[Any, list[int]]:
+def counting(name: str) -> tuple[Ops, list[int]]:
     calls: list[int] = []
 
     def kernel(*args: Any) -> Any:
         calls.append(1)
         return getattr(TORCH, name)(*args)
 
-    return replace(TORCH, **{name: kernel}), calls
+    changes: dict[str, Any] = {name: kernel}
+    return replace(TORCH, **changes), calls
 
 
 def test_the_addition_before_a_norm_is_done_by_the_norm() -> None:

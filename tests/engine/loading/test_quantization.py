@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from engine.core.config import DEFAULT_MODEL_ID, LoadConfig, Quantization
 from engine.core.errors import LoadError
+from engine.linear.int8 import Int8Linear
 from engine.loading.checkpoint import locate
 from engine.loading.loader import LoadedModel, load
-from engine.loading.quantization import Int8Linear
 from tests.engine import models
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import byte_tokenizer

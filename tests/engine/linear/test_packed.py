@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.fusion.packed_linear import PackedLinear, pack_linears
+from engine.linear.packed import PackedLinear, pack_linears
 
 SHAPES = [(1, 1), (7, 1), (30, 42), (576, 192), (576, 1536), (64, 1003)]
 
@@ -81,6 +81,8 @@ def test_plain_linears_are_swapped_and_nothing_else() -> None:
     pack_linears(model)
     kinds = [type(module) for module in model]
     assert kinds == [nn.Sequential, PackedLinear, _Shift, nn.LayerNorm, nn.Linear]
-    assert model[0][0] is model[1]
+    inner = model[0]
+    assert isinstance(inner, nn.Sequential)
+    assert inner[0] is model[1]
     with torch.inference_mode():
         torch.testing.assert_close(model[:4](x), expected)
