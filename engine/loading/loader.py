@@ -1,4 +1,4 @@
-"""Weights, tokenizer and what the engine has to know about the model they make."""
+"""Loads a model with its tokenizer, and prepares and verifies it for the engine."""
 
 import json
 from contextlib import suppress
@@ -45,9 +45,10 @@ _UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model proven to answer rightly through the paged cache.
+    """A model whose logits through the paged cache were verified.
 
-    `eos_token_ids` end a sequence; `max_positions` is what the model was made for.
+    eos_token_ids  ids that end a sequence
+    max_positions  the longest sequence that the model was made for
     """
 
     model: PreTrainedModel
@@ -102,7 +103,7 @@ def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, 
 
 
 def _chat_template(path: Path) -> str | list[dict[str, str]]:
-    """Of a tokenizer_config.json. Raises LoadError."""
+    """Return the chat template in a tokenizer_config.json. Raises LoadError."""
     try:
         return json.loads(path.read_text())["chat_template"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -206,7 +207,10 @@ def _load_weights(
 def _load_lazily(
     path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
 ) -> PreTrainedModel:
-    """A model whose class is only found with its folder waits until that is whole."""
+    """Load weights while their shards are downloaded.
+
+    If the model's class can only be found in its folder, wait for all shards first.
+    """
     model_config = options["config"]
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     is_own = getattr(model_class, "config_class", None) is type(model_config)
@@ -214,13 +218,13 @@ def _load_lazily(
         shards.wait()
         return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
     model: PreTrainedModel = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
-    with suppress(OSError):  # not every folder has one
+    with suppress(OSError):  # not every folder has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def _scale_rotary(config: PreTrainedConfig, rope_type: RopeScaling, factor: float) -> None:
-    """In place of the scaling that the checkpoint asks for, if any; its base stays."""
+    """Replace the rotary scaling of the checkpoint, if any, and keep its base frequency."""
 
     def scaled(own: dict[str, Any]) -> dict[str, Any]:
         kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
@@ -241,7 +245,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """As Text Generation Inference has it: the generation config's list, else the tokenizer's."""
+    """Return the generation config's list, or else the tokenizer's id, as TGI does."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     if isinstance(configured, list):
         return frozenset(configured)
@@ -251,12 +255,12 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[in
 
 @torch.inference_mode()
 def freeze_rotary(model: PreTrainedModel, max_total_tokens: int) -> None:
-    """Decide length-dependent rotary frequencies once, for sequences of this length.
+    """Fix length-dependent rotary frequencies for sequences of this length.
 
-    `longrope` and `dynamic` pick their frequencies from the longest position of the
-    whole packed row, so one long request would change its neighbours, and on the device
-    that is a synchronisation besides. The library's own update runs a last time for the
-    longest sequence there can be, and is then switched off.
+    `longrope` and `dynamic` choose their frequencies by the longest position of the whole
+    packed row: one long request would change its neighbours, and reading that position
+    synchronises with the device. So transformers' own update runs once more, for the longest
+    sequence there can be, and is then switched off.
     """
     position_ids = torch.tensor([[max_total_tokens - 1]], device=model.device)
     x = torch.zeros(1, dtype=model.dtype, device=model.device)

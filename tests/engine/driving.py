@@ -1,4 +1,4 @@
-"""Driving an engine by hand, and the reference it must agree with."""
+"""Runs an engine step by step, and compares it with transformers as the reference."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -63,7 +63,7 @@ class Answers:
         return self.events[request.request_id][-1]
 
     def check_endings(self, requests: Iterable[Request]) -> None:
-        """Exactly one last event each, and it comes last."""
+        """Check that each request ends with exactly one Finished or Failed."""
         for request in requests:
             events = self.events[request.request_id]
             endings = [e for e in events if isinstance(e, Finished | Failed)]
@@ -75,9 +75,9 @@ def run(
     arrivals: Iterable[tuple[int, Request | list[Request]]],
     aborts: dict[int, Request] | None = None,
 ) -> Answers:
-    """Step until nothing is left; requests arrive, and are aborted, at given step numbers.
+    """Step until no request is left. Requests arrive and are aborted at given step numbers.
 
-    A list of them is one with its forks.
+    A list of requests is a request and its forks.
     """
     answers, pending, aborts = Answers(), sorted(arrivals, key=lambda a: a[0]), aborts or {}
     for step in count():
@@ -126,7 +126,7 @@ def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list
 
 @torch.inference_mode()
 def own_logprobs(model: PreTrainedModel, prompt: list[int], output: list[int]) -> torch.Tensor:
-    """Log-softmax of the model's own logits at each token of `output`, [tokens, vocab]."""
+    """Return the model's own log-probabilities at each token of `output`, [tokens, vocab]."""
     with own_attention(model):
         ids = torch.tensor([prompt + output], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -139,9 +139,9 @@ def check_greedy(
     request: Request,
     tolerance: float = LOGPROB_TOLERANCE,
 ) -> None:
-    """Each token is the model's own first choice, and has its own logprob.
+    """Check that each token is the model's own most likely one, with its own logprob.
 
-    Where the model's two best are closer than the tolerance, either is its first choice.
+    If the model's two most likely tokens are closer than the tolerance, either is accepted.
     """
     ids, logprobs = answers.ids(request), answers.logprobs(request)
     assert len(ids) == request.stopping.max_new_tokens

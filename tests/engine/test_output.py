@@ -7,6 +7,7 @@ the borders between tokens lie where the test wants them.
 import math
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ class Said:
         return len(token_ids)
 
 
-def say(texts: list[str], *stop: str, **options: int) -> Said:
+def say(texts: list[str], *stop: str, **options: Any) -> Said:
     """Push tokens of these texts, in order, until the sequence ends."""
     known = sorted(set(texts) - {"<eos>"})
     said = Said(spelled(*known), [1], *stop, **options)

@@ -96,8 +96,8 @@ def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, o
 
 
 def test_a_prompt_longer_than_a_steps_rows() -> None:
-    options = {"max_position_embeddings": 1024}
-    engine = make_engine(prepared("llama", **options), max_batch_tokens=1000)
+    loaded = prepared("llama", max_position_embeddings=1024)
+    engine = make_engine(loaded, max_batch_tokens=1000)
     request = asking(greedy(prompt(2 * PROMPT_LOGPROB_ROWS + 10), 2))
     finished = run(engine, [(0, request)]).last(request)
     assert isinstance(finished, Finished)

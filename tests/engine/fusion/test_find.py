@@ -1,4 +1,4 @@
-"""What is fused in a model, found by structure; and what is left alone."""
+"""Fusions are found by a model's structure; modules that are not recognised stay unchanged."""
 
 import logging
 from dataclasses import replace
@@ -42,23 +42,23 @@ def fusions_of(
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
-def test_what_is_found_in_a_family(name: str) -> None:
+def test_the_expected_fusions_are_found_in_each_family(name: str) -> None:
     gemms, norms, activations, rotations = (4 * n for n in PER_LAYER[name])
     expected = dict(zip(NAMES, (gemms, norms + 1, activations, rotations), strict=True))
     assert fusions_of(*FAMILIES[name]) == {k: v for k, v in expected.items() if v}
 
 
-def test_neighbours_that_form_pairs_are_recognised() -> None:
+def test_rotations_of_interleaved_pairs_are_recognised() -> None:
     assert fusions_of(CohereConfig, {})["rotations"] == 4
 
 
-def test_a_rotation_of_a_part_is_left_to_the_model() -> None:
-    """Phi turns slices and joins them again: what comes after the rotation is not attention."""
+def test_a_rotation_of_a_part_of_the_head_is_not_fused() -> None:
+    """Phi rotates slices and joins them again, so the rotation is not followed by attention."""
     assert fusions_of(PhiConfig, {})["GEMMs of one input"] == 4
 
 
 @pytest.mark.parametrize("op", ["add_norm", "act_mul", "rotary_store_kv"])
-def test_a_fusion_that_changes_the_answers_is_undone(
+def test_a_fusion_that_changes_the_logits_is_undone(
     op: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def wrong(*args: Any) -> Any:
@@ -82,7 +82,7 @@ def test_other_models_of_the_same_class_are_untouched() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_where_nothing_is_launched_nothing_is_fused(name: str) -> None:
+def test_nothing_is_fused_for_ops_that_do_not_fuse(name: str) -> None:
     loaded = prepared(name, TORCH)
     assert not any("forward" in vars(module) for module in loaded.model.modules())
     request = greedy(b"once upon", 6)

@@ -21,7 +21,7 @@ def parent(request: pytest.FixtureRequest) -> Parent:
     return Parent(request.param).requires_grad_(False)
 
 
-def test_merged_linears_answer_as_before_in_any_order(parent: Parent) -> None:
+def test_merged_linears_compute_the_same_in_any_order(parent: Parent) -> None:
     x, y = torch.randn(2, 3, 6)
     expected = [parent.a(x), parent.b(x), parent.a(y), parent.b(y)]
     replace_linears(parent, merge([parent.a, parent.b]).get)
@@ -35,7 +35,7 @@ def test_merged_linears_answer_as_before_in_any_order(parent: Parent) -> None:
     )
 
 
-def test_merged_linears_show_their_weights_and_come_apart_again(parent: Parent) -> None:
+def test_merged_linears_have_their_weights_and_can_be_separated_again(parent: Parent) -> None:
     before = {name: p.clone() for name, p in parent.named_parameters()}
     merged = merge([parent.a, parent.b])
     replace_linears(parent, merged.get)
@@ -48,9 +48,9 @@ def test_merged_linears_show_their_weights_and_come_apart_again(parent: Parent) 
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_what_was_computed_for_an_input_is_not_kept(parent: Parent) -> None:
+def test_results_for_an_input_are_not_kept(parent: Parent) -> None:
     replace_linears(parent, merge([parent.a, parent.b]).get)
     x = torch.randn(3, 6)
     parent.a(x), parent.b(x)
-    x += 1  # an input that changed in place is a new one
+    x += 1  # an input that was changed in place counts as a new one
     torch.testing.assert_close(parent.a(x), nn.functional.linear(x, parent.a.weight, parent.a.bias))
