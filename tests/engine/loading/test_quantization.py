@@ -110,7 +110,7 @@ def check_in_company(
         check_greedy(expected, answers, request)
 
 
-def test_a_quantised_model_alone_answers_as_generate(
+def test_a_quantised_model_answers_as_generate(
     loaded: LoadedModel, expected: PreTrainedModel
 ) -> None:
     engine = make_engine(loaded)

@@ -131,7 +131,7 @@ def test_loading_fails_with_the_reason_when_no_cache_fits(monkeypatch: pytest.Mo
         load_with_room_for(monkeypatch, family("llama"), room=0)
 
 
-def test_the_cache_is_made_smaller_after_a_warm_up_out_of_memory(
+def test_a_warm_up_out_of_memory_makes_the_cache_smaller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     warm_up, attempts = Engine.warm_up, []
