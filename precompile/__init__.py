@@ -1,1 +1,1 @@
-"""The engine, played through for GPUs that are not there: fills Triton's cache for them."""
+"""Compiles Triton's kernels ahead of time, for GPUs that are not present."""

@@ -1,4 +1,7 @@
-"""`python -m precompile [MODEL_ID]`: fill TRITON_CACHE_DIR for GPUs that are not there."""
+"""`python -m precompile [MODEL_ID]` compiles Triton's kernels for GPUs that are not present.
+
+They are written to Triton's cache, TRITON_CACHE_DIR, where a server on such a GPU finds them.
+"""
 
 import multiprocessing
 import os
@@ -7,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 from engine.core.config import DEFAULT_MODEL_ID
-from precompile.compile import play
+from precompile.compile import compile_kernels
 from precompile.fake_driver import TARGETS, build_launcher
 
 
@@ -17,15 +20,17 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--max-total-tokens", type=int)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     build_launcher()
-    # Apart, since a model that was played with has no weights any more; and not forked, since
-    # torch's threads would not come along.
+    # Each pair gets a process of its own, since kernels on the fake driver overwrite the model's
+    # weights with zeros. Processes are spawned: in a forked one torch's threads would be missing.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), spawn, max_tasks_per_child=1) as pool:
-        pairs = list(product(asked.targets, asked.dtypes))
+        pairs = list(product(args.targets, args.dtypes))
         futures = [
-            pool.submit(play, asked.model_id, dtype, TARGETS[target], asked.max_total_tokens)
+            pool.submit(
+                compile_kernels, args.model_id, dtype, TARGETS[target], args.max_total_tokens
+            )
             for target, dtype in pairs
         ]
         for (target, dtype), future in zip(pairs, futures, strict=True):

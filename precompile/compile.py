@@ -1,15 +1,18 @@
-"""What the engine launches: a model loaded, warmed up, and asked for each kind of sampling."""
+"""Compiles the kernels that serving a model launches, for one GPU and one type of weights.
+
+The engine itself launches them, on a driver that compiles and computes nothing: the model is
+loaded and warmed up, and serves one request of each kind of sampling that has its own kernels.
+"""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.core.config import BLOCK_SIZE, EngineConfig, LoadConfig
@@ -20,31 +23,32 @@ from engine.core.request import (
     StoppingParams,
 )
 from engine.engine import Engine
-from engine.loading import probe
 from engine.loading.loader import load
 from engine.loading.sizing import run_largest_step
 from kernels.ops import TRITON
 from kernels.paged_attention.tuning import Target
-from precompile.fake_driver import stage
+from precompile.fake_driver import compiling_for
 
 _NUM_TOP = 5
-"""Alternatives asked for at most, by default: more is another kernel."""
+"""The most alternatives that a request may ask for by default; other limits are other kernels."""
 _MAX_BATCH_TOKENS, _MAX_SEQUENCES = 4096, 256
-"""What a GPU has, where nothing else is set: block tables are as wide as the longest step."""
+"""A GPU's defaults. They matter because block tables are as wide as the longest step needs."""
 
 
-def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None = None) -> float:
-    """Have Triton compile, for this GPU, what serving this model in this type launches there.
+def compile_kernels(
+    model_id: str, dtype: str, target: Target, max_total_tokens: int | None = None
+) -> float:
+    """Compile the kernels that serving this model in this type launches on this GPU.
 
-    Takes as many seconds as it returns.
-
-    `max_total_tokens` is what the server will be started with; None is the model's maximum,
-    which it will have where its KV cache has room for one such sequence.
+    `max_total_tokens` is the value that the server will be started with. None stands for the
+    model's maximum, which is the server's default where the KV cache has room for one
+    sequence of that length. Returns the seconds that it took.
     """
     start = time.perf_counter()
     logging.getLogger("engine").setLevel(logging.ERROR)
-    with stage(target), _as_on_a_gpu():
-        loaded = load(LoadConfig(model_id, dtype=dtype, device="cpu"))
+    with compiling_for(target):
+        load_config = LoadConfig(model_id, dtype=dtype, device="cpu")
+        loaded = load(load_config, ops=TRITON, check=_accept_any_logits)
         longest = max_total_tokens or loaded.max_positions
         config = EngineConfig(
             max_sequences=_MAX_SEQUENCES,
@@ -52,7 +56,7 @@ def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None
             max_total_tokens=max_total_tokens,
             num_blocks=-(-longest // BLOCK_SIZE),
         )
-        with patch("torch.nn.functional.linear", _no_linear):
+        with _without_matrix_products():
             run_largest_step(loaded, _MAX_BATCH_TOKENS, _MAX_SEQUENCES)
             engine = Engine(loaded, config)
             for request in _requests(engine):
@@ -61,25 +65,32 @@ def play(model_id: str, dtype: str, target: Target, max_total_tokens: int | None
     return time.perf_counter() - start
 
 
-def _no_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What takes the time on a CPU."""
-    del bias
-    return x.new_zeros(*x.shape[:-1], weight.shape[0])
+def _accept_any_logits(
+    actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype
+) -> str | None:
+    """Accept the zeros that kernels return which are compiled and not run."""
+    del actual, expected, dtype
+    return None
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """The GPU's kernels and layouts; as nothing is computed, every answer will do."""
-    with ExitStack() as stack:
-        stack.enter_context(patch("engine.loading.loader.ops_for", lambda _: TRITON))
-        stack.enter_context(patch("engine.loading.loader.pack_linears", lambda _: None))
-        anything = dict.fromkeys(probe._TOLERANCE, math.inf)
-        stack.enter_context(patch.dict(probe._TOLERANCE, anything))
+def _without_matrix_products() -> Iterator[None]:
+    """Have `F.linear` return zeros, whose values nothing reads: on a CPU it takes most time."""
+    linear = F.linear
+    F.linear = _zeros
+    try:
         yield
+    finally:
+        F.linear = linear
+
+
+def _zeros(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    del bias
+    return input.new_zeros(*input.shape[:-1], weight.shape[0])
 
 
 def _requests(engine: Engine) -> Iterator[Request]:
-    """Each kind of sampling for which kernels are compiled apart."""
+    """Yield one request for each kind of sampling that has its own kernels."""
     greedy = SamplingParams()
     sampled = SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, logprobs=True)
     samplings = [greedy, replace(greedy, logprobs=True), replace(sampled, watermark=True)]
@@ -90,7 +101,7 @@ def _requests(engine: Engine) -> Iterator[Request]:
     stopping = StoppingParams(max_new_tokens=3, ignore_eos=True)
     for number, sampling in enumerate(samplings):
         yield Request(f"{number}", [0] * 5, sampling, stopping)
-    # Only zeros are drawn, which the grammar may not allow: one is enough.
+    # Every sampled token is 0, which the grammar may not allow: one token is enough.
     once = StoppingParams(max_new_tokens=1)
     yield Request("guided", [0] * 5, greedy, once, grammar=engine.grammars.regex("[a-z]+"))
 

@@ -1,28 +1,29 @@
-"""A GPU of plywood: Triton compiles for it, and what is launched on it leaves zeros.
+"""A driver that has Triton compile for a GPU that is not present, and runs nothing.
 
-Triton's cache has an entry for each kernel, under a hash of
+Triton's cache has an entry for each compiled kernel, under a hash of
   - Triton itself: its sources, its library, and the version of its assembler;
   - the kernel's source, line number, callees and the constants they read;
   - the types of its arguments, which of them are 1 or multiples of 16, its constexprs;
   - the options it is launched with, and the GPU's compute capability;
   - some variables that change what the compiler does, none of them set as a rule.
-Nothing of it is asked of a device but the capability. So Triton's own launch path, told of a
-capability by this driver, makes the very entries that it looks for on such a GPU, provided
-that the arguments are of the same types, alignments and strides. That is why the engine
-itself launches them (`precompile.compile`), not a list of kernels that would grow old.
+The device contributes nothing but its compute capability. So Triton's own launch path, given
+the capability by this driver, makes the very entries that it looks for on such a GPU, provided
+that the arguments are of the same types, alignments and strides. That is why the engine itself
+launches the kernels (`precompile.compile`): a list of kernels kept by hand would go out of date.
 
 An entry names its files by absolute paths: the folder has to stay where it was filled.
 """
 
+import hashlib
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -30,9 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
-from triton.runtime.build import platform_key
+from triton.runtime.cache import get_cache_manager
 
-from kernels.paged_attention.tuning import Target
+from kernels.paged_attention.tuning import Target, using_target
 
 TARGETS = {
     target.capability: target
@@ -45,17 +46,20 @@ TARGETS = {
         Target(120, 99 << 10, 170),  # RTX 50, RTX PRO
     )
 }
-"""By compute capability. How many processors there are decides no entry."""
+"""GPUs by compute capability. The number of processors changes no entry of the cache."""
 
 
 @contextmanager
-def stage(target: Target) -> Iterator[None]:
-    """Triton takes every tensor for one on such a GPU."""
+def compiling_for(target: Target) -> Iterator[None]:
+    """Have Triton compile every kernel that is launched for this GPU, and run none.
+
+    Kernels that are launched leave zeros in all tensors they are given.
+    """
     drivers = triton.runtime.driver
     before = drivers._active
     drivers.set_active(_Driver(target))
     try:
-        with patch("kernels.paged_attention.kernel.target_of", lambda _: target):
+        with using_target(target):
             yield
     finally:
         drivers._active = before
@@ -75,7 +79,7 @@ class _Driver(DriverBase):
         return GPUTarget("cuda", self._target.capability, 32)
 
     def get_current_device(self) -> int:
-        """Kernels remember by it what they have compiled."""
+        """Return a number of its own for each target: kernels keep what they compiled under it."""
         return self._target.capability
 
     def get_current_stream(self, device: int) -> int:
@@ -87,7 +91,7 @@ class _Driver(DriverBase):
         return {"max_shared_mem": self._target.shared_bytes}
 
     def load_binary(self, *binary: object) -> tuple[int, int, int, int, int]:
-        """Handles, registers and spills that nobody looks at; threads that a block may have."""
+        """Return two handles, registers and spills, all unused, and a block's most threads."""
         del binary
         return 0, 0, 0, 0, 1024
 
@@ -102,38 +106,45 @@ class _Driver(DriverBase):
 
 
 class _Launcher:
+    """What Triton calls to launch a kernel, in place of the C function it compiles for a GPU."""
+
     def __init__(self, source: object, metadata: object) -> None:
-        """What Triton makes for each kernel."""
+        del source, metadata
 
     def __call__(self, *grid_and_arguments: object) -> None:
-        """Ids, positions, scores: 0 is a valid one of each."""
+        """Fill every tensor with zeros, which are valid token ids, positions and scores."""
         for argument in grid_and_arguments:
             if isinstance(argument, torch.Tensor):
                 argument.zero_()
 
 
 def build_launcher() -> None:
-    """Build Triton's own library of C, by which it launches: once for each entry it may have.
+    """Compile the C library through which Triton talks to NVIDIA's driver, and cache it.
 
-    It is linked to the GPU's driver, which comes with the GPU: an empty library stands for it.
-    Its hash has the platform, in which Python counts `file`, the command, if it is installed.
+    It is linked to libcuda, which only a machine with a GPU has: an empty library takes its
+    place. Triton's key for it contains what Python's `platform` says of executables, which
+    depends on whether the command `file` is installed, so the library is cached under both keys.
     """
+    name, source = "cuda_utils", (Path(nvidia.dirname) / "driver.c").read_text()
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / "libcuda.so.1"
         compiler = shutil.which("gcc") or "cc"
         options = ["-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null"]
         subprocess.run([compiler, *options, "-o", str(stub)], check=True)
-        for linkage in ("", "ELF"):
-            platform_key.cache_clear()
-            with (
-                patch.object(platform, "architecture", return_value=("64bit", linkage)),
-                patch.object(build, "_load_module_from_path"),  # not without a driver
-            ):
-                build.compile_module_from_src(
-                    src=(Path(nvidia.dirname) / "driver.c").read_text(),
-                    name="cuda_utils",
-                    library_dirs=[nvidia.libdevice_dir, folder],
-                    include_dirs=nvidia.include_dirs,
-                    libraries=nvidia.libraries,
-                )
-        platform_key.cache_clear()
+        path = Path(folder) / f"{name}.c"
+        path.write_text(source)
+        library = build._build(
+            name,
+            str(path),
+            srcdir=folder,
+            library_dirs=[nvidia.libdevice_dir, folder],
+            include_dirs=nvidia.include_dirs,
+            libraries=nvidia.libraries,
+            ccflags=[],
+        )
+        content = Path(library).read_bytes()
+    for linkage in ("", "ELF"):
+        platform_key = ",".join([platform.machine(), platform.system(), "64bit", linkage])
+        key = hashlib.sha256((source + platform_key).encode()).hexdigest()
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        get_cache_manager(key).put(content, f"{name}{suffix}", binary=True)

@@ -2,7 +2,7 @@
 
     with serving_hub(folder) as hub: ...  # HF_ENDPOINT=hub.url
 
-It counts who asked for what, can hold a file back, and can cut one off in the middle.
+It records which files were requested, can hold a file back, and can cut one off in the middle.
 """
 
 import hashlib
@@ -19,7 +19,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`held` files wait until they are let go; of `cut` ones that many bytes come, once."""
+    """The state of the stand-in, which a test may change.
+
+    held   files that are sent only once their event is set
+    cut    files of which only this many bytes are sent, at the next request alone
+    asked  each request for a file: its name and its Range header
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = end is not None
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a test asks `asked`."""
+        """Log nothing: tests read `asked`."""
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Triton's interpreter on the CPU, with what it lacks for bfloat16."""
+"""Triton's interpreter on the CPU, with bfloat16 corrected."""
 
 import os
 from typing import Any
@@ -10,14 +10,14 @@ INTERPRETED = not torch.cuda.is_available()
 
 
 def install() -> None:
-    """Interpret every kernel. Call before anything imports Triton, which decides then.
+    """Have Triton interpret every kernel. Call this before the first import of Triton.
 
-    The interpreter keeps bfloat16 as the bits of it. It multiplies matrices of those bits as
-    if they were numbers, where tensor cores widen them; it cuts float32 off to bfloat16, where
+    The interpreter keeps bfloat16 as integers of the same bits. It multiplies matrices of these
+    integers, where tensor cores widen the numbers; it truncates float32 to bfloat16, where
     GPUs round to the nearest, ties to even; and it is wrong about subnormal numbers.
 
-    It also puts its own functions into the language at every call from a kernel to a function,
-    and takes them out again, which takes half of its time: here they stay in.
+    It also patches Triton's language at every call from a kernel to a function and restores it
+    afterwards, which takes half of its time: here the language stays patched.
     """
     if not INTERPRETED:
         return

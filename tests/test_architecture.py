@@ -22,7 +22,17 @@ FORBIDDEN = {
 # From the lowest layer up: a folder imports those listed before it, never those after it. Files
 # outside these folders import any of them; `api.vast` may import those files, too.
 LAYERS = {
-    "engine": ("core", "device", "text", "fusion", "attention", "loading", "sampling", "step"),
+    "engine": (
+        "core",
+        "device",
+        "text",
+        "linear",
+        "fusion",
+        "attention",
+        "loading",
+        "sampling",
+        "step",
+    ),
     "api": ("http", "settings", "telemetry", "generation", "tgi", "openai", "vast"),
 }
 TORCH_FREE = ("engine.core", "engine.async_engine")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from engine.attention.kv_cache import AttentionCall
 from engine.attention.plan import StepSequences
-from engine.fusion.packed_linear import PackedLinear
+from engine.linear.packed import PackedLinear
 from engine.loading.loader import LoadedModel
 from kernels.paged_attention.mask import MaskSpec
 

@@ -1,4 +1,4 @@
-"""How much memory the device has for us, and how much something takes."""
+"""Measures the memory that a device has available, and the memory that some work takes."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -12,25 +12,27 @@ _HOST_SHARE = 0.3
 
 class DeviceMemory(Protocol):
     def available(self) -> int:
-        """Bytes that we may still take."""
+        """Return the number of bytes that may still be allocated."""
 
     def peak_of(self, work: Callable[[], object]) -> int:
-        """Bytes that `work` takes at its worst moment, beyond what is taken already."""
+        """Return the most bytes that `work` allocates beyond what is allocated already."""
 
 
 class HostMemory:
-    """The machine is not ours alone: we take a part of what is free."""
+    """Memory of the host, which other programs use too: only a part of what is free is taken."""
 
     def available(self) -> int:
         free = psutil.virtual_memory().available
         return min(int(free * _HOST_SHARE), _HOST_MAX_BYTES)
 
     def peak_of(self, work: Callable[[], object]) -> int:
-        del work  # what we leave free is far more
+        del work  # far more than a step needs is left free
         return 0
 
 
 class CudaMemory:
+    """Memory of a GPU, of which `fraction` may be used."""
+
     def __init__(self, device: torch.device, fraction: float):
         self._device = device
         self._fraction = fraction
@@ -50,5 +52,5 @@ class CudaMemory:
 
 
 def device_memory(device: torch.device, fraction: float) -> DeviceMemory:
-    """`fraction` of a GPU's memory is ours to use."""
+    """Return the memory of the device; of a GPU's, `fraction` may be used."""
     return CudaMemory(device, fraction) if device.type == "cuda" else HostMemory()

@@ -1,8 +1,8 @@
-"""Launching a step without waiting for it, on either device.
+"""Launches a step without waiting for it, on a GPU or a CPU.
 
-CUDA kernels are asynchronous by nature: launching returns at once and an event tells
-when the work is done. On a CPU one worker thread gives the same behaviour, so the engine
-is written once: launch step N+1, then look at what step N produced.
+CUDA kernels are asynchronous: a launch returns at once, and an event marks the end of the
+work. On a CPU one worker thread gives the same behaviour, so the engine is written once:
+launch step N+1, then collect the results of step N.
 """
 
 import threading
@@ -17,14 +17,14 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """A launched computation."""
+    """The result of a launched computation."""
 
     def result(self) -> T_co:
-        """Wait until it is done; raises what it raised."""
+        """Wait for the computation and return its result, or raise its error."""
 
 
 class Stream(Protocol):
-    """Runs what it is given in the order it is given."""
+    """Runs the work that is launched on it in order."""
 
     def launch(self, work: Callable[[], T]) -> Pending[T]: ...
 
@@ -71,7 +71,7 @@ class CudaStream:
 
 
 def run_in_temporary_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a thread that ends with it, and wait.
+    """Run `work` in a thread of its own, and return its result once that thread is done.
 
     Each thread that computes on a CPU keeps a team of OpenMP threads until it ends. With a
     second team alive there are more threads than cores, and libgomp then puts them to sleep
@@ -85,7 +85,7 @@ def run_in_temporary_thread(work: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    # A daemon, so that an interrupt from the keyboard ends the process.
+    # A daemon thread, so that an interrupt from the keyboard ends the process.
     threading.Thread(target=run, name="skiff-load", daemon=True).start()
     return done.result()
 

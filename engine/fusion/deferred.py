@@ -1,11 +1,11 @@
 """Tensors whose last operation waits for the next, so that one kernel can do both.
 
-A transformers model says `residual + x` and then `norm(...)`, `act(gate)` and then `* up`,
+A transformers model computes `residual + x` and then `norm(...)`, `act(gate)` and then `* up`,
 `apply_rotary_pos_emb(q, k, ...)` and then attention. `engine.fusion.find` makes the first of each
-pair answer with one of these in place of a tensor. Where the second is what was hoped for,
-both run as one kernel; anything else that touches one, be it a torch function, a method or
-an operator, gets the tensor itself, computed as the model would have. So a model's code may
-do whatever it likes, and fusing changes how its values are computed, never which.
+pair return a deferred tensor. Where the expected second operation follows, both run as one
+kernel. Any other torch function, method or operator gets the tensor itself, computed as the
+model would have computed it. So fusing never restricts what a model's code may do: it changes
+how values are computed, never which values.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from kernels.store_kv import Rotary
 
 
 class Deferred:
-    """Stands in for a tensor of this shape, type and device. Not one itself: code that would
-    read its memory directly fails loudly.
+    """Stands in for a tensor of this shape, type and device.
+
+    It is no tensor itself: code that reads a tensor's memory directly fails with an error.
     """
 
     def __init__(self, like: Tensor):
@@ -30,16 +31,17 @@ class Deferred:
         self._value: Tensor | None = None
 
     def compute(self) -> Tensor:
+        """Compute the tensor as the model would have."""
         raise NotImplementedError
 
     def materialize(self) -> Tensor:
-        """The tensor, computed once."""
+        """Return the tensor, computed at the first call."""
         if self._value is None:
             self._value = self.compute()
         return self._value
 
     def fused(self, func: Callable[..., Any], other: Tensor) -> Any:
-        """The answer to `func` with `other` where that can be fused, else NotImplemented."""
+        """Return the result of `func` with `other`, or NotImplemented if they cannot be fused."""
         del func, other
         return NotImplemented
 
@@ -81,7 +83,7 @@ for _name in ("sub", "rsub", "truediv", "rtruediv", "matmul", "pow", "neg", "get
 
 
 class Residual(Deferred):
-    """The residual stream: a sum whose addition is left to the norm that follows."""
+    """The residual stream: a sum whose addition is deferred to the norm that follows."""
 
     def __init__(self, ops: Ops, base: Tensor, addend: Tensor | None = None):
         super().__init__(base)
@@ -99,7 +101,7 @@ class Residual(Deferred):
         return Residual(self._ops, self.materialize(), other)
 
     def norm(self, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
-        """The stream normalised; the addition that waits, if any, is done in the same pass."""
+        """Return the normalised stream; a deferred addition is done in the same pass."""
         if self._value is not None or self._addend is None:
             return self._ops.norm(self.materialize(), weight, bias, form)
         normed, self._value = self._ops.add_norm(self._addend, self._base, weight, bias, form)
@@ -107,7 +109,7 @@ class Residual(Deferred):
 
 
 class Activated(Deferred):
-    """An activation of `gate`, left to the multiplication that follows."""
+    """An activation of `gate`, deferred to the multiplication that follows."""
 
     def __init__(self, ops: Ops, gate: Tensor, activation: str, original: Callable[..., Tensor]):
         super().__init__(gate)
@@ -124,7 +126,7 @@ class Activated(Deferred):
 
 
 class Rotated(Deferred):
-    """A query or a key, [1, heads, T, dim], whose rotation is left to the KV write."""
+    """A query or a key, [1, heads, T, dim], whose rotation is deferred to the KV write."""
 
     def __init__(self, source: Tensor, rotation: "Rotation", index: int):
         super().__init__(source)
@@ -135,13 +137,17 @@ class Rotated(Deferred):
 
 
 class Rotation:
-    """One rotation of a query and a key, as `rotary` says; `original` is the model's own."""
+    """The rotation of a query and its key, as `rotary` describes it.
+
+    `original` computes both as the model does.
+    """
 
     def __init__(self, rotary: Rotary, original: Callable[[], tuple[Tensor, Tensor]]):
         self.rotary, self._original = rotary, original
         self._results: tuple[Tensor, Tensor] | None = None
 
     def results(self) -> tuple[Tensor, Tensor]:
+        """Return the rotated query and key, computed at the first call."""
         if self._results is None:
             self._results = self._original()
         return self._results

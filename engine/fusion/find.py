@@ -1,15 +1,15 @@
-"""Finds, in a loaded model, what one kernel can do where the model asks for several.
+"""Finds operations of a loaded model that one kernel can compute together, and fuses them.
 
-Nothing here knows a model by name. One forward is watched: which linears read the same
-tensor, which modules compute what a known norm or activation would, what kind of rotation
-the attention modules apply. Each such module of this model, and of no other, is then given
-a forward of ours; `engine.fusion.deferred` has how the pairs find each other. What is not
-recognised stays as it is.
+No model is known by name. A forward is traced: which linears read the same tensor, which
+modules compute what a known norm or activation computes, which kind of rotation the attention
+modules apply. Each module that is recognised gets another forward, in this model only: other
+models of the same class stay unchanged. `engine.fusion.deferred` describes how two operations
+become one. Modules that are not recognised stay as they are.
 """
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,8 @@ from engine.fusion.deferred import (
     Rotated,
     Rotation,
 )
-from engine.fusion.merged_linear import merge, unmerge
+from engine.linear.merged import can_merge, merge
+from engine.linear.replace import replace_linears
 from kernels.activation import ACTIVATIONS, activate
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import Ops
@@ -49,7 +50,7 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 @dataclass(slots=True)
 class ForwardTrace:
-    """What was seen of each module; None where a call of it was not one of ours.
+    """What was recorded about each module; None if one of its calls was not recognised.
 
     norms        the form of each norm
     activations  the name of each activation
@@ -67,7 +68,7 @@ class ForwardTrace:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """One kind of fusion, applied; `undo` gives the model back as it was."""
+    """One kind of fusion that was applied; `undo` restores the model."""
 
     name: str
     count: int
@@ -77,10 +78,10 @@ class Fusion:
 def fuse(
     model: PreTrainedModel, trace: ForwardTrace, ops: Ops, problem: Callable[[], str | None]
 ) -> list[Fusion]:
-    """Apply every fusion that the model has a place for and that keeps its answers.
+    """Apply every fusion that the model has a place for and that keeps its logits.
 
-    `problem` says what is wrong with the answers of the changed model, None when nothing is.
-    Where something is, the fusions are tried one after the other.
+    `problem` returns what is wrong with the logits of the changed model, None if nothing. If
+    all fusions together change the logits, they are tried one after the other.
     """
     appliers: list[Callable[[], Fusion]] = [
         partial(_merge_linears, model, trace),
@@ -92,14 +93,14 @@ def fuse(
     if problem() is not None:
         for fusion in fusions:
             fusion.undo()
-        fusions = [fusion for apply in appliers for fusion in _kept(apply(), problem)]
+        fusions = [fusion for apply in appliers for fusion in _verified(apply(), problem)]
     fusions = [fusion for fusion in fusions if fusion.count]
     logger.info("fused: %s", ", ".join(f"{f.count} {f.name}" for f in fusions) or "nothing")
     return fusions
 
 
-def _kept(fusion: Fusion, problem: Callable[[], str | None]) -> list[Fusion]:
-    """The fusion, unless it changes the model's answers: then it is undone."""
+def _verified(fusion: Fusion, problem: Callable[[], str | None]) -> list[Fusion]:
+    """Return the fusion, or undo it and return none if it changes the model's logits."""
     reason = problem()
     if reason is None:
         return [fusion]
@@ -108,14 +109,14 @@ def _kept(fusion: Fusion, problem: Callable[[], str | None]) -> list[Fusion]:
     return []
 
 
-# -- watching a forward --------------------------------------------------------------------
+# -- tracing a forward ---------------------------------------------------------------------
 
 
 @contextmanager
 def trace_forward(
     model: PreTrainedModel, attention_modules: list[nn.Module]
 ) -> Iterator[ForwardTrace]:
-    """Watch whatever forwards of the model, as it was loaded, run meanwhile."""
+    """Record the forwards of the unchanged model that run in this context."""
     trace = ForwardTrace()
     hooks = []
     for module in model.modules():
@@ -126,18 +127,18 @@ def trace_forward(
         else:
             continue
         hooks.append(hook)
-    watched = []
+    traced_rotations = []
     for module in dict.fromkeys(attention_modules):
         original = _rotation_of(module)
         if original is not None:
             _set_rotation(module, partial(_record_rotation, trace, module, original))
-            watched.append(module)
+            traced_rotations.append(module)
     try:
         yield trace
     finally:
         for hook in hooks:
             hook.remove()
-        _restore(watched)
+        _restore(traced_rotations)
 
 
 def _record_linear(trace: ForwardTrace, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -148,7 +149,10 @@ def _record_linear(trace: ForwardTrace, module: nn.Module, args: tuple[Any, ...]
 def _record_leaf(
     trace: ForwardTrace, module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
-    """A module without parts may be a norm or an activation: they keep shape and type."""
+    """Record a module without submodules if it is a norm or an activation.
+
+    Both keep the shape and type of their input.
+    """
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return
     x = args[0]
@@ -162,12 +166,12 @@ def _record_leaf(
 
 
 def _record(seen: dict[nn.Module, Any], module: nn.Module, what: Any) -> None:
-    """Every call has to look the same."""
+    """Record `what` for the module, or None if it differs between calls."""
     seen[module] = what if seen.get(module, what) == what else None
 
 
 def _recognise_norm(module: nn.Module, x: Tensor, output: Tensor) -> NormForm | None:
-    """The form that gives the module's own output, to a rounding of its type."""
+    """Return the form that gives the module's output up to rounding, the closest of several."""
     eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     weight, bias = _weights(module)
     if not isinstance(eps, float) or any(
@@ -200,7 +204,7 @@ def _record_rotation(
 
 
 def _is_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """(q, k, cos, sin) over [1, heads, T, dim], as all but a few models have it."""
+    """Return whether the call is (q, k, cos, sin) over [1, heads, T, dim], as in most models."""
     if len(args) != 4 or kwargs.get("unsqueeze_dim", 1) != 1 or kwargs.keys() > {"unsqueeze_dim"}:
         return False
     q, k, cos, sin = args
@@ -217,7 +221,7 @@ def _is_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _recognise_rotation(
     args: tuple[Any, ...], results: tuple[Tensor, Tensor]
 ) -> Callable[[Tensor, Tensor], Rotary] | None:
-    """The form that turns query and key as the model did, to the last bit."""
+    """Return the form that rotates query and key exactly as the model did, to the last bit."""
     *sources, cos, sin = args
     for form in _ROTARY_FORMS:
         rotary = form(cos[0], sin[0])
@@ -230,7 +234,7 @@ def _recognise_rotation(
 
 
 def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The rotation that the module's forward finds among its globals."""
+    """Return the rotation function that the module's forward finds among its globals."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
         return None
@@ -238,7 +242,7 @@ def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
-    """Give this module, not its class, a forward that finds `rotation` instead."""
+    """Give this module, but not its class, a forward that finds `rotation` instead."""
     forward = type(module).forward
     assert isinstance(forward, FunctionType)
     copy = FunctionType(
@@ -256,40 +260,28 @@ def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
 
 
 def _merge_linears(model: PreTrainedModel, trace: ForwardTrace) -> Fusion:
-    """Linears of one parent that read the same tensor become one GEMM."""
-    parents = {
-        child: (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-    }
+    """Merge the linears of one parent that read the same tensor into one matrix product."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
     readers: dict[tuple[nn.Module, int], list[nn.Linear]] = defaultdict(list)
     for linear, x in trace.inputs:
-        readers[parents[linear][0], id(x)].append(linear)
-    calls = Counter(linear for linear, _ in trace.inputs)
-    together = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
+        readers[parents[linear], id(x)].append(linear)
+    num_calls = Counter(linear for linear, _ in trace.inputs)
+    num_joint_calls = Counter(tuple(dict.fromkeys(group)) for group in readers.values())
     groups = [
-        (parents[group[0]][0], {parents[linear][1]: linear for linear in group})
-        for group, times in together.items()
-        if _can_merge(group, times, calls)
+        group
+        for group, times in num_joint_calls.items()
+        if can_merge(group) and all(num_calls[linear] == times for linear in group)
     ]
-    for parent, members in groups:
-        merge(parent, members)
-
-    def undo() -> None:
-        for parent, members in groups:
-            unmerge(parent, members)
-
-    return Fusion("GEMMs of one input", len(groups), undo)
-
-
-def _can_merge(group: tuple[nn.Linear, ...], times: int, calls: Mapping[nn.Linear, int]) -> bool:
-    """Several of one type, never called but together."""
-    kinds = {(linear.weight.dtype, linear.bias is None) for linear in group}
-    return len(group) > 1 and len(kinds) == 1 and all(calls[linear] == times for linear in group)
+    merged: dict[nn.Module, nn.Module] = {}
+    for group in groups:
+        merged |= merge(group)
+    replace_linears(model, merged.get)
+    originals = {replacement: linear for linear, replacement in merged.items()}
+    return Fusion("GEMMs of one input", len(groups), partial(replace_linears, model, originals.get))
 
 
 def _fuse_norms(model: PreTrainedModel, trace: ForwardTrace, ops: Ops) -> Fusion:
-    """Norms become kernels, which also do the residual addition before them."""
+    """Compute norms by kernels that also do the residual addition before them."""
     norms = _known(trace.norms)
     for module, form in norms.items():
         module.forward = partial(_norm_forward, module, form, ops)
@@ -309,7 +301,10 @@ def _norm_forward(module: nn.Module, form: NormForm, ops: Ops, x: Tensor | Defer
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The items of the lists as long as the model is deep: the residual stream runs through."""
+    """Return the decoder layers, which pass on the residual stream.
+
+    They are the items of every list that has as many of them as the model has layers.
+    """
     depth = model.config.get_text_config().num_hidden_layers
     return [
         layer
@@ -328,7 +323,7 @@ def _layer_forward(
 
 
 def _fuse_activations(trace: ForwardTrace, ops: Ops) -> Fusion:
-    """Activations wait for the multiplication of a gated MLP."""
+    """Defer activations to the multiplication of a gated MLP."""
     activations = _known(trace.activations)
     for module, name in activations.items():
         module.forward = partial(_activation_forward, module.forward, name, ops)
@@ -342,7 +337,7 @@ def _activation_forward(
 
 
 def _fuse_rotations(trace: ForwardTrace) -> Fusion:
-    """Rotations of query and key wait for the KV write."""
+    """Defer rotations of query and key to the KV write."""
     rotations = _known(trace.rotations)
     for module, form in rotations.items():
         original = _rotation_of(module)
@@ -369,6 +364,6 @@ def _known(seen: dict[nn.Module, T | None]) -> dict[nn.Module, T]:
 
 
 def _restore(modules: Iterable[nn.Module]) -> None:
-    """Forget the forward that a module was given: its class's own is found again."""
+    """Remove the forward that a module was given, so that its class's own is used again."""
     for module in modules:
         del module.forward

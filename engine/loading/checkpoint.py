@@ -1,7 +1,7 @@
-"""From what the user names to a local folder of safetensors.
+"""Finds, downloads or converts the model that the user names, as a local folder.
 
-A name is a hub id, a local folder, a .gguf file, or the embedded default. A GGUF file is
-unpacked once, through transformers, into a folder beside the hub's cache.
+A model is named by a hub id, a local folder, a .gguf file, or the name of the embedded default.
+A GGUF file is unpacked once, through transformers, into a folder beside the hub's cache.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 class Checkpoint:
     """A folder that transformers can load, and where it came from.
 
-    `shards` are those of its weights that may not be in it yet.
+    `shards` are the parts of its weights that may still be downloading, None if all are there.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def locate(model_id: str, revision: str | None = None) -> Checkpoint:
-    """Find, download or convert the model. Raises DownloadFailed with what to do instead."""
+    """Return the folder of the model. Raises DownloadFailed with what to do instead."""
     if model_id == DEFAULT_MODEL_ID:
         return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
     path = Path(model_id).expanduser()
@@ -73,7 +73,7 @@ def _embedded_gguf() -> Path:
 
 
 def _convert_gguf(gguf: Path) -> Path:
-    """Unpack to float32 safetensors, once per file and version of transformers."""
+    """Unpack the file to float32 safetensors, once per file and version of transformers."""
     stat = gguf.stat()
     identity = f"{gguf.name} {stat.st_size} {stat.st_mtime_ns} {transformers.__version__}"
     digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
@@ -87,7 +87,7 @@ def _convert_gguf(gguf: Path) -> Path:
         try:
             os.replace(unpacked, target)
         except OSError:
-            if not target.is_dir():  # else another process was faster: its result is the same
+            if not target.is_dir():  # otherwise another process was faster, with the same result
                 raise
     return target
 
@@ -98,7 +98,7 @@ def _unpack_gguf(gguf: Path, target: Path) -> None:
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model loaded from GGUF refuses to be saved; its weights in a plain one do not.
+    # transformers refuses to save a model loaded from GGUF, so its weights go into a plain one.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict(), assign=True)
@@ -135,7 +135,7 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
 
 @contextmanager
 def download_errors(model_id: str) -> Iterator[None]:
-    """Raises DownloadFailed for what goes wrong on the way."""
+    """Turn errors of a download into DownloadFailed."""
     try:
         yield
     except (HubError, OSError) as error:

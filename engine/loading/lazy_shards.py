@@ -1,7 +1,7 @@
-"""Weights that are still on their way: what has come is loaded while the rest is downloaded.
+"""Loads the weights of a model while its other shards are still being downloaded.
 
-transformers asks for a tensor's values when it is about to place it on the device. So it is given
-tensors that know their shard, and wait for it.
+transformers reads a tensor's values when it is about to place them on the device. So it is given
+lazy tensors: each waits, when it is read, until its shard has been downloaded.
 """
 
 import json
@@ -18,19 +18,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-"""Names each tensor's shard."""
-_AT_ONCE = 2
-"""More would have the first shard wait for the others' share of the line."""
+"""The file that names the shard of each tensor."""
+_NUM_PARALLEL = 2
+"""Shards downloaded at a time. With more, the first shard would get less of the bandwidth."""
 
 
 class Shards:
-    """Of one model, downloaded in their order from the moment that this is made."""
+    """The shards of one model. Their download, in order, starts when this object is made."""
 
     def __init__(self, model_id: str, revision: str, index: Path) -> None:
         weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         self._started = time.perf_counter()
         self._ended = self._started
-        self._pool = ThreadPoolExecutor(_AT_ONCE, "skiff-download")
+        self._pool = ThreadPoolExecutor(_NUM_PARALLEL, "skiff-download")
         self._paths: dict[str, Future[str]] = {
             name: self._pool.submit(self._download, model_id, name, revision)
             for name in sorted(set(weight_map.values()))
@@ -46,12 +46,15 @@ class Shards:
 
     @property
     def seconds(self) -> float:
-        """What the download took, once it has ended."""
+        """How long the download took, once it has ended."""
         return self._ended - self._started
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """To load them in. What fails in it for want of a shard fails for the download's reason."""
+        """Load the tensors within this context, which ends when all shards are downloaded.
+
+        If loading fails because a shard could not be downloaded, that error is raised instead.
+        """
         try:
             yield
         except Exception:
@@ -64,14 +67,14 @@ class Shards:
         self.wait()
 
     def wait(self) -> None:
-        """Until all are here. Raises what kept one away."""
+        """Wait until all shards are downloaded. Raises the error of one that failed."""
         for path in self._paths.values():
             path.result()
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Stands for a tensor until it is sliced, as those of an open safetensors file do."""
+    """A tensor that is read when it is sliced, as the slices of a safetensors file are."""
 
     name: str
     path: "Future[str]"
@@ -81,6 +84,6 @@ class LazyTensor:
             return shard.get_slice(self.name)[index]
 
     def get_dtype(self) -> str:
-        """Asked for where weights are quantised already."""
+        """Return the tensor's type, which transformers reads for quantised checkpoints."""
         with safe_open(self.path.result(), framework="pt") as shard:
             return shard.get_slice(self.name).get_dtype()

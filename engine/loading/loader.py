@@ -1,4 +1,4 @@
-"""Weights, tokenizer and what the engine has to know about the model they make."""
+"""Loads a model with its tokenizer, and prepares and verifies it for the engine."""
 
 import json
 from contextlib import suppress
@@ -25,12 +25,14 @@ from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.fusion.find import fuse, trace_forward
-from engine.fusion.packed_linear import pack_linears
+from engine.linear.packed import pack_linears
 from engine.loading.checkpoint import Checkpoint, download_errors, locate
 from engine.loading.lazy_shards import Shards
 from engine.loading.probe import (
-    difference,
+    LogitsCheck,
+    compare_logits,
     discover,
+    find_problem,
     reference_logits,
     verify,
 )
@@ -43,9 +45,10 @@ _UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model proven to answer rightly through the paged cache.
+    """A model whose logits through the paged cache were verified.
 
-    `eos_token_ids` end a sequence; `max_positions` is what the model was made for.
+    eos_token_ids  ids that end a sequence
+    max_positions  the longest sequence that the model was made for
     """
 
     model: PreTrainedModel
@@ -57,8 +60,16 @@ class LoadedModel:
     max_positions: int
 
 
-def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel:
-    """Load, probe and verify. Raises LoadError with the reason and what to do."""
+def load(
+    config: LoadConfig,
+    cold_start: ColdStart | None = None,
+    ops: Ops | None = None,
+    check: LogitsCheck = compare_logits,
+) -> LoadedModel:
+    """Load a model and prepare it for the engine, see `prepare_model`.
+
+    Raises LoadError with the reason and what to do.
+    """
     cold_start = cold_start or ColdStart()
     with cold_start.phase("download"):
         checkpoint = locate(config.model_id, config.revision)
@@ -67,7 +78,7 @@ def load(config: LoadConfig, cold_start: ColdStart | None = None) -> LoadedModel
     if checkpoint.shards is not None:
         cold_start.move(checkpoint.shards.seconds, "load", "download")
     with cold_start.phase("verify"):
-        return prepare_model(model, tokenizer, checkpoint)
+        return prepare_model(model, tokenizer, checkpoint, ops, check)
 
 
 def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -92,7 +103,7 @@ def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, 
 
 
 def _chat_template(path: Path) -> str | list[dict[str, str]]:
-    """Of a tokenizer_config.json. Raises LoadError."""
+    """Return the chat template in a tokenizer_config.json. Raises LoadError."""
     try:
         return json.loads(path.read_text())["chat_template"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -100,26 +111,20 @@ def _chat_template(path: Path) -> str | list[dict[str, str]]:
 
 
 def prepare_model(
-    model: PreTrainedModel, tokenizer: Tokenizer, checkpoint: Checkpoint, ops: Ops | None = None
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    checkpoint: Checkpoint,
+    ops: Ops | None = None,
+    check: LogitsCheck = compare_logits,
 ) -> LoadedModel:
-    """Make a transformers model that is in memory already ready for the engine, in place.
+    """Prepare a transformers model that is in memory for the engine, in place.
 
-    `ops` are the kernels to run it with: those of its device, if not said otherwise.
+    `ops` are the kernels to run it with, by default those of its device. `check` compares the
+    logits of the prepared model with its own. Raises LoadError where they differ.
     """
     model.eval().requires_grad_(False)
-    text_config = model.config.get_text_config()
-    max_positions = min(
-        getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED, tokenizer.max_length
-    )
     ops = ops or ops_for(model.device)
     weight_bytes = model.get_memory_footprint()
-    calls = discover(model)
-    with trace_forward(model, [call.module for call in calls]) as trace:
-        expected = reference_logits(model)
-    if ops.fuses:
-        fuse(model, trace, ops, partial(difference, model, calls, expected, ops))
-    pack_linears(model)
-    verify(model, calls, expected, ops)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -132,11 +137,47 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=calls,
+        calls=_replace_modules(model, ops, check),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
-        max_positions=max_positions,
+        max_positions=_max_positions(model, tokenizer),
     )
+
+
+def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> list[AttentionCall]:
+    """Have the model's parts computed by our own, verify it, and return its attention calls.
+
+    The order matters:
+
+    1. Before this, while weights are loaded, quantised linears are replaced. Everything below
+       then sees the arithmetic that is served.
+    2. A forward of the unchanged model is traced, and gives the logits that every later form
+       of the model has to give: tracing recognises the model's own modules only.
+    3. Linears of one input are merged, and norms, activations and rotations fused, where a
+       launch costs more than what it computes.
+    4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
+       last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
+       matrix products need no packing.
+    5. The whole is verified through the paged cache.
+
+    A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
+    """
+    calls = discover(model)
+    with trace_forward(model, [call.module for call in calls]) as trace:
+        expected = reference_logits(model)
+    if ops.fuses:
+        fuse(model, trace, ops, partial(find_problem, model, calls, expected, ops, check))
+    if not ops.is_triton:
+        pack_linears(model)
+    verify(model, calls, expected, ops, check)
+    return calls
+
+
+def _max_positions(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """Return the longest sequence that both the model and its tokenizer are made for."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
+    return min(longest, tokenizer.max_length)
 
 
 def _load_weights(
@@ -166,7 +207,10 @@ def _load_weights(
 def _load_lazily(
     path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
 ) -> PreTrainedModel:
-    """A model whose class is only found with its folder waits until that is whole."""
+    """Load weights while their shards are downloaded.
+
+    If the model's class can only be found in its folder, wait for all shards first.
+    """
     model_config = options["config"]
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     is_own = getattr(model_class, "config_class", None) is type(model_config)
@@ -174,13 +218,13 @@ def _load_lazily(
         shards.wait()
         return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
     model: PreTrainedModel = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
-    with suppress(OSError):  # not every folder has one
+    with suppress(OSError):  # not every folder has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def _scale_rotary(config: PreTrainedConfig, rope_type: RopeScaling, factor: float) -> None:
-    """In place of the scaling that the checkpoint asks for, if any; its base stays."""
+    """Replace the rotary scaling of the checkpoint, if any, and keep its base frequency."""
 
     def scaled(own: dict[str, Any]) -> dict[str, Any]:
         kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
@@ -201,7 +245,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """As Text Generation Inference has it: the generation config's list, else the tokenizer's."""
+    """Return the generation config's list, or else the tokenizer's id, as TGI does."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     if isinstance(configured, list):
         return frozenset(configured)
@@ -211,12 +255,12 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[in
 
 @torch.inference_mode()
 def freeze_rotary(model: PreTrainedModel, max_total_tokens: int) -> None:
-    """Decide length-dependent rotary frequencies once, for sequences of this length.
+    """Fix length-dependent rotary frequencies for sequences of this length.
 
-    `longrope` and `dynamic` pick their frequencies from the longest position of the
-    whole packed row, so one long request would change its neighbours, and on the device
-    that is a synchronisation besides. The library's own update runs a last time for the
-    longest sequence there can be, and is then switched off.
+    `longrope` and `dynamic` choose their frequencies by the longest position of the whole
+    packed row: one long request would change its neighbours, and reading that position
+    synchronises with the device. So transformers' own update runs once more, for the longest
+    sequence there can be, and is then switched off.
     """
     position_ids = torch.tensor([[max_total_tokens - 1]], device=model.device)
     x = torch.zeros(1, dtype=model.dtype, device=model.device)

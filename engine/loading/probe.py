@@ -1,10 +1,10 @@
-"""What a loaded model's attention needs, and proof that the packed path gives its answers.
+"""Discovers how a loaded model attends, and verifies its logits through the paged cache.
 
-Nothing here knows a model by name. `discover` runs one short forward with a recording
-attention function in place of the real one, and reads each call's geometry, mask and
-sharing from what the model passes. `reference_logits` are those of two prompts, before anything
-about the model is changed; `verify` then runs both through the paged cache, in chunks,
-side by side in one packed row, and compares every logit. What cannot be answered for is
+No model is known by name. `discover` runs one short forward with a recording attention
+function in place of the real one, and reads each call's geometry, mask and sharing from what
+the model passes. `reference_logits` computes the logits of two prompts before anything about the
+model is changed. `verify` then runs both prompts through the paged cache, in chunks, side by
+side in one packed row, and compares every logit. A model that cannot be served correctly is
 refused with the reason.
 """
 
@@ -26,15 +26,15 @@ from kernels.ops import Ops
 from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
 
 _RECORDER_NAME = "skiff_recorder"
-# Root mean square of the logits' difference, relative to their spread.
+# Bounds of the root mean square of the logits' difference, relative to their spread.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch every part of the model to the attention function of this name.
 
-    Set on the configurations directly: the library's public call skips models that it
-    guesses not to support it, many of which do.
+    The name is set on the configurations directly, because the library's public call skips
+    models that it assumes not to support it, many of which do.
     """
     configs: dict[int, Any] = {
         id(m.config): m.config for m in model.modules() if hasattr(m, "config")
@@ -55,10 +55,10 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def discover(model: PreTrainedModel) -> list[AttentionCall]:
-    """The attention calls of one forward, in order.
+    """Return the attention calls of one forward, in order.
 
-    Raises LoadError where the model attends outside the interface, or in a way that
-    positions alone do not decide.
+    Raises LoadError if the model attends outside transformers' interface, or in a way that
+    depends on more than positions.
     """
     recorder = _Recorder(_horizon(model))
     ids = _prompt(model, length=5, seed=0)
@@ -78,13 +78,13 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
 
 
 def _horizon(model: PreTrainedModel) -> int:
-    """A position beyond which no mask of this model can start to differ."""
+    """Return the number of positions over which this model's masks have to be examined."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(int(longest or 1 << 16), 1 << 20)
 
 
 class _Recorder:
-    """An attention function that computes nothing and a mask function that remembers."""
+    """An attention function that records its calls, and a mask function that records masks."""
 
     def __init__(self, horizon: int):
         self.calls: list[AttentionCall] = []
@@ -149,7 +149,7 @@ class _Recorder:
             raise LoadError(f"{type(module).__name__} attends to later tokens")
 
     def _spec(self, module: nn.Module, mask: Tensor | None, window: int | None) -> MaskSpec:
-        """The mask decides, as it does in the model's own eager attention."""
+        """Return the mask's spec; the window only counts without a mask, as in eager attention."""
         if mask is None:
             return MaskSpec(window=window or NO_LIMIT)
         for known, spec in self._masks:
@@ -159,9 +159,9 @@ class _Recorder:
 
 
 def read_mask(mask_function: Callable[..., Any], horizon: int, device: torch.device) -> MaskSpec:
-    """Recognise a causal, sliding-window or chunked mask by what it allows.
+    """Recognise a causal, sliding-window or chunked mask by the keys it allows.
 
-    `mask_function(batch, head, query, key)` says whether a query position may see a key
+    `mask_function(batch, head, query, key)` returns whether a query position may see a key
     position. Raises LoadError for a mask that is none of the three.
     """
     keys = torch.arange(horizon, device=device)
@@ -190,52 +190,69 @@ def read_mask(mask_function: Callable[..., Any], horizon: int, device: torch.dev
 
 
 def _read_chunk(visible: Callable[[int], Tensor], boundary: int) -> MaskSpec:
-    """`boundary` starts a chunk; the query before it sees exactly one whole chunk."""
+    """Read the chunk size: the query before `boundary`, a chunk's start, sees one whole chunk."""
     return MaskSpec(chunk=boundary - int(visible(boundary - 1).to(torch.int8).argmax()))
 
 
 @torch.inference_mode()
 def reference_logits(model: PreTrainedModel) -> list[Tensor]:
-    """What the model's own forward says to each of the probe's prompts, [length, vocab_size].
+    """Return the logits of the model's own forward for each probe prompt, [length, vocab_size].
 
-    Run under an observer, it also shows how the model computes: the prompts are no special case.
+    The prompts are ordinary ones, so a trace of this forward shows how the model computes any.
     """
     with _attention(model, "eager"):
         return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in _prompts(model)]
 
 
+LogitsCheck = Callable[[list[Tensor], list[Tensor], torch.dtype], str | None]
+"""Says what is wrong with the logits of each prompt, None if nothing. See `compare_logits`."""
+
+
+def compare_logits(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str | None:
+    """Return what is wrong with `actual`, computed in `dtype`; None if it is as expected."""
+    worst = max(
+        float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
+        for a, e in zip(actual, expected, strict=True)
+    )
+    if not worst <= _TOLERANCE[dtype]:  # NaN is wrong, too
+        return f"its packed logits are off by {worst:.2g} of their spread"
+    return None
+
+
 @torch.inference_mode()
 def verify(
-    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+    model: PreTrainedModel,
+    calls: list[AttentionCall],
+    expected: list[Tensor],
+    ops: Ops,
+    check: LogitsCheck = compare_logits,
 ) -> None:
-    """Raise LoadError unless packed, paged and chunked logits equal the model's own.
+    """Raise LoadError unless packed, paged and chunked logits equal the expected ones.
 
     A model that keeps state between tokens anywhere but in its attention fails here,
     since neither the chunks nor the sequences of a packed row see each other.
     Leaves the model with our attention function selected and a small cache bound.
     """
-    problem = difference(model, calls, expected, ops)
+    problem = find_problem(model, calls, expected, ops, check)
     if problem is not None:
         raise _refusal(model, calls, problem)
 
 
 @torch.inference_mode()
-def difference(
-    model: PreTrainedModel, calls: list[AttentionCall], expected: list[Tensor], ops: Ops
+def find_problem(
+    model: PreTrainedModel,
+    calls: list[AttentionCall],
+    expected: list[Tensor],
+    ops: Ops,
+    check: LogitsCheck = compare_logits,
 ) -> str | None:
-    """What is wrong with the model's packed answers; None when they are its own."""
+    """Return what is wrong with the model's packed logits; None if they are as expected."""
     use_attention(model, ATTENTION_NAME)
     try:
         actual = _packed_logits(model, calls, _prompts(model), ops)
     except Exception as error:
         return f"its packed forward failed: {error}"
-    worst = max(
-        float((a - e).square().mean().sqrt() / e.std().clamp_min(1e-6))
-        for a, e in zip(actual, expected, strict=True)
-    )
-    if not worst <= _TOLERANCE[model.dtype]:
-        return f"its packed logits are off by {worst:.2g} of their spread"
-    return None
+    return check(actual, expected, model.dtype)
 
 
 def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) -> LoadError:
@@ -248,7 +265,7 @@ def _refusal(model: PreTrainedModel, calls: list[AttentionCall], reason: str) ->
 def _packed_logits(
     model: PreTrainedModel, calls: list[AttentionCall], prompts: list[Tensor], ops: Ops
 ) -> list[Tensor]:
-    """Logits of every position, computed in three packed steps over shuffled blocks."""
+    """Compute the logits of every position in three packed steps over shuffled blocks."""
     context = bind_kv_cache(calls, 8, model.dtype, model.device, ops)
     tables = np.array([[5, 2, 7, 0], [3, 6, 1, 4]])
     attention = FixedTables(ops, calls, tables, model.device)

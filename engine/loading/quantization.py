@@ -1,18 +1,18 @@
-"""Weights quantised by bitsandbytes, under Text Generation Inference's names for it.
+"""Quantises weights with bitsandbytes, under the names of Text Generation Inference.
 
-transformers swaps the model's linears as they load; `lm_head`, the embeddings and whatever
-is not a linear (the stacked experts of a mixture, for one) stay as they are. A checkpoint
-that is quantised already is taken as it is, its type included.
+transformers replaces the model's linears as they load. `lm_head`, the embeddings and all that
+is not a linear (such as the stacked experts of a mixture) stay as they are. A checkpoint that
+is quantised already is served as it is, its type included.
 
 Only weights are quantised: the linears compute in the type that is served, whatever the
-processor and the rest of the batch. Two of bitsandbytes' own ways are left for that:
+processor and the rest of the batch. For that reason two methods of bitsandbytes are not used:
 
 - LLM.int8 quantises the linears' inputs too. Where any row of the batch has an outlier, its
   column leaves the int8 product for all rows, so a request changes its neighbours; on CUDA
   the host waits for the device in every linear besides. Without outliers (threshold 0) rows
   are independent, but not what made them: the last bits of a float32, which differ with the
   number of rows, push a value over to its next int8, and beside an outlier the steps are
-  wide. Our int8 linears multiply their weights out for each call instead.
+  wide. `Int8Linear` converts its weights to the input's type for each call instead.
 - 4 bits on a CPU with AVX512-BF16 are computed in bfloat16, whatever type was asked for.
 
 SmolLM2-135M-Instruct in float32 over 512 tokens: the mean loss, and where the same tokens
@@ -30,14 +30,14 @@ first choices that change:
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from engine.core.config import Quantization
 from engine.core.errors import LoadError
+from engine.linear.int8 import Int8Linear
+from engine.linear.replace import replace_linears
 
 _ARGUMENTS: dict[Quantization, dict[str, Any]] = {
     "bitsandbytes": {"load_in_8bit": True},
@@ -49,9 +49,9 @@ _ARGUMENTS: dict[Quantization, dict[str, Any]] = {
 def loading_options(
     model_id: str, config: PreTrainedConfig, quantize: Quantization | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` has to be told so that the weights come as `quantize` says.
+    """Return the options of `from_pretrained` that quantise the weights as `quantize` says.
 
-    Raises LoadError where the checkpoint's own quantisation is another, or unknown.
+    Raises LoadError if the checkpoint is quantised in another way, or in an unknown one.
     """
     own, name = _own_quantization(config), quantization_of(config)
     if own is None:
@@ -69,7 +69,7 @@ def loading_options(
 
 
 def _own_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """What config.json says of the checkpoint's weights."""
+    """Return the quantisation that config.json declares for the checkpoint's weights."""
     for part in (config, config.get_text_config(decoder=True)):
         own = getattr(part, "quantization_config", None)
         if own is not None:
@@ -78,7 +78,7 @@ def _own_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def quantization_of(config: PreTrainedConfig) -> str | None:
-    """The method as `quantize` has it, or by its own name; None where there is none."""
+    """Return the method under the name that `quantize` has for it, or else its own; or None."""
     own = _own_quantization(config)
     if own is None:
         return None
@@ -90,36 +90,22 @@ def quantization_of(config: PreTrainedConfig) -> str | None:
 
 
 def compute_in_served_type(model: PreTrainedModel) -> None:
-    """Give the linears of bitsandbytes, if the model has any, our way to compute, in place."""
+    """Have the linears that bitsandbytes quantised, if any, compute in the model's type.
+
+    8-bit linears are replaced, 4-bit ones are configured; both in place.
+    """
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         return
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt  # seldom needed
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt  # slow, and seldom needed
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear8bitLt):
-                weight: Any = child.weight
-                setattr(parent, name, Int8Linear(weight.data, weight.SCB, child.bias))
-            elif isinstance(child, Linear4bit):
-                child.compute_dtype, child.compute_type_is_set = model.dtype, True
-                child.support_avx512bf16_for_cpu = False
+    def int8(linear: nn.Module) -> Int8Linear | None:
+        if not isinstance(linear, Linear8bitLt):
+            return None
+        weight: Any = linear.weight
+        return Int8Linear(weight.data, weight.SCB, linear.bias)
 
-
-class Int8Linear(nn.Module):
-    """y = x W^T + b, where W is int8 with the largest magnitude of each row beside it.
-
-    weight [out_features, in_features] int8; absmax [out_features] float32; x is
-    [..., in_features] of any floating type, and so is W while it is used.
-    """
-
-    def __init__(self, weight: Tensor, absmax: Tensor, bias: nn.Parameter | None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(absmax[:, None] / 127, requires_grad=False)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch.empty_like(self.weight, dtype=x.dtype)
-        torch.mul(self.weight, self.scale, out=weight)  # one pass, rounded once
-        return F.linear(x, weight, self.bias)
+    replace_linears(model, int8)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = model.dtype, True
+            module.support_avx512bf16_for_cpu = False

@@ -1,7 +1,7 @@
-"""How much fits: the limits of the engine, each decided once and with its reason.
+"""Decides the limits of the engine by the device's memory, each with its reason.
 
-What a step needs beside the weights and the cache is not guessed: the largest one is run,
-over a cache of a few blocks, and the device says how much memory it took.
+The memory that a step needs beside the weights and the cache is measured: the largest step is
+run over a cache of a few blocks, and the device reports how much memory it took.
 """
 
 from dataclasses import dataclass, replace
@@ -21,14 +21,15 @@ from engine.loading.probe import use_attention
 _CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
 _CUDA_BATCH_TOKENS = 4096
 _GRAPH_SHARE = 0.25
-"""What captured steps keep, of what the largest step needs: they have a sixteenth of its tokens,
-but all their logits, and room for the partials of attention.
+"""Memory that captured steps keep, as a share of what the largest step needs.
+
+They have a sixteenth of its tokens, but all their logits, and room for attention's partials.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The effective limits; `reasons` has one line for each, to be shown at start."""
+    """The effective limits. `reasons` has one line for each, which is logged at start."""
 
     max_sequences: int
     max_batch_tokens: int
@@ -44,7 +45,7 @@ def decide_limits(
     memory: DeviceMemory | None = None,
     why_blocks: str = "set",
 ) -> Limits:
-    """Raises LoadError where what is asked for does not fit, naming what would."""
+    """Decide the limits. Raises LoadError if the configured ones do not fit, naming what would."""
     memory = memory or device_memory(loaded.model.device, config.memory_fraction)
     kind = loaded.model.device.type
     max_batch_tokens = config.max_batch_tokens or (
@@ -78,7 +79,10 @@ def decide_limits(
 
 
 def with_smaller_cache(loaded: LoadedModel, config: EngineConfig, limits: Limits) -> Limits:
-    """Where these ran out of memory all the same. Raises LoadError when there is no less."""
+    """Return limits with a smaller cache, for use when `limits` ran out of memory.
+
+    Raises LoadError if the cache cannot be made smaller.
+    """
     num_blocks = limits.num_blocks * 9 // 10
     if config.num_blocks is not None or num_blocks < 1:
         raise LoadError(
@@ -111,16 +115,19 @@ def _why_total(loaded: LoadedModel, config: EngineConfig, chosen: int) -> str:
 
 
 def _useful_blocks(fitting: int, max_sequences: int, longest: int) -> int:
-    """No more than every sequence at its longest could use, plus as much again to cache."""
+    """Return the blocks to use: at most twice what all sequences at their longest need.
+
+    The second half is for prefix caching.
+    """
     return min(fitting, 2 * max_sequences * -(-longest // BLOCK_SIZE))
 
 
 def _cache_bytes(
     loaded: LoadedModel, memory: DeviceMemory, max_batch_tokens: int, max_sequences: int
 ) -> tuple[int, str]:
-    """What is left for the cache beside the largest step and the graphs, and why.
+    """Return the bytes left for the cache beside the largest step and the graphs, and why.
 
-    Raises LoadError, in TGI's words, where there is no memory for that step.
+    Raises LoadError, in TGI's words, if there is no memory for that step.
     """
     try:
         step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
@@ -141,9 +148,9 @@ def _cache_bytes(
 
 @torch.inference_mode()
 def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> None:
-    """One prefill of the whole token budget with as many logits as there can be sequences.
+    """Run one prefill of the whole token budget, with logits for the most sequences there can be.
 
-    The cache has a few blocks only, that all positions share: what is in it is of no interest.
+    All positions share a cache of a few blocks: the values that it holds do not matter.
     """
     model, num_blocks = loaded.model, 8
     use_attention(model, ATTENTION_NAME)

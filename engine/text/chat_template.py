@@ -1,7 +1,7 @@
-"""Messages become a prompt, by the chat template that came with the model.
+"""Renders the messages of a chat to a prompt, by the chat template that came with the model.
 
-transformers renders it, in its sandbox: the template is a stranger's program. What goes in
-and how errors are told is Text Generation Inference's.
+transformers renders the template in a sandbox, since it is code from an unknown author. The
+template's input and the texts of errors are those of Text Generation Inference.
 """
 
 import re
@@ -20,7 +20,7 @@ _TRAINING_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """Safe from several threads at once. Without a template, `render` raises."""
+    """A model's chat template. Thread-safe. If the model has none, `render` raises."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._hf = tokenizer
@@ -29,7 +29,7 @@ class ChatTemplate:
 
     @cached_property
     def uses_tools(self) -> bool:
-        """Whether the template tells the model of tools itself. A broken one does not."""
+        """Whether the template presents tools to the model; False if its syntax is wrong."""
         source = _TRAINING_TAG.sub("", self._source or "")
         try:
             tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
@@ -41,7 +41,9 @@ class ChatTemplate:
     def render(
         self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None = None
     ) -> str:
-        """The prompt for the next message; a last one of the assistant is continued instead.
+        """Return the prompt for the assistant's next message.
+
+        If the last message is the assistant's, the prompt has the assistant continue it.
 
         Each message has `role` and `content`. Raises TemplateError.
         """
@@ -55,10 +57,11 @@ class ChatTemplate:
             raise TemplateError(_detail(error)) from error
 
     def _continued(self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None) -> str:
-        """Cut behind the last message and trimmed, as Text Generation Inference does.
+        """Return the prompt up to the end of the last message, trimmed at its end.
 
-        Where it looks for the message's last occurrence, which may be anywhere if it is
-        short, transformers marks its end. A template that hides the message gets its turn.
+        Text Generation Inference cuts the prompt at the message's last occurrence, which may be
+        elsewhere if the message is short. transformers marks the end of the message instead.
+        If the template does not show the message, the prompt is for a next one.
         """
         try:
             return self._apply(messages, tools, continued=True).rstrip()
@@ -81,7 +84,7 @@ class ChatTemplate:
 
 
 def _detail(error: Exception) -> str:
-    """In minijinja's words, which has a template's own `raise_exception` as a syntax error."""
+    """Return the error in minijinja's words, where `raise_exception` is a syntax error."""
     if not isinstance(error, jinja2.TemplateError):
         return str(error)
     kind = "undefined value" if isinstance(error, jinja2.UndefinedError) else "syntax error"

@@ -1,7 +1,7 @@
-"""Guided decoding: which tokens may come next so that the text matches a grammar.
+"""Guided decoding: computes which tokens may come next so that the text matches a grammar.
 
-llguidance parses and computes the masks; here are the choices made for it. Compiling is
-safe in any thread and lets go of the interpreter lock; a state belongs to its sequence.
+llguidance parses grammars and computes token masks; this module decides its options. Compiling
+is thread-safe and releases the interpreter lock. A state belongs to one sequence.
 """
 
 import threading
@@ -22,24 +22,22 @@ from engine.text.tokenizer import Tokenizer
 _MAX_SOURCE_BYTES = 256 * 1024
 _CACHE_SIZE = 256
 _WHITESPACE = r"\x20"
-"""At most one space between JSON's tokens, as Text Generation Inference has it: unbounded, a
+"""At most one space between JSON's tokens, as in Text Generation Inference. Without a bound, a
 model may fill its whole answer with white space."""
 _LIMITS = LLParserLimits(verbose_errors=False)
-"""The library's own bound a compilation to tens of milliseconds and a mask to a few."""
+"""The library's default limits: tens of milliseconds for a compilation, a few for a mask."""
 _OPTIONS = {
     "whitespace_pattern": _WHITESPACE,
     "coerce_one_of": True,
-    # A keyword that cannot be enforced is ignored, and told, as clients of outlines expect.
+    # Ignore a keyword that cannot be enforced, with a warning, as clients of outlines expect.
     "lenient": True,
 }
-
-
 _DEFINITIONS = "$defs", "definitions"
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Compiled once, for any number of sequences; `warnings` are for who wrote it."""
+    """A compiled grammar, for any number of sequences. `warnings` are for the client."""
 
     _compiled: LLMatcher
     warnings: tuple[str, ...]
@@ -49,7 +47,7 @@ class Grammar:
 
 
 class GrammarState:
-    """How far one sequence has come. Once there is an `error`, nothing else means anything."""
+    """The position of one sequence in its grammar. Once `error` is set, nothing else is valid."""
 
     __slots__ = ("_matcher",)
 
@@ -60,27 +58,31 @@ class GrammarState:
         self._matcher.consume_token(token_id)
 
     def forced(self) -> list[int]:
-        """The tokens of the text that must come next, in the tokenizer's own spelling."""
+        """Return the tokens of the text that must come next, as the tokenizer encodes it."""
         return [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
 
     @property
     def is_finished(self) -> bool:
-        """Nothing but the end may follow."""
+        """Whether only the end of the sequence may follow."""
         return self._matcher.is_stopped()
 
     @property
     def error(self) -> str:
-        """Why it cannot be followed any further: a limit, or a token that it does not allow."""
+        """Why the grammar cannot be followed any further, or "".
+
+        Either a limit was reached, or a token was accepted that the grammar does not allow.
+        """
         return self._matcher.get_error()
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and remembers the last ones. Thread-safe.
+    """Compiles grammars for one tokenizer, and caches the last ones. Thread-safe.
 
-    The tokenizer is prepared for it when it is first needed, or ahead: a second or two.
+    Preparing the tokenizer takes a second or two. It is done by `prepare`, or else when the
+    first grammar is compiled.
 
     vocab_size     width of the logits
-    eos_token_ids  allowed where the grammar may end
+    eos_token_ids  tokens that are allowed where the grammar may end
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]):
@@ -90,7 +92,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """In a thread of its own, so that nobody waits who does not ask for a grammar."""
+        """Prepare the tokenizer in a thread of its own, so that other requests do not wait."""
         threading.Thread(target=self._tokenizer, name="skiff-grammar", daemon=True).start()
 
     def _tokenizer(self) -> LLTokenizer:
@@ -101,7 +103,7 @@ class GrammarCompiler:
             return self._prepared
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
-        """JSON that is valid under `schema`. Raises GrammarError."""
+        """Compile a grammar of the JSON that is valid under `schema`. Raises GrammarError."""
         if not isinstance(schema, dict):
             raise GrammarError("a schema is an object")
         try:
@@ -113,9 +115,9 @@ class GrammarCompiler:
         return self._cached("json", source)
 
     def regex(self, pattern: str) -> Grammar:
-        """Text that `pattern`, in the syntax of Rust's regex, matches as a whole.
+        """Compile a grammar of the texts that `pattern` matches as a whole.
 
-        Raises GrammarError.
+        The syntax is that of Rust's regex. Raises GrammarError.
         """
         return self._cached("regex", pattern)
 
@@ -149,14 +151,17 @@ class GrammarCompiler:
 
 
 class TokenMasks:
-    """Computes the masks of a step's guided sequences, on several cores at a time."""
+    """Computes the token masks of a step's guided sequences, on several cores in parallel."""
 
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
         self._executor = LLExecutor()
 
     def fill(self, states: Seq[GrammarState | None]) -> np.ndarray:
-        """One mask a row, [rows, ceil(vocab_size / 32)] int32; None's allows every token."""
+        """Return one mask a row, [rows, ceil(vocab_size / 32)] int32, a bit for each token.
+
+        The mask of None allows every token.
+        """
         masks = allocate_token_bitmask(len(states), self._vocab_size)
         matchers = [(s._matcher, row) for row, s in enumerate(states) if s is not None]
         if matchers:
@@ -165,11 +170,11 @@ class TokenMasks:
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as outlines, and so Text Generation Inference, reads it: what has properties
-    is an object, and has those alone unless it says otherwise.
+    """Return the schema as outlines, and so Text Generation Inference, reads it.
 
-    Not where schemas are combined by `allOf`: each would exclude the properties of the others.
-    Nor the definitions that are combined there.
+    A schema with properties is that of an object, which has no other properties unless the
+    schema allows them. Schemas that are combined by `allOf` stay as they are, and so do the
+    definitions that are combined there: each would exclude the properties of the others.
     """
     if "allOf" in schema:
         return schema
@@ -187,7 +192,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _combined(part: Any) -> Iterator[str]:
-    """What is referred to where several schemas are combined."""
+    """Yield the references to schemas that are combined with others by `allOf`."""
     if isinstance(part, dict):
         members = part.get("allOf")
         if isinstance(members, list) and len(members) > 1:

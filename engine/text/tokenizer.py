@@ -1,7 +1,7 @@
-"""Text to ids, and ids back to text piece by piece.
+"""Converts text to token ids, and ids back to text, piece by piece.
 
-Encoding is safe from several threads at once: nothing on the underlying tokenizer is
-changed after load (truncation is applied to the encoding, not configured).
+Encoding is thread-safe: nothing on the underlying tokenizer is changed after load, since
+truncation is applied to the encoding instead of being configured.
 """
 
 import json
@@ -23,20 +23,20 @@ _CONTEXT_TOKENS = 5
 _CONTEXT_FREE_DECODERS = frozenset(
     ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip")
 )
-"""Decoders under which a token of whole characters is the same text behind whatever token."""
+"""Decoders under which a token of whole characters gives the same text after any token."""
 _INCOMPLETE = "\ufffd"
 _MAX_UTF8_BYTES = 4
 
 
 class Tokenizer:
-    """A model's tokenizer. Needs its fast form, which transformers makes where it can."""
+    """A model's tokenizer, in the fast form that transformers makes for most models."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.fast: FastTokenizer = tokenizer.backend_tokenizer
         self.fast.no_truncation()
         self.fast.no_padding()
         if isinstance(self.fast.pre_tokenizer, pre_tokenizers.ByteLevel):
-            # Made from a GGUF file it may get the decoder of another kind beside its own.
+            # transformers may give a tokenizer from a GGUF file the decoder of another kind, too.
             self.fast.decoder = decoders.ByteLevel()
         self._hf = tokenizer
         self._chat = ChatTemplate(tokenizer)
@@ -59,9 +59,9 @@ class Tokenizer:
     def encode(
         self, text: str, truncate: int | None = None, add_special_tokens: bool = True
     ) -> list[int]:
-        """Ids of `text`; with `truncate`, at most that many, keeping the last ones.
+        """Return the ids of `text`; with `truncate`, at most that many, keeping the last ones.
 
-        Special tokens that the tokenizer puts around a text stay in place.
+        Special tokens that the tokenizer puts around a text are kept and counted.
         """
         encoding = self.fast.encode(text, add_special_tokens=False)
         if truncate is not None:
@@ -72,15 +72,15 @@ class Tokenizer:
         return list(encoding.ids)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
-        """Each token's id and the bytes of `text`, from and to, that it stands for.
+        """Return for each token its id, and the start and end of its bytes in `text`.
 
-        What the tokenizer puts around a text stands for none: 0 and 0.
+        Tokens that the tokenizer puts around a text have none: start and end are 0.
         """
         encoding = self.fast.encode(text, add_special_tokens=add_special_tokens)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         if text.isascii():
             return [(token_id, start, stop) for token_id, (start, stop) in spans]
-        # The library counts characters.
+        # The library's offsets count characters, ours count bytes.
         byte_at = list(accumulate((len(char.encode()) for char in text), initial=0))
         return [(token_id, byte_at[start], byte_at[stop]) for token_id, (start, stop) in spans]
 
@@ -101,10 +101,10 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False)
 
     def generated_text(self, prompt_ids: Seq[int], generated_ids: Seq[int]) -> str:
-        """The text that `generated_ids` add to the prompt, without special tokens.
+        """Return the text that `generated_ids` add to the prompt, without special tokens.
 
-        The last prompt token is decoded along, so that a leading space survives; where it
-        is a byte of a character, the whole character, or the bytes of both would mix.
+        The last prompt token is decoded with them, so that a leading space survives. If it is
+        a byte of a character, the whole character is, lest the bytes of both be mixed.
         """
         context = self._whole_context(prompt_ids)
         text = self.decode([*context, *generated_ids], skip_special_tokens=True)
@@ -119,10 +119,10 @@ class Tokenizer:
 
 
 class WholeTexts(dict[int, str]):
-    """The text that a token adds behind any other, for those that have one; "" for the rest.
+    """The text of each token that adds the same text after any other token; "" for the rest.
 
-    They are the tokens of whole characters, where the decoder joins tokens without a look at
-    those beside them. Most are, and decoding them is looking them up here.
+    These are the tokens of whole characters, if the decoder joins tokens independently of
+    their neighbours. Most tokens are, and decoding one is a lookup in this dictionary.
     """
 
     def __init__(self, fast: FastTokenizer):
@@ -145,8 +145,10 @@ class WholeTexts(dict[int, str]):
 
 
 def _is_context_free(fast: FastTokenizer) -> bool:
-    """Not with a `Strip` of the end, a `Replace` of what two tokens could make together, or a
-    `ByteLevel` of what was joined before.
+    """Return whether the decoder joins tokens independently of their neighbours.
+
+    It does not with a `Strip` of the end, a `Replace` of text that two tokens can form together,
+    or a `ByteLevel` that follows another step.
     """
     if fast.decoder is None:
         return False
@@ -161,11 +163,11 @@ def _is_context_free(fast: FastTokenizer) -> bool:
 
 
 class TextStream:
-    """The pieces of text that a sequence's tokens add, one after the other.
+    """Decodes a sequence's tokens incrementally, to the piece of text that each one adds.
 
-    Text Generation Inference's incremental decoding, with two offsets: a token that does
-    not complete a character adds "", and the one that does adds all of it. Special tokens
-    are kept.
+    This is Text Generation Inference's decoding with two offsets: a token that does not
+    complete a character adds "", and the one that completes it adds all of it. Special
+    tokens are kept.
     """
 
     __slots__ = ("_context", "_held", "_tokenizer", "_whole_texts")
@@ -190,7 +192,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What is still held back when the sequence ends within a character."""
+        """Return the text that is still held back when the sequence ends within a character."""
         return self._behind_context() if self._held else ""
 
     def _behind_context(self) -> str:

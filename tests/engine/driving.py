@@ -1,10 +1,11 @@
-"""Driving an engine by hand, and the reference it must agree with."""
+"""Runs an engine step by step, and compares it with transformers as the reference."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ class Answers:
         return self.events[request.request_id][-1]
 
     def check_endings(self, requests: Iterable[Request]) -> None:
-        """Exactly one last event each, and it comes last."""
+        """Check that each request ends with exactly one Finished or Failed."""
         for request in requests:
             events = self.events[request.request_id]
             endings = [e for e in events if isinstance(e, Finished | Failed)]
@@ -74,9 +75,9 @@ def run(
     arrivals: Iterable[tuple[int, Request | list[Request]]],
     aborts: dict[int, Request] | None = None,
 ) -> Answers:
-    """Step until nothing is left; requests arrive, and are aborted, at given step numbers.
+    """Step until no request is left. Requests arrive and are aborted at given step numbers.
 
-    A list of them is one with its forks.
+    A list of requests is a request and its forks.
     """
     answers, pending, aborts = Answers(), sorted(arrivals, key=lambda a: a[0]), aborts or {}
     for step in count():
@@ -108,9 +109,10 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """transformers' own greedy `generate`, alone, with the model's eager attention."""
+    """Return what transformers' own greedy `generate` adds, with the model's eager attention."""
+    untyped: Any = model  # PreTrainedModel does not declare `generate`, each model's class has it
     with own_attention(model):
-        result = model.generate(
+        result = untyped.generate(
             torch.tensor([prompt], device=model.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
             max_new_tokens=num_tokens,
@@ -118,12 +120,13 @@ def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list
             eos_token_id=None,
             pad_token_id=0,
         )
-    return result[0, len(prompt) :].tolist()
+    output_ids: list[int] = result[0, len(prompt) :].tolist()
+    return output_ids
 
 
 @torch.inference_mode()
 def own_logprobs(model: PreTrainedModel, prompt: list[int], output: list[int]) -> torch.Tensor:
-    """Log-softmax of the model's own logits at each token of `output`, [tokens, vocab]."""
+    """Return the model's own log-probabilities at each token of `output`, [tokens, vocab]."""
     with own_attention(model):
         ids = torch.tensor([prompt + output], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -136,9 +139,9 @@ def check_greedy(
     request: Request,
     tolerance: float = LOGPROB_TOLERANCE,
 ) -> None:
-    """Each token is the model's own first choice, and has its own logprob.
+    """Check that each token is the model's own most likely one, with its own logprob.
 
-    Where the model's two best are closer than the tolerance, either is its first choice.
+    If the model's two most likely tokens are closer than the tolerance, either is accepted.
     """
     ids, logprobs = answers.ids(request), answers.logprobs(request)
     assert len(ids) == request.stopping.max_new_tokens

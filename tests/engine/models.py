@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -80,7 +81,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 def build(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedModel:
-    """A model whose random weights are wide enough for its logits to tell tokens apart."""
+    """Return a model whose random weights spread enough for its logits to differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**{**_COMMON, **options}))
     for parameter in model.parameters():
@@ -104,7 +105,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 FUSED = replace(TORCH, fuses=True)
-"""The torch kernels, put where a GPU would have its own."""
+"""The torch kernels, with the fusions that a GPU's kernels have."""
 
 
 @cache
@@ -119,15 +120,16 @@ def prepared(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> LoadedModel:
-    """A model of this family, made ready for the engine anew, to run on these kernels."""
+    """Return a new model of this family, prepared for the engine, to run on these kernels."""
     config_class, family_options = FAMILIES[name]
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
-    model = build(config_class, **(family_options | options)).to(device, dtype)
+    model = build(config_class, **(family_options | options))
+    nn.Module.to(model, device, dtype)
     return prepare_model(model, byte_tokenizer(), checkpoint, ops)
 
 
 @cache
 def reference(name: str, **options: Any) -> PreTrainedModel:
-    """The same model as transformers made it, never touched by the engine."""
+    """Return the same model as transformers builds it, unchanged by the engine."""
     config_class, family_options = FAMILIES[name]
     return build(config_class, **(family_options | options))

@@ -1,4 +1,4 @@
-"""Token for token what transformers' own greedy `generate` says, whatever else goes on."""
+"""Greedy answers equal those of transformers' `generate`, whatever else the engine computes."""
 
 import random
 from functools import cache
@@ -38,7 +38,7 @@ families = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) f
 
 @pytest.mark.parametrize("name", families)
 class TestEveryFamily:
-    def test_alone(self, name: str) -> None:
+    def test_a_request_alone(self, name: str) -> None:
         loaded = family(name)
         engine = make_engine(loaded)
         for prompt in prompts()[:4]:
@@ -47,7 +47,7 @@ class TestEveryFamily:
             check(name, answers, [request])
             assert answers.ids(request) == generate(reference(name), prompt, NUM_TOKENS)
 
-    def test_in_company_that_comes_and_goes(self, name: str) -> None:
+    def test_requests_that_come_and_go_in_a_batch(self, name: str) -> None:
         engine = make_engine(family(name), max_sequences=4)
         requests = [greedy(p, NUM_TOKENS - i) for i, p in enumerate(prompts())]
         leaving = [greedy(p[::-1], 40) for p in prompts()[:3]]
@@ -56,18 +56,18 @@ class TestEveryFamily:
         aborts = {5: leaving[0], 9: leaving[1], 14: leaving[2]}
         check(name, run(engine, arrivals, aborts), requests)
 
-    def test_in_chunks_of_awkward_size(self, name: str) -> None:
+    def test_prompts_in_chunks_of_odd_sizes(self, name: str) -> None:
         engine = make_engine(family(name), max_batch_tokens=7, max_sequences=5)
         requests = [greedy(p, NUM_TOKENS) for p in prompts()]
         check(name, run(engine, [(i, r) for i, r in enumerate(requests)]), requests)
 
-    def test_with_prefix_hits(self, name: str) -> None:
+    def test_requests_with_prefix_hits(self, name: str) -> None:
         engine = make_engine(family(name))
         requests = [greedy(p, NUM_TOKENS) for p in prompts() * 2]
         check(name, run(engine, [(6 * i, r) for i, r in enumerate(requests)]), requests)
         assert engine.figures().num_prefix_hit_tokens > 100
 
-    def test_through_preemption(self, name: str) -> None:
+    def test_requests_that_are_preempted(self, name: str) -> None:
         engine = make_engine(family(name), num_blocks=9, max_total_tokens=128)
         requests = [greedy(p, 2 * NUM_TOKENS) for p in prompts()]
         check(name, run(engine, [(0, r) for r in requests]), requests)
@@ -110,7 +110,7 @@ def _serve(engine: Engine, plan: list[tuple[int, int, int, int, int, int | None]
 def test_random_traffic_over_a_full_pool(
     plan: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int
 ) -> None:
-    """A hit equals a miss, with the pool full and preemption going on."""
+    """Answers are the same with and without prefix hits, with a full pool and preemption."""
     engine = make_engine(
         family("llama"), num_blocks=num_blocks, max_batch_tokens=budget, max_sequences=4
     )

@@ -1,4 +1,4 @@
-"""Whatever is thrown at it, the engine goes on serving, and every request ends once."""
+"""The engine keeps serving after any failure, and every request ends exactly once."""
 
 from collections.abc import Callable
 
@@ -62,7 +62,7 @@ def test_a_request_that_turns_poisonous_while_decoding_fails_alone() -> None:
         check_greedy(reference("llama"), answers, request)
 
 
-def test_a_step_that_is_too_large_runs_in_halves() -> None:
+def test_a_step_that_runs_out_of_memory_is_run_in_halves() -> None:
     engine = make_engine(family("llama"))
     sabotage(
         engine,
@@ -79,7 +79,7 @@ def test_a_step_that_is_too_large_runs_in_halves() -> None:
 @pytest.mark.parametrize(
     "parameters", [{"do_sample": True, "seed": 5}, {"repetition_penalty": 1.5}]
 )
-def test_a_replayed_step_changes_nothing(parameters: dict[str, object]) -> None:
+def test_a_retried_step_changes_no_answer(parameters: dict[str, object]) -> None:
     def serve(failing_steps: set[int]) -> list[list[int]]:
         engine = make_engine(family("llama"))
         sabotage(engine, lambda _: engine.num_steps in failing_steps, ValueError("once"))
@@ -91,7 +91,9 @@ def test_a_replayed_step_changes_nothing(parameters: dict[str, object]) -> None:
     assert serve({3, 11}) == serve(set())
 
 
-def test_a_failure_on_the_host_side_of_a_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_survives_a_failure_on_the_host_side_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine(family("llama"))
     request, later = greedy([1, 2, 3], 6), greedy([4, 5, 6], 6)
     build, calls = engine._builder.build, iter([True, False])
@@ -121,7 +123,7 @@ def test_a_token_whose_text_cannot_be_made_fails_its_request_alone(
     assert finished(answers, good)
 
 
-def test_a_lost_device_is_told_apart() -> None:
+def test_a_lost_device_is_distinguished_from_a_failed_step() -> None:
     engine = make_engine(family("llama"))
     sabotage(engine, lambda _: True, torch.AcceleratorError("CUDA error: unspecified launch"))
     requests = [greedy([i, 1], 4) for i in range(3)]
@@ -133,7 +135,7 @@ def test_a_lost_device_is_told_apart() -> None:
 
 @pytest.mark.parametrize("steps", range(7))
 def test_an_abort_in_any_phase_frees_everything_at_once(steps: int) -> None:
-    """Waiting, in mid-prefill, decoding, or with its last token in flight."""
+    """The request waits, is in mid-prefill, decodes, or has its last token in flight."""
     engine = make_engine(family("llama"), max_batch_tokens=16)
     request = greedy(range(40), 3)
     engine.add(request)

@@ -74,7 +74,7 @@ def check(answers: Answers, expected: Answers, requests: list[Request]) -> None:
     ],
 )
 @pytest.mark.slow
-def test_they_say_what_each_says_alone(name: str, config: dict[str, object]) -> None:
+def test_forks_answer_as_each_request_does_alone(name: str, config: dict[str, object]) -> None:
     for num_tokens in LENGTHS:
         engine = make_engine(family(name), **config)
         requests = group(num_tokens)
@@ -82,7 +82,7 @@ def test_they_say_what_each_says_alone(name: str, config: dict[str, object]) -> 
 
 
 @families
-def test_the_prompt_is_computed_once(name: str) -> None:
+def test_the_prompt_of_forks_is_computed_once(name: str) -> None:
     engine = make_engine(family(name))
     lengths = []
     forward = engine.runner.forward
@@ -98,7 +98,7 @@ def test_the_prompt_is_computed_once(name: str) -> None:
 
 @pytest.mark.slow
 @families
-def test_in_company_under_a_full_pool(name: str) -> None:
+def test_forks_in_a_batch_with_a_full_pool(name: str) -> None:
     engine = make_engine(family(name), num_blocks=9, max_total_tokens=128, max_sequences=6)
     groups = [group(n, max_new_tokens=20) for n in LENGTHS]
     answers = run(engine, [(2 * i, g) for i, g in enumerate(groups)])
@@ -110,8 +110,8 @@ def test_in_company_under_a_full_pool(name: str) -> None:
 @pytest.mark.parametrize("step", range(8))
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 16}])
 @pytest.mark.slow
-def test_they_outlive_their_leader(step: int, config: dict[str, object]) -> None:
-    """Which is aborted while it waits, within its prompt, in flight, and later."""
+def test_forks_continue_when_their_leader_is_aborted(step: int, config: dict[str, object]) -> None:
+    """The leader is aborted while it waits, within its prompt, in flight, and later."""
     engine = make_engine(family("llama"), **config)
     leader, *forks = group(40)
     ahead = greedy(range(40), 12)
@@ -121,7 +121,7 @@ def test_they_outlive_their_leader(step: int, config: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_a_fork_that_is_aborted_takes_nothing_from_the_others(step: int) -> None:
+def test_an_aborted_fork_does_not_affect_the_others(step: int) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     requests = group(40)
     leaving = requests[2]
@@ -132,7 +132,7 @@ def test_a_fork_that_is_aborted_takes_nothing_from_the_others(step: int) -> None
 @pytest.mark.parametrize("step", range(7))
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 16}, {"num_blocks": 9}])
 @pytest.mark.slow
-def test_a_lost_step_changes_nothing(step: int, config: dict[str, object]) -> None:
+def test_a_lost_step_changes_no_fork(step: int, config: dict[str, object]) -> None:
     engine = make_engine(family("llama"), **({"max_total_tokens": 128} | config))
     sabotage(engine, lambda _: engine.num_steps == step, ValueError("once"))
     requests, other = group(40), greedy([1], 20)  # never alone in a step: it would be to blame
@@ -141,7 +141,7 @@ def test_a_lost_step_changes_nothing(step: int, config: dict[str, object]) -> No
     check_greedy(reference("llama"), answers, other)
 
 
-def test_a_prompt_that_fails_fails_them_all_and_nobody_else() -> None:
+def test_a_failing_prompt_fails_its_forks_and_no_other_request() -> None:
     engine = make_engine(family("llama"))
     sabotage(engine, poisoned, ValueError("poison"))
     bad = [replace(r, prompt_ids=[9, POISON, 9]) for r in group(40)]
@@ -152,7 +152,7 @@ def test_a_prompt_that_fails_fails_them_all_and_nobody_else() -> None:
     check_greedy(reference("llama"), answers, good)
 
 
-def test_all_of_them_can_be_given_up() -> None:
+def test_all_forks_can_be_aborted() -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     requests = group(40)
     engine.add(requests[0], requests[1:])
@@ -169,7 +169,7 @@ def interpreted() -> LoadedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [16, 20])
-def test_on_the_triton_kernels(num_tokens: int) -> None:
+def test_forks_on_the_triton_kernels(num_tokens: int) -> None:
     prompt = list(range(num_tokens))
     requests = [greedy(prompt, 3), greedy(prompt, 4), greedy(prompt, 2, watermark=True)]
     other = greedy(range(50, 60), 3)

@@ -7,6 +7,7 @@ the borders between tokens lie where the test wants them.
 import math
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def of_bytes() -> Tokenizer:
 
 
 class Said:
-    """A sequence that is told its tokens, and what came of it."""
+    """A sequence that is given its tokens, and the outputs that it produces."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Said:
         logprob: float | None = None,
         top: list[tuple[int, float]] | None = None,
     ) -> TokenOutput:
-        """As the engine does: the token is the sequence's before its text is asked for."""
+        """Append the token to the sequence before its text is decoded, as the engine does."""
         assert self.reason is None, "already ended"
         self.seq.token_ids.append(token_id)
         event, self.reason = self.output.push(token_id, logprob, top or [])
@@ -99,7 +100,7 @@ class Said:
         return event
 
     def push_until_end(self, token_ids: list[int]) -> int:
-        """How many tokens were taken."""
+        """Return the number of tokens that were pushed."""
         for n, token_id in enumerate(token_ids, 1):
             self.push(token_id)
             if self.reason is not None:
@@ -107,7 +108,7 @@ class Said:
         return len(token_ids)
 
 
-def say(texts: list[str], *stop: str, **options: int) -> Said:
+def say(texts: list[str], *stop: str, **options: Any) -> Said:
     """Push tokens of these texts, in order, until the sequence ends."""
     known = sorted(set(texts) - {"<eos>"})
     said = Said(spelled(*known), [1], *stop, **options)
@@ -115,27 +116,27 @@ def say(texts: list[str], *stop: str, **options: int) -> Said:
     return said
 
 
-# -- which condition ends it ----------------------------------------------------------
+# -- order of the stop conditions -----------------------------------------------------
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
-def test_length_ends_at_exactly_so_many_tokens(max_new_tokens: int) -> None:
+def test_length_ends_a_sequence_at_exactly_max_new_tokens(max_new_tokens: int) -> None:
     said = say(["a"] * 9, max_new_tokens=max_new_tokens)
     assert said.reason is LENGTH
     assert said.texts == ["a"] * max_new_tokens
 
 
-def test_length_is_looked_at_before_eos() -> None:
+def test_length_is_checked_before_eos() -> None:
     assert say(["a", "<eos>"], max_new_tokens=2).reason is LENGTH
     assert say(["a", "<eos>"], max_new_tokens=3).reason is EOS
 
 
-def test_length_is_looked_at_before_stop_strings() -> None:
+def test_length_is_checked_before_stop_strings() -> None:
     assert say(["a", "stop"], "stop", max_new_tokens=2).reason is LENGTH
     assert say(["a", "stop"], "stop", max_new_tokens=3).reason is STOP
 
 
-def test_eos_is_looked_at_before_stop_strings() -> None:
+def test_eos_is_checked_before_stop_strings() -> None:
     assert say(["a", "<eos>"], "<eos>", "a<eos>").reason is EOS
 
 
@@ -200,7 +201,7 @@ def test_any_of_several_stop_strings() -> None:
         assert (say(["x", stop], "a", "ab", "abc", "b", "c").reason is STOP) == (n != 5)
 
 
-def test_special_characters_are_taken_literally() -> None:
+def test_special_characters_in_stop_strings_are_literal() -> None:
     assert say(["aXb"], "a.b", "(", "$", "^", "[ab]", "\\w").reason is None
     assert say(["x", "a.b"], "a.b").reason is STOP
     assert say(["x", "\\d+$"], "\\d+$").reason is STOP
@@ -228,7 +229,7 @@ def test_an_emoji_within_longer_stop_strings() -> None:
 def test_a_long_stop_string_is_found_as_well_as_a_short_one(
     length: int, before: int, newline: bool
 ) -> None:
-    """Text Generation Inference forgets all but 200 characters; nobody may rely on that."""
+    """Text Generation Inference forgets all but 200 characters; clients cannot rely on that."""
     stop = "".join(chr(97 + i * i % 23) for i in range(length))
     tail = [*stop[:-1], stop[-1] + "\n"] if newline else [*stop]
     said = say([*"-" * before, *tail, "!"], stop)
@@ -255,7 +256,9 @@ _PIECES = ["a", "b", "ab", "ba", "\n", "a\n", "b\n\n", "🙂", "🙂a", ".", "aa
         st.lists(st.sampled_from([*"ab\n.🙂"]), min_size=1, max_size=4).map("".join), max_size=3
     ),
 )
-def test_it_ends_where_the_regular_expression_would(texts: list[str], stop: list[str]) -> None:
+def test_a_sequence_ends_where_tgis_regular_expression_matches(
+    texts: list[str], stop: list[str]
+) -> None:
     """Text Generation Inference's test: the escaped string and `$`, on the text so far."""
     known = spelled(*_PIECES)
     said = Said(known, [1], *stop)
@@ -271,14 +274,14 @@ def test_it_ends_where_the_regular_expression_would(texts: list[str], stop: list
 # -- texts ----------------------------------------------------------------------------
 
 
-def test_what_is_held_comes_with_the_last_token() -> None:
+def test_held_text_comes_with_the_last_token() -> None:
     said = Said(of_bytes(), [97], max_new_tokens=3, eos_token_ids=frozenset())
     assert said.push_until_end([98, *"🙂".encode()]) == 3
     assert said.texts == ["b", "", "\ufffd"]
     assert said.output.generated_text() == "b\ufffd"
 
 
-def test_what_is_held_is_no_part_of_a_stop_string() -> None:
+def test_held_text_is_no_part_of_a_stop_string() -> None:
     said = Said(of_bytes(), [97], "\ufffd", eos_token_ids=frozenset())
     assert said.push_until_end(list("🙂🙂".encode())[:-1]) == 7
     assert said.reason is None
@@ -386,7 +389,7 @@ def test_top_tokens_of_a_row_do_not_depend_on_what_its_company_asks_for(ties: st
 def top_tokens(
     sampled: SampledTokens, row: int, n: int, tokenizer: Tokenizer
 ) -> list[tuple[int, float | None]]:
-    """What the row's request is shown of a step's result."""
+    """Return the top tokens that the row's request gets from a step's result."""
     assert sampled.top_ids is not None
     assert sampled.top_logprobs is not None
     top = zip(sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True)

@@ -21,7 +21,7 @@ families = pytest.mark.parametrize(
 
 @torch.inference_mode()
 def prompt_logprobs(name: str, prompt: list[int], **options: object) -> list[float]:
-    """Of all but the first token, by the model itself."""
+    """Return the model's own logprobs of all prompt tokens but the first."""
     model = reference(name, **options)
     logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
     logprobs = logits.float().log_softmax(-1)
@@ -54,7 +54,7 @@ def test_a_prompts_logprobs_are_the_models_own(name: str, num_tokens: int) -> No
     check_prompt(name, run(make_engine(family(name)), [(0, request)]), request)
 
 
-def test_a_token_is_told_with_its_text_and_whether_it_is_special() -> None:
+def test_a_prompt_token_has_its_text_and_whether_it_is_special() -> None:
     request = asking(greedy([256, *byte_tokenizer().encode("Hello")], 2))
     finished = run(make_engine(family("llama")), [(0, request)]).last(request)
     assert isinstance(finished, Finished)
@@ -62,7 +62,7 @@ def test_a_token_is_told_with_its_text_and_whether_it_is_special() -> None:
     assert [token.special for token in finished.prompt] == [True] + [False] * 5
 
 
-def test_who_does_not_ask_gets_none() -> None:
+def test_requests_without_prompt_logprobs_get_none() -> None:
     request = greedy(prompt(20), 2)
     finished = run(make_engine(family("llama")), [(0, request)]).last(request)
     assert isinstance(finished, Finished)
@@ -79,7 +79,9 @@ def test_who_does_not_ask_gets_none() -> None:
     ],
 )
 @pytest.mark.slow
-def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, object]) -> None:
+def test_several_requests_for_prompt_logprobs_run_beside_ordinary_ones(
+    name: str, config: dict[str, object]
+) -> None:
     """More rows than a step keeps of them, all together."""
     engine = make_engine(family(name), **config)
     asked = [asking(greedy(prompt(n, stem), 20)) for stem, n in enumerate((200, 90, 33, 1))]
@@ -95,17 +97,17 @@ def test_several_at_once_beside_ordinary_requests(name: str, config: dict[str, o
         assert engine.figures().num_preemptions > 0
 
 
-def test_a_prompt_longer_than_a_steps_rows() -> None:
-    options = {"max_position_embeddings": 1024}
-    engine = make_engine(prepared("llama", **options), max_batch_tokens=1000)
+def test_a_prompt_longer_than_a_steps_rows_gets_all_logprobs() -> None:
+    loaded = prepared("llama", max_position_embeddings=1024)
+    engine = make_engine(loaded, max_batch_tokens=1000)
     request = asking(greedy(prompt(2 * PROMPT_LOGPROB_ROWS + 10), 2))
     finished = run(engine, [(0, request)]).last(request)
     assert isinstance(finished, Finished)
-    expected = prompt_logprobs("llama", request.prompt_ids, **options)
+    expected = prompt_logprobs("llama", request.prompt_ids, max_position_embeddings=1024)
     assert [token.logprob for token in finished.prompt[1:]] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_cache_is_not_read_for_them() -> None:
+def test_prefix_hits_are_not_used_for_prompt_logprobs() -> None:
     engine = make_engine(family("llama"))
     first, again = greedy(prompt(50), 2), asking(greedy(prompt(50), 2))
     answers = run(engine, [(0, first), (6, again)])
@@ -114,7 +116,7 @@ def test_the_cache_is_not_read_for_them() -> None:
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_a_lost_step_loses_none_of_them(step: int) -> None:
+def test_a_lost_step_loses_no_prompt_logprobs(step: int) -> None:
     engine = make_engine(family("llama"), max_batch_tokens=16)
     sabotage(engine, lambda _: engine.num_steps == step, ValueError("once"))
     requests = [asking(greedy(prompt(40, stem), 4)) for stem in range(2)]
@@ -123,7 +125,7 @@ def test_a_lost_step_loses_none_of_them(step: int) -> None:
         check_prompt("llama", answers, request)
 
 
-def test_a_leader_may_ask_for_its_forks() -> None:
+def test_a_request_with_forks_gives_prompt_logprobs() -> None:
     leader = asking(greedy(prompt(40), 6))
     forks = [greedy(prompt(40), 6), asking(greedy(prompt(40), 6))]
     answers = run(make_engine(family("llama")), [(0, [leader, *forks])])
@@ -133,7 +135,9 @@ def test_a_leader_may_ask_for_its_forks() -> None:
 
 
 @pytest.mark.parametrize("make", [SamplingParams, lambda **k: SamplingParams(watermark=True, **k)])
-def test_sampling_does_not_touch_them(make: Callable[..., SamplingParams]) -> None:
+def test_sampling_parameters_do_not_change_prompt_logprobs(
+    make: Callable[..., SamplingParams],
+) -> None:
     sampling = make(do_sample=True, seed=3, temperature=0.3, repetition_penalty=2.0)
     request = replace(asking(greedy(prompt(30), 4)), sampling=sampling)
     finished = run(make_engine(family("llama")), [(0, request)]).last(request)

@@ -1,4 +1,4 @@
-"""The embedded default model, for real: every scene of the engine, against transformers."""
+"""The embedded default model answers as transformers does, in every mode of the engine."""
 
 import random
 
@@ -31,7 +31,7 @@ def smollm2() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def reference() -> PreTrainedModel:
-    """As transformers loads it, never touched by the engine."""
+    """Return the model as transformers loads it, unchanged by the engine."""
     return AutoModelForCausalLM.from_pretrained(locate(DEFAULT_MODEL_ID).path, dtype=torch.float32)
 
 
@@ -40,7 +40,7 @@ def prompts(smollm2: LoadedModel) -> list[list[int]]:
     return [smollm2.tokenizer.encode(text) for text in PROMPTS]
 
 
-def test_alone_it_says_what_generate_says(
+def test_smollm2_alone_answers_as_generate(
     smollm2: LoadedModel, reference: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
     engine = make_engine(smollm2)
@@ -59,7 +59,7 @@ def test_alone_it_says_what_generate_says(
         pytest.param({"num_blocks": 14, "max_total_tokens": 200}, id="preemption"),
     ],
 )
-def test_in_company_it_says_the_same(
+def test_smollm2_answers_the_same_in_a_batch(
     smollm2: LoadedModel,
     reference: PreTrainedModel,
     prompts: list[list[int]],

@@ -1,9 +1,12 @@
-"""`python -m tests.precompile.launching stage|cuda`: launches kernels on a GPU that is not there,
-and prints, for each, whether Triton's cache had it.
+"""Launches kernels on a GPU that is not present, and prints for each whether it was in the cache.
 
-A process of its own: Triton decides when it is imported whether it compiles, and remembers what
-it has compiled. `cuda` takes Triton's own driver for NVIDIA's GPUs, as far as that asks what the
-GPU is; to launch and to load takes one.
+    python -m tests.precompile.launching fake|cuda
+
+`fake` launches through the driver of `precompile`. `cuda` launches through Triton's own driver
+for NVIDIA's GPUs, with only those parts mocked that load and run a kernel on the GPU.
+
+This is a process of its own because Triton decides at its import whether it compiles or
+interprets, and keeps in memory what it has compiled.
 """
 
 import json
@@ -19,7 +22,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from kernels import fused_sampling
 from kernels.norm import NormForm, norm_triton
 from kernels.token_mask import mask_tokens_triton
-from precompile.fake_driver import TARGETS, stage
+from precompile.fake_driver import TARGETS, compiling_for
 
 TARGET = TARGETS[90]
 
@@ -43,15 +46,15 @@ def launch() -> None:
     mask_tokens_triton(logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 157).int())
 
 
-def main(where: str) -> None:
+def main(driver: str) -> None:
     found: dict[str, bool] = {}
 
     def listen(src: Any, cache_hit: bool, **_: object) -> None:
         found[src.name] = cache_hit
 
     knobs.compilation.listener = listen
-    if where == "stage":
-        with stage(TARGET):
+    if driver == "fake":
+        with compiling_for(TARGET):
             launch()
     else:
         triton.runtime.driver.set_active(cuda_driver())

@@ -1,4 +1,4 @@
-"""What is compiled without a GPU is what Triton looks for on one."""
+"""Kernels compiled without a GPU are the ones that Triton looks for on a GPU."""
 
 import importlib
 import json
@@ -31,31 +31,32 @@ def python(*arguments: str, cache: Path) -> str:
     ).stdout
 
 
-def launched(where: str, cache: Path) -> dict[str, bool]:
-    """By kernel, whether Triton's cache had it."""
-    return json.loads(python("tests.precompile.launching", where, cache=cache))
+def launch(driver: str, cache: Path) -> dict[str, bool]:
+    """Launch kernels through this driver; return for each whether it was in Triton's cache."""
+    found: dict[str, bool] = json.loads(python("tests.precompile.launching", driver, cache=cache))
+    return found
 
 
 NAMES = {"_norm_kernel", "_greedy_chunk_kernel", "_greedy_row_kernel", "_mask_tokens_kernel"}
 
 
 @pytest.mark.slow
-def test_triton_s_driver_of_a_gpu_finds_what_was_compiled_for_it(tmp_path: Path) -> None:
-    assert launched("stage", tmp_path) == dict.fromkeys(NAMES, False)
-    assert launched("cuda", tmp_path) == dict.fromkeys(NAMES, True)
+def test_triton_s_own_driver_finds_the_kernels_compiled_ahead_of_time(tmp_path: Path) -> None:
+    assert launch("fake", tmp_path) == dict.fromkeys(NAMES, False)
+    assert launch("cuda", tmp_path) == dict.fromkeys(NAMES, True)
 
 
 @pytest.mark.slow
-def test_a_cache_that_has_moved_has_nothing(tmp_path: Path) -> None:
-    """Why the image fills it where it will be used."""
-    launched("stage", tmp_path / "here")
+def test_kernels_are_not_found_in_a_cache_that_was_moved(tmp_path: Path) -> None:
+    """This is why the image fills the cache in its final place."""
+    launch("fake", tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
-    assert not any(launched("cuda", tmp_path / "there").values())
+    assert not any(launch("cuda", tmp_path / "there").values())
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 @pytest.mark.parametrize("linkage", ["", "ELF"], ids=["without file", "with file"])
-def test_triton_s_own_library_is_found_on_either_platform(
+def test_triton_finds_its_library_with_and_without_the_file_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkage: str
 ) -> None:
     from precompile.fake_driver import build_launcher
@@ -82,11 +83,12 @@ def test_triton_s_own_library_is_found_on_either_platform(
 
 
 @pytest.mark.slow
-def test_every_kernel_is_played(tmp_path: Path) -> None:
+def test_every_kernel_is_compiled(tmp_path: Path) -> None:
     python("precompile", "--targets", "90", "--dtypes", "bfloat16", cache=tmp_path)
     compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
     modules = [
-        importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
     ]
     launchable = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert compiled == launchable

@@ -1,4 +1,4 @@
-"""A deferred operation is fused with the one it waits for, and with nothing else changes."""
+"""A deferred operation is fused with the expected next one, and never changes a value."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.fusion.deferred import Activated, Deferred, Residual
 from kernels.norm import NormForm
-from kernels.ops import TORCH
+from kernels.ops import TORCH, Ops
 
 FORM = NormForm(eps=1e-6)
 generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def activated() -> Activated:
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize(("make", "value"), [(residual, BASE + ADDEND), (activated, F.silu(BASE))])
-def test_whoever_does_not_fuse_gets_the_tensor(
+def test_an_operation_that_is_not_fused_gets_the_tensor(
     make: Callable[[], Deferred], value: Tensor, use: Callable[[Any], Any]
 ) -> None:
     answer = use(make())
@@ -58,14 +58,15 @@ def test_whoever_does_not_fuse_gets_the_tensor(
     assert torch.equal(answer, use(value))
 
 
-def counting(name: str) -> tuple[Any, list[int]]:
+def counting(name: str) -> tuple[Ops, list[int]]:
     calls: list[int] = []
 
     def kernel(*args: Any) -> Any:
         calls.append(1)
         return getattr(TORCH, name)(*args)
 
-    return replace(TORCH, **{name: kernel}), calls
+    changes: dict[str, Any] = {name: kernel}
+    return replace(TORCH, **changes), calls
 
 
 def test_the_addition_before_a_norm_is_done_by_the_norm() -> None:
@@ -77,7 +78,7 @@ def test_the_addition_before_a_norm_is_done_by_the_norm() -> None:
     assert torch.equal(normed, TORCH.norm(BASE + ADDEND, WEIGHT[0, 0], None, FORM))
 
 
-def test_a_stream_that_was_added_up_already_is_only_normalised() -> None:
+def test_a_stream_whose_sum_was_computed_already_is_only_normalised() -> None:
     ops, calls = counting("add_norm")
     stream = OTHER + Residual(ops, BASE)
     total = stream.materialize()
@@ -85,7 +86,7 @@ def test_a_stream_that_was_added_up_already_is_only_normalised() -> None:
     assert not calls
 
 
-def test_one_addition_waits_at_a_time() -> None:
+def test_only_the_last_addition_is_deferred() -> None:
     stream = Residual(TORCH, BASE) + ADDEND + OTHER
     assert torch.equal(stream.materialize(), BASE + ADDEND + OTHER)
 

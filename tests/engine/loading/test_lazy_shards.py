@@ -1,4 +1,4 @@
-"""A model from the hub: loaded while it is downloaded, and what happens when that goes wrong."""
+"""A model from the hub is loaded while it is downloaded; failed downloads are reported."""
 
 import threading
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors
 from huggingface_hub import constants
 
 from engine.core.config import LoadConfig
@@ -23,7 +24,7 @@ CONFIG = LoadConfig(MODEL_ID, dtype="float32")
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """With a small llama of two shards."""
+    """A stand-in for the hub, with a small llama of two shards."""
     folder = tmp_path / "model"
     model = reference("llama")
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -60,7 +61,7 @@ def test_the_first_shard_is_loaded_while_the_last_one_is_downloaded(
         loading_first.set()
         return safetensors_open(path, framework)
 
-    safetensors_open = lazy_shards.safe_open
+    safetensors_open = safetensors.safe_open
     monkeypatch.setattr(lazy_shards, "safe_open", safe_open)
     hub.hold(LAST)
     with ThreadPoolExecutor(1) as pool:
@@ -75,9 +76,7 @@ def test_the_first_shard_is_loaded_while_the_last_one_is_downloaded(
 
 
 @pytest.mark.slow
-def test_a_download_that_was_cut_off_goes_on_where_it_was(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_was_cut_off_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.cut[LAST] = 4000
     load(CONFIG)
@@ -85,14 +84,14 @@ def test_a_download_that_was_cut_off_goes_on_where_it_was(
     assert ranges == [None, "bytes=4000-"]
 
 
-def test_what_is_in_the_cache_is_not_downloaded_again(hub: Hub) -> None:
+def test_cached_shards_are_not_downloaded_again(hub: Hub) -> None:
     load(CONFIG)
     hub.asked.clear()
     load(CONFIG)
     assert hub.asked == []
 
 
-def test_a_shard_that_cannot_be_had_is_a_failed_download(hub: Hub) -> None:
+def test_a_shard_missing_on_the_hub_fails_the_download(hub: Hub) -> None:
     (hub.folder / LAST).unlink()
     with pytest.raises(DownloadFailed, match=r"org/model could not be downloaded: .*404"):
         load(CONFIG)

@@ -1,4 +1,4 @@
-"""From a name to a served model, and the refusals that say what to do."""
+"""Models are loaded by name and served; errors name the reason and what to do."""
 
 from pathlib import Path
 
@@ -39,14 +39,14 @@ def test_a_local_folder_is_served(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
+def test_the_model_has_the_configured_dtype(saved: Path, dtype: str) -> None:
     loaded = load(LoadConfig(str(saved), dtype=dtype))
     assert loaded.model.dtype == getattr(torch, dtype)
     request = greedy([1, 2, 3], 5)
     assert len(run(make_engine(loaded), [(0, request)]).ids(request)) == 5
 
 
-def test_rotary_positions_are_stretched_as_asked_for(saved: Path) -> None:
+def test_rotary_positions_are_scaled_as_configured(saved: Path) -> None:
     loaded = load(LoadConfig(str(saved), rope=("linear", 4.0)))
     model_config = AutoConfig.from_pretrained(saved)
     model_config.rope_parameters |= {"rope_type": "linear", "factor": 4.0}
@@ -57,8 +57,9 @@ def test_rotary_positions_are_stretched_as_asked_for(saved: Path) -> None:
     torch.testing.assert_close(4 * loaded.model.model.rotary_emb.inv_freq, own.inv_freq)
 
 
-def test_each_kind_of_layer_keeps_its_own_base() -> None:
+def test_each_kind_of_layer_keeps_its_rotary_base() -> None:
     config = Gemma3TextConfig()
+    assert config.rope_parameters is not None
     bases = {kind: own["rope_theta"] for kind, own in config.rope_parameters.items()}
     _scale_rotary(config, "dynamic", 2.0)
     assert config.rope_parameters == {
@@ -68,12 +69,12 @@ def test_each_kind_of_layer_keeps_its_own_base() -> None:
     assert len(set(bases.values())) == 2
 
 
-def test_a_model_without_rotary_positions_has_none_to_stretch() -> None:
+def test_scaling_a_model_without_rotary_positions_is_refused() -> None:
     with pytest.raises(LoadError, match="leave out --rope-scaling"):
         _scale_rotary(GPT2Config(), "linear", 2.0)
 
 
-def test_the_chat_template_is_that_of_the_file_named(saved: Path, tmp_path: Path) -> None:
+def test_the_chat_template_is_read_from_the_configured_file(saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}')
     loaded = load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
@@ -101,13 +102,13 @@ def test_a_missing_gguf_file_is_refused() -> None:
         load(LoadConfig("/nowhere/model.gguf"))
 
 
-def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     with pytest.raises(DownloadFailed, match=r"^org/nothing is not in the local cache and the hub"):
         load(LoadConfig("org/nothing"))
 
 
-def test_a_download_that_breaks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
         def model_info(self, *_: object, **__: object) -> ModelInfo:
             return ModelInfo(id="org/model", sha="abc")
@@ -127,7 +128,7 @@ def test_a_sequence_longer_than_the_cache_is_refused() -> None:
         Engine(family("llama"), config)
 
 
-def test_limits_say_where_they_come_from() -> None:
+def test_the_summary_gives_the_reason_of_each_limit() -> None:
     summary = "\n".join(make_engine(family("llama")).summary())
     assert "max_total_tokens 256: the model's maximum" in summary
     assert "max_batch_tokens 64: set" in summary

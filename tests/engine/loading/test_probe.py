@@ -1,4 +1,4 @@
-"""What is discovered about a model at load, and what is refused."""
+"""Attention calls and masks are discovered at load; models that cannot be served are refused."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_windows_alternate_between_layers() -> None:
     assert masks == [MaskSpec(window=12), MaskSpec()] * 2
 
 
-def test_a_window_that_only_the_mask_tells_is_found() -> None:
+def test_a_window_that_only_the_mask_shows_is_found() -> None:
     assert {call.mask for call in family("phimoe").calls} == {MaskSpec(window=12)}
 
 
@@ -76,7 +76,7 @@ def test_a_window_that_only_the_mask_tells_is_found() -> None:
         ),
     ],
 )
-def test_families_beyond_the_usual_are_served(
+def test_less_common_families_are_served(
     config_class: type[PreTrainedConfig], options: dict[str, object], num_calls: int
 ) -> None:
     model = build(config_class, **options)
@@ -103,7 +103,7 @@ def test_families_beyond_the_usual_are_served(
         (DogeConfig, {}, "a mask of its own making"),
     ],
 )
-def test_what_would_be_answered_wrongly_is_refused_by_name(
+def test_a_model_that_would_answer_wrongly_is_refused_by_name(
     config_class: type[PreTrainedConfig], options: dict[str, object], reason: str
 ) -> None:
     model = build(config_class, **options)
@@ -112,7 +112,7 @@ def test_what_would_be_answered_wrongly_is_refused_by_name(
     assert type(model).__name__.removesuffix("ForCausalLM") in str(refusal.value)
 
 
-def test_a_wrong_packed_path_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mask_does_not_pass_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask read one token too narrow is noticed."""
     model = build(MistralConfig, sliding_window=12)
     calls = discover(model)
@@ -123,5 +123,5 @@ def test_a_wrong_packed_path_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_half_precision_is_held_to_its_own_tolerance() -> None:
-    model = build(LlamaConfig).to(torch.bfloat16)
+    model = build(LlamaConfig).bfloat16()
     verify(model, discover(model), reference_logits(model), TORCH)

@@ -1,4 +1,4 @@
-"""Quantised by bitsandbytes while loading: what `generate` says with the same weights."""
+"""Models quantised while loading answer as `generate` does with the same weights."""
 
 import json
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from engine.core.config import DEFAULT_MODEL_ID, LoadConfig, Quantization
 from engine.core.errors import LoadError
+from engine.linear.int8 import Int8Linear
 from engine.loading.checkpoint import locate
 from engine.loading.loader import LoadedModel, load
-from engine.loading.quantization import Int8Linear
 from tests.engine import models
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
 from tests.engine.models import byte_tokenizer
@@ -28,7 +28,7 @@ NUM_TOKENS = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def _plain_processor() -> Iterator[None]:
-    """One thread, and bitsandbytes as it computes without AVX512-BF16: in the type asked for."""
+    """Use one thread, and bitsandbytes without AVX512-BF16: it computes in the type asked for."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def method(request: pytest.FixtureRequest) -> Quantization:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that nobody has quantised."""
+    """A tiny model that is not quantised."""
     return save(models.reference("llama"), tmp_path_factory.mktemp("llama"))
 
 
@@ -110,7 +110,9 @@ def check_in_company(
         check_greedy(expected, answers, request)
 
 
-def test_alone_it_says_what_generate_says(loaded: LoadedModel, expected: PreTrainedModel) -> None:
+def test_a_quantised_model_answers_as_generate(
+    loaded: LoadedModel, expected: PreTrainedModel
+) -> None:
     engine = make_engine(loaded)
     for prompt in PROMPTS[:3]:
         request = greedy(prompt, NUM_TOKENS)
@@ -119,7 +121,9 @@ def test_alone_it_says_what_generate_says(loaded: LoadedModel, expected: PreTrai
         assert answers.ids(request) == generate(expected, prompt, NUM_TOKENS)
 
 
-def test_company_and_chunks_change_nothing(loaded: LoadedModel, expected: PreTrainedModel) -> None:
+def test_neighbours_and_chunks_change_no_answer(
+    loaded: LoadedModel, expected: PreTrainedModel
+) -> None:
     check_in_company(loaded, expected, PROMPTS)
 
 
@@ -131,7 +135,7 @@ def test_linears_are_quantised_and_the_head_is_not(
     assert kinds_of_linears(loaded.model.lm_head) <= {"Linear", "PackedLinear"}
 
 
-def test_a_checkpoint_quantised_already_is_taken_as_it_is(
+def test_a_checkpoint_quantised_already_is_served_as_it_is(
     quantized: Path, method: Quantization, expected: PreTrainedModel
 ) -> None:
     for quantize in (None, method):
@@ -156,7 +160,7 @@ def test_linears_compute_in_the_type_that_is_served(
     assert (y - exact).square().mean().sqrt() / exact.std() < torch.finfo(dtype).eps
 
 
-def test_weights_that_lie_the_other_way_are_quantised(method: Quantization, tmp_path: Path) -> None:
+def test_transposed_weights_are_quantised(method: Quantization, tmp_path: Path) -> None:
     """GPT-2 keeps its matrices transposed, and its linears have a bias."""
     save(models.reference("gpt2"), tmp_path)
     served = load(LoadConfig(str(tmp_path), quantize=method))
@@ -164,7 +168,7 @@ def test_weights_that_lie_the_other_way_are_quantised(method: Quantization, tmp_
     check_greedy(reference(tmp_path, method), run(make_engine(served), [(0, request)]), request)
 
 
-def test_a_processor_with_avx512_bf16_gives_the_same(
+def test_a_processor_with_avx512_bf16_gives_the_same_answers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There bitsandbytes would compute 4 bits in bfloat16, and refuse odd sizes."""
@@ -179,7 +183,7 @@ def test_a_processor_with_avx512_bf16_gives_the_same(
 class TestInt8Linear:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("shape", [(0, 17), (1, 17), (2, 5, 17)])
-    def test_it_is_a_linear_of_scaled_weights(
+    def test_int8_linear_computes_a_linear_of_scaled_weights(
         self, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> None:
         torch.manual_seed(0)
@@ -194,7 +198,7 @@ class TestInt8Linear:
         )
 
     def test_an_outlier_changes_no_other_row(self, folder: Path) -> None:
-        """As it does in bitsandbytes' own: the reason for this one."""
+        """In bitsandbytes' own linear it does, which is the reason for ours."""
         x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
         x[1, 3] = 50.0
         own = by_transformers(folder, "bitsandbytes").model.layers[0].mlp.up_proj
@@ -218,7 +222,7 @@ class TestInt8Linear:
         ({"quant_method": "exl2"}, None, "with exl2, which transformers does not know"),
     ],
 )
-def test_what_is_quantised_otherwise_is_refused(
+def test_a_checkpoint_quantised_otherwise_is_refused(
     tmp_path: Path, own: dict[str, object], quantize: Quantization | None, reason: str
 ) -> None:
     save(models.reference("llama"), tmp_path)
@@ -228,7 +232,7 @@ def test_what_is_quantised_otherwise_is_refused(
         load(LoadConfig(str(tmp_path), quantize=quantize))
 
 
-def test_smollm2_in_company(method: Quantization) -> None:
+def test_quantised_smollm2_answers_the_same_in_a_batch(method: Quantization) -> None:
     served = load(LoadConfig(DEFAULT_MODEL_ID, quantize=method))
     texts = [
         "The capital of France is",

@@ -1,7 +1,8 @@
-"""The cache is what is left beside the largest step, which is run to see what it takes."""
+"""The cache gets the memory left beside the largest step, which is run to measure it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from engine.core.config import BLOCK_SIZE, EngineConfig, LoadConfig
 from engine.core.errors import LoadError
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
-from engine.loading.sizing import decide_limits, run_largest_step
+from engine.loading.sizing import Limits, decide_limits, run_largest_step
+from engine.step.runner import build_runner
 from tests.engine.driving import check_greedy, greedy, run
 from tests.engine.models import family, reference
 
@@ -21,7 +23,7 @@ MIB = 1 << 20
 
 @dataclass
 class ScriptedMemory:
-    """A device with so much free, on which a step takes so much."""
+    """A device with this much memory free, on which a step takes this much."""
 
     free: int
     step: int
@@ -49,7 +51,7 @@ def test_the_largest_step_and_the_graphs_are_kept_free() -> None:
     assert any("kept" in line and "tokens" in line for line in limits.reasons)
 
 
-def test_no_more_is_taken_than_could_be_used() -> None:
+def test_the_cache_is_no_larger_than_all_sequences_can_use() -> None:
     loaded = family("llama")
     limits = decide_limits(loaded, config(), ScriptedMemory(free=1 << 40, step=MIB))
     assert limits.num_blocks == 2 * 8 * loaded.max_positions // BLOCK_SIZE
@@ -69,7 +71,7 @@ def test_a_step_that_does_not_fit_is_refused_in_tgis_words() -> None:
     )
 
 
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
+def test_a_configuration_that_does_not_fit_is_refused_with_what_would_fit() -> None:
     memory = ScriptedMemory(free=MIB, step=2 * MIB)
     with pytest.raises(LoadError, match="no room"):
         decide_limits(family("llama"), config(), memory)
@@ -79,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         decide_limits(loaded, config(max_total_tokens=200), some)
 
 
-def test_a_number_of_blocks_that_was_asked_for_needs_no_measuring() -> None:
+def test_a_configured_number_of_blocks_needs_no_measuring() -> None:
     memory = ScriptedMemory(free=MIB, step=0)
     assert decide_limits(family("llama"), config(num_blocks=33), memory).num_blocks == 33
     assert memory.ran == []
@@ -97,19 +99,18 @@ def load_with_room_for(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, room: int, **options: object
 ) -> Engine:
     """`Engine.load` on a device that runs out of memory beyond `room` blocks."""
-    build = engine_module.build_runner
 
-    def build_within(loaded, limits, *rest):  # type: ignore[no-untyped-def]
+    def build_within(loaded: LoadedModel, limits: Limits, *rest: Any) -> Any:
         if limits.num_blocks > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return build(loaded, limits, *rest)
+        return build_runner(loaded, limits, *rest)
 
     monkeypatch.setattr(engine_module, "load", lambda *_: loaded)
     monkeypatch.setattr(engine_module, "build_runner", build_within)
     return Engine.load(LoadConfig("tiny"), config(**options))
 
 
-def test_a_guess_that_runs_out_of_memory_is_made_smaller(
+def test_a_cache_that_runs_out_of_memory_is_made_smaller(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = load_with_room_for(monkeypatch, family("llama"), room=200)
@@ -120,17 +121,19 @@ def test_a_guess_that_runs_out_of_memory_is_made_smaller(
     check_greedy(reference("llama"), run(engine, [(0, request)]), request)
 
 
-def test_a_size_that_was_asked_for_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_cache_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadError, match="smaller"):
         load_with_room_for(monkeypatch, family("llama"), room=200, num_blocks=201)
 
 
-def test_when_nothing_fits_it_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_fails_with_the_reason_when_no_cache_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadError):
         load_with_room_for(monkeypatch, family("llama"), room=0)
 
 
-def test_running_out_in_the_warm_up_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_up_out_of_memory_makes_the_cache_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     warm_up, attempts = Engine.warm_up, []
 
     def fail_once(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Chats as prompts: by the embedded model's own template, and by short ones that go wrong."""
+"""Chats are rendered by the embedded model's own template, and by short ones that fail."""
 
 import re
 from functools import cache
@@ -33,7 +33,7 @@ def said(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def test_the_embedded_models_template() -> None:
+def test_the_embedded_models_template_renders_a_first_message() -> None:
     """It begins with a system message of its own, and ends where the assistant answers."""
     assert embedded().render_chat([USER]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
@@ -42,7 +42,7 @@ def test_the_embedded_models_template() -> None:
     assert not embedded().chat_uses_tools
 
 
-def test_the_embedded_models_template_with_a_history() -> None:
+def test_the_embedded_models_template_renders_a_history() -> None:
     messages = [{"role": "system", "content": "Be brief."}, USER, said("Hi!"), USER]
     assert embedded().render_chat(messages) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n"
@@ -59,14 +59,14 @@ def test_special_tokens_of_a_rendered_chat_are_read_as_such() -> None:
 
 @pytest.mark.parametrize("content", ["The capital is", "I", "i", "assistant", "<|im_end|>", "{"])
 def test_a_last_message_of_the_assistant_is_continued(content: str) -> None:
-    """However short it is and wherever else its text stands."""
+    """This holds for short messages, whose text may occur elsewhere in the prompt."""
     prompt = embedded().render_chat([USER, said(content)])
     assert prompt.endswith(f"<|im_end|>\n<|im_start|>assistant\n{content}")
 
 
 @pytest.mark.parametrize("content", ["The capital is \n", "  The capital is"])
 @pytest.mark.parametrize("filter", ["", "| trim"])
-def test_what_is_continued_is_trimmed_at_its_end(content: str, filter: str) -> None:
+def test_a_continued_message_is_trimmed_at_its_end(content: str, filter: str) -> None:
     tokenizer = templated(PLAIN.replace("m.content", f"m.content {filter}"))
     expected = content.strip() if filter else content.rstrip()
     assert (
@@ -78,7 +78,7 @@ def test_an_empty_message_is_continued_too() -> None:
     assert templated(PLAIN).render_chat([USER, said("")]) == "[user] Hi there[/][assistant]"
 
 
-def test_a_message_that_the_template_hides_gets_its_turn() -> None:
+def test_a_last_message_that_the_template_hides_is_not_continued() -> None:
     template = PLAIN.replace("m.content", "m.content.split('</think>')[0]")
     messages = [USER, said("</think>So")]
     assert templated(template).render_chat(messages).endswith("[assistant] [/][assistant] ")
@@ -96,7 +96,7 @@ def test_a_message_that_the_template_hides_gets_its_turn() -> None:
         (None, False),
     ],
 )
-def test_a_template_that_knows_tools_is_told_apart(template: str | None, expected: bool) -> None:
+def test_a_template_that_uses_tools_is_recognised(template: str | None, expected: bool) -> None:
     assert templated(template).chat_uses_tools is expected
 
 
@@ -133,7 +133,7 @@ def test_special_tokens_are_known_to_the_template() -> None:
         ("{{ messages.__class__.__mro__ }}", r"(syntax|undefined) .*"),
     ],
 )
-def test_what_a_template_refuses_is_told_in_minijinjas_words(template: Any, text: str) -> None:
+def test_errors_of_a_template_are_in_minijinjas_words(template: Any, text: str) -> None:
     with pytest.raises(TemplateError) as refused:
         templated(template).render_chat([USER])
     told = str(refused.value)

@@ -1,4 +1,4 @@
-"""Guided decoding: what is said matches the grammar, from a model that says anything.
+"""Guided decoding: answers match the grammar, from a model that generates anything.
 
 Its weights are random and its scores nearly equal: whatever a mask lets through is drawn.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from transformers import AutoTokenizer, LlamaConfig
 
 from engine.core.config import DEFAULT_MODEL_ID
@@ -58,7 +58,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def loaded() -> LoadedModel:
-    """One with the embedded model's vocabulary, that nobody has taught anything."""
+    """An untrained model with the embedded model's vocabulary."""
     model = build(
         LlamaConfig,
         vocab_size=VOCAB_SIZE,
@@ -123,11 +123,11 @@ def seeded(seed: int) -> SamplingParams:
 
 
 class TestClosed:
-    def test_what_has_properties_is_an_object_with_those_alone(self) -> None:
+    def test_a_schema_with_properties_is_an_object_with_only_those(self) -> None:
         schema = {"properties": {"a": {"type": "integer"}}}
         assert closed(schema) == {**schema, "type": "object", "additionalProperties": False}
 
-    def test_unless_it_says_otherwise(self) -> None:
+    def test_additional_properties_that_are_allowed_stay_allowed(self) -> None:
         for own in ({"additionalProperties": True}, {"additionalProperties": {"type": "null"}}):
             schema = {"type": "object", "properties": {"a": {}}, **own}
             assert closed(schema) == schema
@@ -150,16 +150,17 @@ class TestClosed:
             lambda s: {"additionalProperties": s},
         ],
     )
-    def test_at_any_depth(self, around: Any) -> None:
+    def test_nested_schemas_are_closed(self, around: Any) -> None:
         inner = {"properties": {"a": {"type": "integer"}}}
         assert closed(around(around(inner))) == around(around(closed(inner)))
 
-    def test_not_where_schemas_are_combined(self) -> None:
-        schema = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
+    def test_schemas_that_are_combined_are_not_closed(self) -> None:
+        schema: dict[str, Any] = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
         assert closed(schema) == schema
 
-    def test_not_the_definitions_that_are_combined(self) -> None:
-        base, other = {"properties": {"a": {}}}, {"properties": {"b": {}}}
+    def test_definitions_that_are_combined_are_not_closed(self) -> None:
+        base: dict[str, Any] = {"properties": {"a": {}}}
+        other: dict[str, Any] = {"properties": {"b": {}}}
         whole = {"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"c": {}}}]}
         schema = {"properties": {"whole": whole}, "$defs": {"base": base, "other": other}}
         result = closed(schema)
@@ -177,7 +178,7 @@ class TestClosed:
         assert closed(schema) == schema
 
     def test_the_schema_itself_is_left_as_it_is(self) -> None:
-        schema = {"properties": {"a": {"properties": {}}}}
+        schema: dict[str, Any] = {"properties": {"a": {"properties": {}}}}
         closed(schema)
         assert schema == {"properties": {"a": {"properties": {}}}}
 
@@ -249,13 +250,13 @@ class TestCompiling:
             ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
         ],
     )
-    def test_what_cannot_be_enforced_is_ignored_and_told(
+    def test_a_keyword_that_cannot_be_enforced_is_ignored_with_a_warning(
         self, schema: dict[str, Any], keyword: str
     ) -> None:
         (warning,) = compiler().json_schema(schema).warnings
         assert keyword in warning
 
-    def test_of_what_can_be_enforced_nothing_is_told(self) -> None:
+    def test_a_schema_that_can_be_enforced_gives_no_warning(self) -> None:
         assert [n for n, s in SCHEMAS.items() if compiler().json_schema(s).warnings] == []
         assert compiler().regex("[a-z]+").warnings == ()
 
@@ -284,8 +285,8 @@ class TestCompiling:
         assert own.regex("dropped") is not dropped
         assert len(own._cache) == 256
 
-    def test_in_several_threads_at_once(self) -> None:
-        """The first of them prepares the tokenizer; what they compile is theirs all the same."""
+    def test_several_threads_may_compile_at_once(self) -> None:
+        """The first thread prepares the tokenizer; all threads get their own grammars."""
         own = GrammarCompiler(tokenizer(), VOCAB_SIZE, [2])
         patterns = [f"a{{{i % 7 + 1}}}b" for i in range(64)]
         own.prepare()
@@ -307,7 +308,7 @@ class TestCompiling:
         assert tokenizer().decode(first.forced(), False) == "yz"
         assert tokenizer().decode(second.forced(), False) == "bc"
 
-    def test_the_mask_of_nobody_allows_everything(self) -> None:
+    def test_the_mask_of_an_unguided_row_allows_every_token(self) -> None:
         state = compiler().regex("[0-9]").start()
         free, guided = TokenMasks(VOCAB_SIZE).fill([None, state])
         assert (free == -1).all()
@@ -345,14 +346,14 @@ def test_there_are_sixty_schemas() -> None:
 
 
 @pytest.mark.slow
-def test_whatever_is_said_is_valid() -> None:
+def test_greedy_answers_are_valid() -> None:
     for name, said in generate_all(list(SCHEMAS)[::4], seed=0).items():
         check_valid(SCHEMAS[name], said)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_is_said_is_valid_every_time(seed: int) -> None:
+def test_sampled_answers_are_valid_for_any_seed(seed: int) -> None:
     for name, said in generate_all(list(SCHEMAS), seed).items():
         check_valid(SCHEMAS[name], said)
 
@@ -367,7 +368,7 @@ FORMATS = {
 
 
 @pytest.mark.slow
-def test_formats_have_their_form() -> None:
+def test_strings_with_a_format_have_that_format() -> None:
     for name, said in generate_all(list(FORMATS), seed=7).items():
         assert re.fullmatch(FORMATS[name], json.loads(said)), (name, said)
 
@@ -388,7 +389,7 @@ PATTERNS = [
 ]
 
 
-def test_what_is_said_matches_the_regex_as_a_whole() -> None:
+def test_answers_match_the_regex_as_a_whole() -> None:
     requests = {(p, s): regex_request(p, sampling=seeded(s)) for p in PATTERNS for s in range(3)}
     answers = run(engine(), [(i, r) for i, r in enumerate(requests.values())])
     for (pattern, _), guided in requests.items():
@@ -396,7 +397,7 @@ def test_what_is_said_matches_the_regex_as_a_whole() -> None:
         assert re.fullmatch(pattern, said), (pattern, said)
 
 
-def test_the_empty_text_may_be_all_there_is_to_say() -> None:
+def test_an_answer_may_be_empty_if_the_grammar_allows_it() -> None:
     guided = regex_request("")
     answers = run(engine(), [(0, guided)])
     assert text(answers, guided) == ""
@@ -404,8 +405,8 @@ def test_the_empty_text_may_be_all_there_is_to_say() -> None:
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_the_end_comes_where_the_grammar_may_end_and_is_no_text(ignore_eos: bool) -> None:
-    """Also where clients ask to ignore it: nothing else could follow."""
+def test_eos_ends_the_sequence_where_the_grammar_may_end_and_adds_no_text(ignore_eos: bool) -> None:
+    """This holds if the client asks to ignore EOS, too: no other token could follow."""
     guided = [
         regex_request("[0-9]{2,4}", sampling=seeded(i), ignore_eos=ignore_eos) for i in range(8)
     ]
@@ -454,7 +455,7 @@ _alone: dict[str, Answers] = {}
 
 
 def check_same(answers: Answers, requests: list[Request]) -> None:
-    """Each says what it says alone."""
+    """Check that each request gets the same answer as alone."""
     answers.check_endings(requests)
     for r in requests:
         if r.request_id not in _alone:
@@ -475,7 +476,7 @@ def check_same(answers: Answers, requests: list[Request]) -> None:
     ],
 )
 @pytest.mark.slow
-def test_the_same_is_said_alone_and_in_company(
+def test_answers_are_the_same_alone_and_in_a_batch(
     sampling: SamplingParams, config: dict[str, object]
 ) -> None:
     requests = [*guided_requests(sampling), free_request(sampling)]
@@ -485,15 +486,15 @@ def test_the_same_is_said_alone_and_in_company(
         assert serving.figures().num_preemptions > 0
 
 
-def test_the_same_is_said_where_steps_before_it_sample_nothing() -> None:
-    """Its prompt alone, in chunks: the last one's sampling waits for nobody's token."""
+def test_answers_are_the_same_after_steps_that_sample_nothing() -> None:
+    """The prompt is alone and in chunks: sampling after the last chunk waits for no token."""
     guided = regex_request("[a-z]{12}", sampling=GREEDY, prompt="a long prompt " * 20)
     check_same(run(engine(max_batch_tokens=16), [(0, guided)]), [guided])
 
 
 @kinds
 @pytest.mark.parametrize("step", [0, 2, *(pytest.param(n, marks=slow) for n in (1, 3, 5, 9))])
-def test_the_same_is_said_after_a_lost_step(sampling: SamplingParams, step: int) -> None:
+def test_answers_are_the_same_after_a_lost_step(sampling: SamplingParams, step: int) -> None:
     requests = guided_requests(sampling)
     serving = engine()
     sabotage(serving, lambda _: serving.num_steps == step, ValueError("once"))
@@ -501,7 +502,7 @@ def test_the_same_is_said_after_a_lost_step(sampling: SamplingParams, step: int)
 
 
 @pytest.mark.slow
-def test_sampling_that_fails_is_a_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_sampling_is_handled_as_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     requests, serving = guided_requests(), engine()
     sample, calls = serving.runner._sample, count()
 
@@ -515,20 +516,20 @@ def test_sampling_that_fails_is_a_step_that_fails(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_forks_are_guided_each_for_itself() -> None:
+def test_each_fork_follows_the_grammar_independently() -> None:
     grammar = compiler().json_schema(ORDER)
     requests = [request(grammar, replace(GREEDY, repetition_penalty=1 + i)) for i in range(3)]
     check_same(run(engine(), [(0, requests)]), requests)
 
 
 @pytest.mark.slow
-def test_who_is_not_guided_says_what_it_always_says() -> None:
+def test_unguided_requests_are_unchanged_beside_guided_ones() -> None:
     free = [free_request(sampling) for sampling in KINDS]
     answers = run(engine(), [(i, r) for i, r in enumerate([*guided_requests(), *free])])
     check_same(answers, free)
 
 
-# -- what is forced ---------------------------------------------------------------------
+# -- forced tokens ----------------------------------------------------------------------
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,7 +569,7 @@ def test_slices_of_forced_tokens_change_nothing(
     assert drawing.num_steps > serving.num_steps
 
 
-def test_with_one_text_to_say_it_is_said_without_slices_too(
+def test_a_grammar_of_one_text_gives_it_without_slices_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(GrammarState, "forced", lambda _: [])
@@ -586,7 +587,7 @@ def test_forced_tokens_take_no_steps_of_their_own() -> None:
     assert json.loads(text(answers, guided)) == CONSTANT["const"]
 
 
-def test_forced_tokens_are_certain() -> None:
+def test_forced_tokens_have_probability_one() -> None:
     guided = json_request(CONSTANT, sampling=replace(SAMPLED, top_n_tokens=3))
     answers = run(engine(), [(0, guided)])
     outputs = answers.tokens(guided)
@@ -617,7 +618,7 @@ def test_a_stop_string_within_a_forced_run_ends_it_there() -> None:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_an_abort_in_any_phase(steps: int) -> None:
+def test_an_abort_in_any_phase_frees_the_sequence(steps: int) -> None:
     staying, leaving, *_ = guided_requests()
     answers = run(engine(), [(0, leaving), (0, staying)], aborts={steps: leaving})
     check_same(answers, [staying])
@@ -627,7 +628,7 @@ def test_an_abort_in_any_phase(steps: int) -> None:
 
 
 def test_a_grammar_in_error_fails_its_own_request_alone() -> None:
-    """The hostile one compiles, and comes to its limit after some tokens."""
+    """The hostile grammar compiles, and reaches its limit after some tokens."""
     hostile, *others = regex_request(HOSTILE + "{30}", ignore_eos=True), *guided_requests()
     answers = run(engine(), [(0, r) for r in [hostile, *others]])
     failed = answers.last(hostile)
@@ -639,7 +640,7 @@ def test_a_grammar_in_error_fails_its_own_request_alone() -> None:
 def test_a_token_that_the_grammar_does_not_allow_fails_its_own_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where a mask was lost on the way to the device."""
+    """This would happen if a mask were lost on the way to the device."""
     serving = engine()
     bad, good = json_request(ORDER), guided_requests()[0]
     fill = TokenMasks.fill

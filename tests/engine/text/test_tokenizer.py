@@ -119,12 +119,14 @@ def ours(name: str) -> Tokenizer:
 
 @cache
 def theirs(name: str) -> PreTrainedTokenizerBase:
-    """An instance of its own: transformers changes a tokenizer that it truncates with."""
+    """A separate instance, because transformers changes a tokenizer that it truncates with."""
     return MAKERS[name]()
 
 
 def ids_of(name: str, *tokens: str) -> list[int]:
-    return [theirs(name).convert_tokens_to_ids(token) for token in tokens]
+    ids = theirs(name).convert_tokens_to_ids(list(tokens))
+    assert isinstance(ids, list)
+    return ids
 
 
 def utf8(name: str, text: str) -> list[int]:
@@ -190,7 +192,7 @@ def test_truncate_keeps_what_stands_behind_the_text_too(limit: int) -> None:
 @every_tokenizer
 @pytest.mark.slow
 def test_encode_from_many_threads_at_once(name: str) -> None:
-    """Each call with a truncation of its own, or none."""
+    """Each call has its own truncation, or none."""
     tokenizer = ours(name)
     text = " ".join(f"hello {i} 中🙂 the" for i in range(40))
     calls = [(text[i % 7 :], [None, 1, 5, 37, 80][i % 5], i % 3 > 0) for i in range(300)]
@@ -215,7 +217,9 @@ def test_special_ids_are_the_named_ones_and_those_flagged_so() -> None:
     flagged = byte_level()
     flagged.add_tokens([tokenizers.AddedToken("<tool>", special=True)])
     flagged.add_tokens([tokenizers.AddedToken("<plain>", special=False)])
-    tool, plain = flagged.convert_tokens_to_ids(["<tool>", "<plain>"])
+    ids = flagged.convert_tokens_to_ids(["<tool>", "<plain>"])
+    assert isinstance(ids, list)
+    tool, plain = ids
     assert tool in Tokenizer(flagged).special_ids
     assert plain not in Tokenizer(flagged).special_ids
 
@@ -247,7 +251,9 @@ class TwoOffsets:
         self.read_offset = len(prompt_ids)
 
     def decode(self, start: int, end: int | None = None) -> str:
-        return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=False)
+        text = self.tokenizer.decode(self.ids[start:end], skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
 
     def push(self, token_id: int) -> str:
         self.ids.append(token_id)
@@ -259,7 +265,7 @@ class TwoOffsets:
         return ""
 
     def flush(self) -> str:
-        """Our addition: what is held when the sequence ends."""
+        """Return what is held when the sequence ends, which Text Generation Inference lacks."""
         return self.decode(self.prefix_offset)[
             len(self.decode(self.prefix_offset, self.read_offset)) :
         ]
@@ -293,7 +299,7 @@ def generated(draw: st.DrawFn, name: str) -> list[int]:
 @every_tokenizer
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_pieces_are_those_of_the_two_offsets(name: str, data: st.DataObject) -> None:
+def test_pieces_equal_those_of_tgis_two_offsets(name: str, data: st.DataObject) -> None:
     prompt_ids = theirs(name)(data.draw(texts) or "a")["input_ids"]
     token_ids = data.draw(generated(name))
     assert pieces(name, prompt_ids, token_ids) == expected_pieces(name, prompt_ids, token_ids)
@@ -395,9 +401,11 @@ def test_generated_text_is_decoded_behind_one_prompt_token(name: str, data: st.D
     prompt_ids = theirs(name)(data.draw(texts) or "a")["input_ids"]
     token_ids = data.draw(generated(name))
     context = prompt_ids[-1:]
-    assume(not theirs(name).decode(context, skip_special_tokens=True).endswith(HELD))
+    before = theirs(name).decode(context, skip_special_tokens=True)
+    assert isinstance(before, str)
+    assume(not before.endswith(HELD))
     whole = theirs(name).decode(context + token_ids, skip_special_tokens=True)
-    expected = whole[len(theirs(name).decode(context, skip_special_tokens=True)) :]
+    expected = whole[len(before) :]
     assert ours(name).generated_text(prompt_ids, token_ids) == expected
 
 
@@ -412,7 +420,7 @@ def test_generated_text_has_no_special_tokens_and_keeps_its_leading_space(name: 
 
 
 def test_generated_text_that_ends_within_a_character_is_not_empty() -> None:
-    """Text Generation Inference answers "" then; we give what there is (section 15)."""
+    """Text Generation Inference answers "" then; we give the text that there is."""
     token_ids = ours("byte_level").encode("b中")[1:-1]
     assert ours("byte_level").generated_text([1], token_ids) == "b" + HELD
 
@@ -452,5 +460,5 @@ def test_spans_are_whole_characters_in_order(name: str, text: str) -> None:
         raw[start:stop].decode()
 
 
-def test_what_is_put_around_a_text_has_no_span() -> None:
+def test_special_tokens_around_a_text_have_no_span() -> None:
     assert ours("byte_level").tokenize("he")[0] == (1, 0, 0)

@@ -1,10 +1,10 @@
-"""A packed linear is the linear it was made from."""
+"""A packed linear computes the same as the linear it was made from."""
 
 import pytest
 import torch
 from torch import nn
 
-from engine.fusion.packed_linear import PackedLinear, pack_linears
+from engine.linear.packed import PackedLinear, pack_linears
 
 SHAPES = [(1, 1), (7, 1), (30, 42), (576, 192), (576, 1536), (64, 1003)]
 
@@ -17,7 +17,7 @@ SHAPES = [(1, 1), (7, 1), (30, 42), (576, 192), (576, 1536), (64, 1003)]
             torch.bfloat16,
             marks=pytest.mark.skipif(
                 not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-                reason="this processor has no bfloat16, and nothing is packed in it",
+                reason="this processor has no bfloat16, so no bfloat16 weights are packed",
             ),
         ),
     ],
@@ -26,7 +26,7 @@ SHAPES = [(1, 1), (7, 1), (30, 42), (576, 192), (576, 1536), (64, 1003)]
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 @torch.inference_mode()
-def test_it_computes_what_float64_says(
+def test_a_packed_linear_agrees_with_float64(
     num_in: int, num_out: int, bias: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -40,12 +40,12 @@ def test_it_computes_what_float64_says(
         assert y.dtype == dtype
         assert y.shape == expected.shape
         scale = linear.weight.double().norm(dim=1).max() * x.double().norm(dim=-1).max() + 1
-        # Rounding errors of a sum, as independent ones add up.
+        # The bound of a sum of independent rounding errors.
         assert (y - expected).abs().max() <= torch.finfo(dtype).eps * num_in**0.5 * scale
 
 
 @torch.inference_mode()
-def test_rows_that_do_not_lie_side_by_side() -> None:
+def test_inputs_with_any_strides_are_accepted() -> None:
     linear = nn.Linear(24, 40)
     x = torch.randn(2, 9, 48)
     for view in (x[:, ::2, :24], x[..., ::2], torch.randn(24, 5).t()):
@@ -53,7 +53,7 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
 
 
 @torch.inference_mode()
-def test_no_rows_give_no_rows() -> None:
+def test_an_input_of_no_rows_gives_no_rows() -> None:
     assert PackedLinear(nn.Linear(8, 3))(torch.empty(1, 0, 8)).shape == (1, 0, 3)
 
 
@@ -67,7 +67,7 @@ class _Shift(nn.Linear):
         return super().forward(x) + 1
 
 
-def test_plain_linears_are_swapped_and_nothing_else() -> None:
+def test_only_plain_linears_are_packed() -> None:
     shared = nn.Linear(4, 4)
     model = nn.Sequential(
         nn.Sequential(shared, nn.ReLU()),
@@ -81,6 +81,8 @@ def test_plain_linears_are_swapped_and_nothing_else() -> None:
     pack_linears(model)
     kinds = [type(module) for module in model]
     assert kinds == [nn.Sequential, PackedLinear, _Shift, nn.LayerNorm, nn.Linear]
-    assert model[0][0] is model[1]
+    inner = model[0]
+    assert isinstance(inner, nn.Sequential)
+    assert inner[0] is model[1]
     with torch.inference_mode():
         torch.testing.assert_close(model[:4](x), expected)

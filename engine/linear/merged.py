@@ -1,0 +1,87 @@
+"""Linears that read the same input, computed as one matrix product."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class _JointLinear(nn.Module):
+    """The weight matrices of several linears, one below the other, and their last result.
+
+    The first member that is called with an input computes the result of all members; the
+    others take their slices of it.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]):
+        super().__init__()
+        self.sizes = [linear.out_features for linear in linears]
+        first = linears[0]
+        self.linear = nn.Linear(
+            first.in_features, sum(self.sizes), first.bias is not None, device="meta"
+        )
+        self.linear.weight = _concatenated([linear.weight for linear in linears])
+        if first.bias is not None:
+            self.linear.bias = _concatenated([linear.bias for linear in linears])
+        self._input: Tensor | None = None
+        self._slices: dict[int, Tensor] = {}
+
+    def take(self, x: Tensor, index: int) -> Tensor:
+        """Return the result of the member `index` for the input `x`."""
+        if x is not self._input or index not in self._slices:
+            self._input = x
+            self._slices = dict(enumerate(self.linear(x).split_with_sizes(self.sizes, dim=-1)))
+        result = self._slices.pop(index)
+        if not self._slices:
+            self._input = None
+        return result
+
+
+class MergedLinear(nn.Module):
+    """One of several merged linears. Its parent calls it as it called the original."""
+
+    def __init__(self, joint: _JointLinear, index: int):
+        super().__init__()
+        self.joint = joint
+        self._index = index
+        self.in_features = joint.linear.in_features
+        self.out_features = joint.sizes[index]
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features], for models that read it."""
+        return self.joint.linear.weight.detach().split(self.joint.sizes)[self._index]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.joint.linear.bias
+        return None if bias is None else bias.detach().split(self.joint.sizes)[self._index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joint.take(x, self._index)
+
+
+def can_merge(linears: Sequence[nn.Linear]) -> bool:
+    """Return whether these are several linears of one type, all with or all without a bias."""
+    kinds = {(linear.weight.dtype, linear.bias is None) for linear in linears}
+    return len(linears) > 1 and len(kinds) == 1
+
+
+def merge(linears: Sequence[nn.Linear]) -> dict[nn.Module, nn.Module]:
+    """Merge these linears, and return for each of them the one to replace it by.
+
+    The weights of `linears` become views of the joint ones, so that keeping the originals, to
+    put them back later, needs no memory.
+    """
+    joint = _JointLinear(linears)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for index, linear in enumerate(linears):
+        replacements[linear] = merged = MergedLinear(joint, index)
+        linear.weight.data = merged.weight
+        if merged.bias is not None:
+            linear.bias.data = merged.bias
+    return replacements
+
+
+def _concatenated(parts: Sequence[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
