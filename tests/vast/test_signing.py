@@ -1,4 +1,4 @@
-"""The stand-in signs as Vast does: the vectors were made and verified by others' code."""
+"""The stand-in signs like Vast. The test vectors were made and verified by independent code."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_message_and_signature_are_vasts_to_the_byte(signer: Signer, name: str) 
     assert signer.sign(form_of(name), fields) == BY_NAME[name]["signature_b64"]
 
 
-def test_the_public_key_is_the_keys_own(signer: Signer) -> None:
+def test_the_public_key_belongs_to_the_private_key(signer: Signer) -> None:
     assert signer.public_pem() == VECTORS["public_key_pem"]
     assert Signer().public_pem() != signer.public_pem()
 
