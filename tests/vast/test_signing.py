@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.vast.signing import SIGNED_FIELDS, Signer, canonical_message
@@ -17,7 +18,9 @@ BY_NAME = {vector["name"]: vector for vector in VECTORS["vectors"]}
 
 @pytest.fixture
 def signer() -> Signer:
-    return Signer(load_pem_private_key(VECTORS["private_key_pem"].encode(), None))  # type: ignore[arg-type]
+    key = load_pem_private_key(VECTORS["private_key_pem"].encode(), None)
+    assert isinstance(key, RSAPrivateKey)
+    return Signer(key)
 
 
 def form_of(name: str) -> str:
