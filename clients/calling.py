@@ -1,4 +1,4 @@
-"""One face for the synchronous and the asynchronous half of a client."""
+"""One interface for the synchronous and the asynchronous version of a client."""
 
 import asyncio
 import inspect
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-sync_alone = pytest.mark.parametrize("client", ["sync"], indirect=True)
-"""For what the two halves have in common, below the method that is called: one is enough."""
+sync_only = pytest.mark.parametrize("client", ["sync"], indirect=True)
+"""Marks a test of code that both versions of a client share, for which one is enough."""
 
 
 class Calls:
-    """`calls.method(...)` is the client's own, awaited if need be, a stream read to its end
-    into a list. Attributes that are not callable are namespaces, as in openai's client.
+    """Calls a client's methods synchronously: `calls.method(...)` awaits the result if necessary,
+    and reads a stream to its end into a list. Attributes that are not callable are namespaces, as
+    in openai's client.
     """
 
     def __init__(self, client: Any, runner: asyncio.Runner | None) -> None:
@@ -26,12 +27,12 @@ class Calls:
 
     def _finish(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._runner is not None:
-            return self._runner.run(_drained(method, args, kwargs))
+            return self._runner.run(_result_of(method, args, kwargs))
         answer = method(*args, **kwargs)
         return list(answer) if hasattr(answer, "__next__") else answer
 
 
-async def _drained(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+async def _result_of(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     answer = method(*args, **kwargs)
     if inspect.isawaitable(answer):
         answer = await answer

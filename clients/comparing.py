@@ -1,15 +1,15 @@
-"""Two answers beside each other: all of them exactly, but for the logprobs."""
+"""Comparison of two answers. Everything must be equal, except that logprobs have a tolerance."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
 LOGPROB_TOLERANCE = 2e-3
-"""float32, whatever else was in the batch, and the threads and vector units of the machine."""
+"""float32 results depend on the rest of the batch and on the machine's threads and vector units."""
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> Iterator[str]:
-    """Where two answers differ; the order of keys is part of an answer."""
+    """Yield a line for each difference. The order of keys counts."""
     if isinstance(expected, dict) and isinstance(actual, dict):
         if list(expected) != list(actual):
             yield f"{path}: keys {list(actual)}, not {list(expected)}"
@@ -28,5 +28,5 @@ def differences(expected: Any, actual: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {actual!r}, not {expected!r}"
 
 
-def assert_alike(one: Any, other: Any) -> None:
+def assert_equal_answers(one: Any, other: Any) -> None:
     assert list(differences(one, other)) == []

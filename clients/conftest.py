@@ -1,4 +1,6 @@
-"""One server for the session, with the embedded model. Nothing of the project is imported."""
+"""One server for the whole session, with the embedded model. The tests here import nothing of the
+project, since they run in an environment without it.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from clients.server import Server, serve
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--regenerate", action="store_true", help="write clients/snapshots anew, to be reviewed"
+        "--regenerate", action="store_true", help="rewrite clients/snapshots, to be reviewed"
     )
 
 

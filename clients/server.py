@@ -1,4 +1,4 @@
-"""The server as its users start it: a process of its own, in its own environment."""
+"""Starts the server as users do: as a separate process in its own Python environment."""
 
 import os
 import re
@@ -14,11 +14,11 @@ PYTHON = ROOT / ".venv" / "bin" / "python"
 READY = re.compile(r"Ready on [\d.]+:(\d+)")
 
 MAX_CONCURRENT_REQUESTS = 32
-MAX_TOTAL_TOKENS = 512  # an answer without a limit ends before the patience of a test
+MAX_TOTAL_TOKENS = 512  # keeps answers without a limit short
 FLAGS = {
     "--hostname": "127.0.0.1",
     "--port": "0",
-    "--dtype": "float32",  # whatever the processor prefers, the snapshots are of this
+    "--dtype": "float32",  # the snapshots were made with it, whatever the processor prefers
     "--max-concurrent-requests": str(MAX_CONCURRENT_REQUESTS),
     "--max-total-tokens": str(MAX_TOTAL_TOKENS),
 }
@@ -26,11 +26,13 @@ SETTINGS = (
     *("MODEL_ID", "REVISION", "API_KEY", "PORT", "HOSTNAME", "QUANTIZE", "JSON_OUTPUT"),
     *("CONTAINER_ID", "MASTER_TOKEN", "REPORT_ADDR", "BACKEND", "MODEL_LOG", "UNSECURED"),
 )
-"""Not taken from the environment that the tests run in."""
+"""Variables that are not inherited from the environment of the tests."""
 
 
 @dataclass
 class Server:
+    """A running server process and its output so far."""
+
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
     port: int = 0
@@ -41,8 +43,8 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def read(self) -> None:
-        """To the end of its output, or its pipe would fill and stop it."""
+    def read_output(self) -> None:
+        """Read the output to its end. Otherwise the pipe would fill and block the process."""
         for line in self.process.stdout or ():
             self.log.append(line)
             if self.copy_to:
@@ -53,17 +55,19 @@ class Server:
                 self.ready.set()
         self.ready.set()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "".join(self.log)
 
-    def check_it_left_in_good_order(self) -> None:
+    def check_clean_exit(self) -> None:
         code = self.process.returncode
-        assert code == 0, f"the server ended with {code}:\n{self.said()}"
-        assert "Traceback" not in self.said(), self.said()
+        assert code == 0, f"the server ended with {code}:\n{self.output()}"
+        assert "Traceback" not in self.output(), self.output()
 
 
 def command(*flags: str, **changes: str) -> list[str]:
-    """`command("--json-output", port="8080")`, with the flags that every test has."""
+    """Return the command line with the common flags, for example
+    `command("--json-output", port="8080")`.
+    """
     table = FLAGS | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     return [str(PYTHON), "-m", "api", *(x for pair in table.items() for x in pair), *flags]
 
@@ -75,7 +79,7 @@ def started(
     cwd: Path = ROOT,
     copy_to: Path | None = None,
 ) -> Iterator[Server]:
-    """A process until the block ends, its output read, and copied to a file if need be."""
+    """Run a process until the block ends. Its output is read, and copied to `copy_to` if given."""
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     process = subprocess.Popen(
         command,
@@ -86,7 +90,7 @@ def started(
         text=True,
     )
     server = Server(process, copy_to=copy_to)
-    reader = threading.Thread(target=server.read, daemon=True)
+    reader = threading.Thread(target=server.read_output, daemon=True)
     reader.start()
     try:
         yield server
@@ -98,9 +102,9 @@ def started(
 
 @contextmanager
 def serve(*flags: str) -> Iterator[Server]:
-    """A server until the block ends; it must leave in good order, having raised nothing."""
+    """Run a server until the block ends. It must then exit cleanly and have logged no exception."""
     with started(command(*flags)) as server:
         server.ready.wait(240)
-        assert server.port, f"the server did not become ready:\n{server.said()}"
+        assert server.port, f"the server did not become ready:\n{server.output()}"
         yield server
-    server.check_it_left_in_good_order()
+    server.check_clean_exit()

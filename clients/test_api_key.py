@@ -1,5 +1,5 @@
-"""A server with a key, and a list of origins: who has the key is served, who has not is told
-nothing (section 1.10); pages of the origins, and no others, may read its answers (1.11).
+"""A server with an API key and a list of origins. Requests without the key learn nothing (section
+1.10), and only pages of the listed origins may read answers (1.11).
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,9 @@ def locked() -> Iterator[str]:
     ],
 )
 @pytest.mark.parametrize("key", [None, "Bearer other", KEY, f"Basic {KEY}"])
-def test_without_the_key_nothing_is_done_or_said(locked: str, path: str, key: str | None) -> None:
+def test_requests_without_the_key_are_401_and_empty(
+    locked: str, path: str, key: str | None
+) -> None:
     headers = {"authorization": key} if key else {}
     for body in ({"inputs": PROMPT}, {"not": "even read"}):
         refused = httpx2.post(f"{locked}{path}", json=body, headers=headers)
@@ -47,7 +49,7 @@ def test_without_the_key_nothing_is_done_or_said(locked: str, path: str, key: st
 @pytest.mark.parametrize(
     "path", ["/", "/health", "/ping", "/info", "/v1/models", "/metrics", "/api-doc/openapi.json"]
 )
-def test_what_tells_of_the_server_is_open(locked: str, path: str) -> None:
+def test_routes_that_describe_the_server_are_open(locked: str, path: str) -> None:
     assert httpx2.get(f"{locked}{path}").status_code == 200
 
 
@@ -67,7 +69,7 @@ def test_clients_with_the_key_are_served(locked: str) -> None:
     assert answer.usage.completion_tokens == 1
 
 
-def test_a_client_with_another_key_is_not(locked: str) -> None:
+def test_a_client_with_another_key_is_refused(locked: str) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{locked}/v1", api_key="other").chat.completions.create(
             model="tgi", messages=MESSAGES
@@ -77,7 +79,7 @@ def test_a_client_with_another_key_is_not(locked: str) -> None:
 @pytest.mark.parametrize(
     ("origin", "allowed"), [(ORIGIN, ORIGIN), ("https://theirs.example", None), (None, None)]
 )
-def test_only_pages_of_the_origins_may_read_an_answer(
+def test_only_pages_of_listed_origins_may_read_an_answer(
     locked: str, origin: str | None, allowed: str | None
 ) -> None:
     headers = {"origin": origin} if origin else {}

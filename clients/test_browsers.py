@@ -1,4 +1,4 @@
-"""What a browser needs of every answer, errors among them (section 1.11)."""
+"""The CORS headers that browsers need on every answer, including errors (section 1.11)."""
 
 import httpx2
 import pytest
@@ -30,7 +30,7 @@ def test_any_page_may_read_any_answer(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/health", "/nowhere"])
-def test_a_browser_that_asks_first_is_told_what_it_may(url: str, path: str) -> None:
+def test_a_preflight_request_is_answered_on_every_path(url: str, path: str) -> None:
     headers = {
         "origin": "https://anywhere.example",
         "access-control-request-method": "POST",

@@ -14,14 +14,14 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import OverloadedError, ValidationError
 from jsonschema import validate
 
-from clients.calling import Calls, sync_alone
-from clients.comparing import assert_alike
+from clients.calling import Calls, sync_only
+from clients.comparing import assert_equal_answers
 from clients.wire import CITY, MESSAGES, PROMPT, TOOL, WEATHER, every_permit_taken
 
 
 @pytest.fixture(params=["sync", "async"])
 def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
-    """As its documentation says for a server of one's own: the bare URL."""
+    """A client of the bare URL, as its documentation says for a self-hosted server."""
     if request.param == "sync":
         yield Calls(InferenceClient(url, timeout=60), None)
     else:
@@ -33,7 +33,7 @@ def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
 
 
 def told(value: Any) -> Any:
-    """As JSON: this client has a class for the same thing streamed, and another not."""
+    """Convert to JSON, since the client's classes differ between streams and plain answers."""
     return json.loads(json.dumps(value))
 
 
@@ -41,13 +41,13 @@ def test_the_bare_url_repeats_the_prompt(client: Any) -> None:
     assert client.text_generation(PROMPT, max_new_tokens=2) == f"{PROMPT} Paris."
 
 
-@sync_alone
+@sync_only
 def test_full_text_is_left_out_when_asked(client: Any) -> None:
     answer = client.text_generation(PROMPT, max_new_tokens=2, return_full_text=False)
     assert answer == " Paris."
 
 
-@sync_alone
+@sync_only
 def test_the_url_of_a_route_does_not_repeat_the_prompt(client: Any, url: str) -> None:
     generate = f"{url}/generate"
     assert client.text_generation(PROMPT, max_new_tokens=2, model=generate) == " Paris."
@@ -78,7 +78,7 @@ def test_streamed_details_agree_with_the_unstreamed_ones(client: Any) -> None:
     asked = {"max_new_tokens": 8, "seed": 11, "do_sample": True, "temperature": 1.3}
     plain = client.text_generation(PROMPT, details=True, **asked)
     streamed = client.text_generation(PROMPT, details=True, stream=True, **asked)
-    assert_alike(told([event.token for event in streamed]), told(plain.details.tokens))
+    assert_equal_answers(told([event.token for event in streamed]), told(plain.details.tokens))
     assert [event.index for event in streamed] == list(range(1, 9))
     assert all(event.generated_text is event.details is None for event in streamed[:-1])
     last = streamed[-1]
@@ -88,7 +88,7 @@ def test_streamed_details_agree_with_the_unstreamed_ones(client: Any) -> None:
     assert last.details.input_length == 5
 
 
-def test_the_better_of_two(client: Any) -> None:
+def test_best_of_two_returns_the_better_sequence(client: Any) -> None:
     answer = client.text_generation(
         PROMPT, max_new_tokens=4, best_of=2, do_sample=True, temperature=1.5, details=True
     )
@@ -96,7 +96,7 @@ def test_the_better_of_two(client: Any) -> None:
     assert other.seed != answer.details.seed
 
 
-@sync_alone
+@sync_only
 @pytest.mark.parametrize(
     "grammar",
     [{"type": "json", "value": CITY}, {"type": "json_schema", "value": {"schema": CITY}}],
@@ -108,7 +108,7 @@ def test_a_grammar_makes_json_that_validates(client: Any, grammar: dict[str, Any
     validate(json.loads(text), CITY)
 
 
-def test_what_cannot_be_done_is_a_validation_error(client: Any) -> None:
+def test_an_invalid_request_is_a_validation_error(client: Any) -> None:
     for stream in (False, True):
         with pytest.raises(ValidationError) as refused:
             client.text_generation(PROMPT, temperature=-1.0, stream=stream)
@@ -122,7 +122,7 @@ def test_a_full_server_is_an_overloaded_error(client: Any, url: str) -> None:
                 client.text_generation(PROMPT, max_new_tokens=1, stream=stream)
 
 
-def test_the_endpoint_tells_what_it_is_and_that_it_is_well(url: str) -> None:
+def test_the_endpoint_returns_its_info_and_health(url: str) -> None:
     client = InferenceClient(url, provider="hf-inference")
     info = client.get_endpoint_info()
     assert info["router"] == "text-generation-router"
@@ -155,7 +155,7 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     assert last.choices == []
     assert told(last.usage) == told(plain.usage)
     entries = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
-    assert_alike(told(entries), told(plain.choices[0].logprobs.content))
+    assert_equal_answers(told(entries), told(plain.choices[0].logprobs.content))
     assert len(entries) == plain.usage.completion_tokens
 
 
@@ -180,7 +180,7 @@ def test_a_tool_is_called_with_arguments_that_validate(client: Any) -> None:
     assert json.loads("".join(piece.function.arguments for piece in calls)) == arguments
 
 
-@sync_alone
+@sync_only
 @pytest.mark.parametrize(
     "response_format",
     [
@@ -200,7 +200,7 @@ def test_a_response_format_makes_json_that_validates(
     assert "".join(c.choices[0].delta.content for c in chunks if c.choices) == plain
 
 
-def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
+def test_an_invalid_chat_returns_the_reason(client: Any) -> None:
     with pytest.raises(Exception, match="422") as refused:
         client.chat_completion(MESSAGES, max_tokens=1, top_p=0.0)
     # The client raises an error of requests, httpx2 or aiohttp. Only aiohttp's has the payload.
@@ -212,7 +212,7 @@ def test_a_chat_that_cannot_be_tells_why(client: Any) -> None:
     }
 
 
-def test_a_streamed_chat_that_cannot_be_tells_why(client: Any) -> None:
-    """The error of this event is an object, of no type that the client knows."""
+def test_an_invalid_streamed_chat_returns_the_reason(client: Any) -> None:
+    """The error in this event is an object, whose type the client does not know."""
     with pytest.raises(huggingface_hub.errors.TextGenerationError, match="`top_p` must be > 0"):
         client.chat_completion(MESSAGES, max_tokens=1, top_p=0.0, stream=True)

@@ -1,4 +1,4 @@
-"""`langchain-huggingface` against a URL of one's own: no hub, no token, no torch."""
+"""`langchain-huggingface` with a self-hosted URL: without the hub, a token or torch."""
 
 import asyncio
 import sys
@@ -13,7 +13,9 @@ from clients.wire import PROMPT, TOOL, WEATHER
 
 
 def endpoint(url: str, **options: Any) -> HuggingFaceEndpoint:
-    """Its defaults sample (temperature 0.8, top_k 10, top_p 0.95), so tests give a seed."""
+    """Return an endpoint. By default it samples (temperature 0.8, top_k 10, top_p 0.95), so tests
+    give a seed.
+    """
     return HuggingFaceEndpoint(endpoint_url=url, **{"max_new_tokens": 8, "seed": 3} | options)
 
 
@@ -24,7 +26,7 @@ def llm(url: str) -> HuggingFaceEndpoint:
 
 @pytest.fixture
 def chat(url: str) -> ChatHuggingFace:
-    """Without a seed of its own it would not repeat itself."""
+    """A chat model with a seed, so that its answers are repeatable."""
     return ChatHuggingFace(llm=endpoint(url), temperature=0.01)
 
 
@@ -94,6 +96,6 @@ def test_a_bound_tool_is_called_with_arguments_that_validate(url: str) -> None:
     validate(call["args"], WEATHER["parameters"])
 
 
-def test_none_of_this_brought_torch() -> None:
+def test_langchain_does_not_import_torch() -> None:
     assert "torch" not in sys.modules
     assert "transformers" not in sys.modules

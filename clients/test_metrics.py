@@ -1,4 +1,4 @@
-"""/metrics: section 7's names, types and counts, as dashboards written for TGI read them."""
+"""GET /metrics: the names, types and counts of section 7, which TGI's dashboards read."""
 
 import re
 
@@ -47,7 +47,7 @@ def client(url: str) -> httpx2.Client:
 
 
 def samples(client: httpx2.Client) -> dict[str, float]:
-    """Values by name and labels; the labels of one sample are few enough to need no parser."""
+    """Return the values of all samples by name and labels, in the text of the format."""
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     lines = [line for line in response.text.splitlines() if line and line[0] != "#"]
@@ -59,7 +59,7 @@ def generate(client: httpx2.Client, path: str = "/generate", **parameters: objec
     client.post(path, json=body)
 
 
-def test_every_name_is_there_with_its_type(client: httpx2.Client) -> None:
+def test_every_metric_exists_with_its_type(client: httpx2.Client) -> None:
     generate(client)
     generate(client, temperature=-1.0)
     text = client.get("/metrics").text
@@ -110,7 +110,7 @@ def test_failures_are_counted_by_their_class(client: httpx2.Client, url: str) ->
     assert after[overloaded] - before.get(overloaded, 0) == 1
 
 
-def test_tokens_are_counted(client: httpx2.Client) -> None:
+def test_generated_and_prompt_tokens_are_counted(client: httpx2.Client) -> None:
     generate(client)
     before = samples(client)
     generate(client, max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""`openai`, which knows nothing of TGI: what its user gets from it all the same."""
+"""The `openai` client, which knows nothing of TGI, against Skiff."""
 
 import asyncio
 import json
@@ -10,8 +10,8 @@ import openai
 import pytest
 from jsonschema import validate
 
-from clients.calling import Calls, sync_alone
-from clients.comparing import assert_alike
+from clients.calling import Calls, sync_only
+from clients.comparing import assert_equal_answers
 from clients.wire import CITY, MESSAGES, PROMPT, TOOL, WEATHER, every_permit_taken, name_of
 
 GREEDY = {"model": "tgi", "temperature": 0}
@@ -40,7 +40,7 @@ def test_the_model_is_listed_by_the_name_that_info_gives(client: Any, url: str) 
     ]
 
 
-def test_a_completion(client: Any) -> None:
+def test_a_completion_has_text_and_usage(client: Any) -> None:
     answer = client.completions.create(prompt=PROMPT, max_tokens=5, **GREEDY)
     (choice,) = answer.choices
     assert choice.text.startswith(" Paris")
@@ -52,7 +52,7 @@ def test_a_completion(client: Any) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 5, 10)
 
 
-@sync_alone
+@sync_only
 def test_each_of_several_prompts_has_its_completion(client: Any) -> None:
     prompts = [PROMPT, "One, two, three,"]
     alone = [client.completions.create(prompt=prompt, max_tokens=4, **GREEDY) for prompt in prompts]
@@ -85,29 +85,29 @@ def test_a_chat_is_answered_with_its_usage(client: Any) -> None:
     assert 1 <= usage.completion_tokens <= 6
 
 
-@sync_alone
+@sync_only
 def test_the_model_is_the_served_one_or_the_name_asked_for(client: Any) -> None:
     (served,) = (model.id for model in client.models.list())
     assert chat(client, max_tokens=1).model == served
     assert chat(client, max_tokens=1, model="gpt-4o").model == "gpt-4o"
 
 
-@sync_alone
-def test_a_chat_ends_of_itself_with_stop(client: Any) -> None:
+@sync_only
+def test_a_chat_that_ends_by_itself_has_finish_reason_stop(client: Any) -> None:
     answer = chat(client, messages=[{"role": "user", "content": "Say OK."}], max_tokens=60)
     assert answer.choices[0].finish_reason == "stop"
     assert "<|im_end|>" not in answer.choices[0].message.content
 
 
-@sync_alone
-def test_a_limit_by_its_newer_name(client: Any) -> None:
+@sync_only
+def test_max_completion_tokens_limits_the_answer(client: Any) -> None:
     answer = chat(client, max_completion_tokens=3)
     assert answer.usage.completion_tokens == 3
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices == chat(client, max_tokens=3).choices
 
 
-@sync_alone
+@sync_only
 def test_stop_sequences_end_the_answer_and_stay_in_it(client: Any) -> None:
     asked = {"messages": [{"role": "user", "content": "Count from one to ten."}], "max_tokens": 24}
     free = chat(client, logprobs=True, **asked).choices[0]
@@ -118,8 +118,8 @@ def test_stop_sequences_end_the_answer_and_stay_in_it(client: Any) -> None:
     assert stopped.message.content.endswith(stop)
 
 
-@sync_alone
-def test_a_seed_says_the_same_again_streamed_or_not(client: Any) -> None:
+@sync_only
+def test_a_seed_repeats_the_answer_streamed_or_not(client: Any) -> None:
     asked = {"max_tokens": 8, "temperature": 1.5, "seed": 5}
     texts = [chat(client, **asked).choices[0].message.content for _ in range(2)]
     chunks = chat(client, stream=True, **asked)
@@ -127,7 +127,7 @@ def test_a_seed_says_the_same_again_streamed_or_not(client: Any) -> None:
     assert chat(client, **asked | {"seed": 6}).choices[0].message.content != texts[0]
 
 
-def test_logprobs_are_of_the_tokens_of_the_text(client: Any) -> None:
+def test_logprobs_belong_to_the_tokens_of_the_text(client: Any) -> None:
     answer = chat(client, max_tokens=3, logprobs=True, top_logprobs=3)
     (choice,) = answer.choices
     entries = choice.logprobs.content
@@ -140,7 +140,7 @@ def test_logprobs_are_of_the_tokens_of_the_text(client: Any) -> None:
         assert [x.logprob for x in best] == sorted((x.logprob for x in best), reverse=True)
 
 
-@sync_alone
+@sync_only
 def test_top_logprobs_are_empty_unless_asked_for(client: Any) -> None:
     entries = chat(client, max_tokens=2, logprobs=True).choices[0].logprobs.content
     assert [entry.top_logprobs for entry in entries] == [[], []]
@@ -157,7 +157,7 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     assert [c.finish_reason for c in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1].finish_reason == plain.choices[0].finish_reason
     entries = [entry for choice in choices for entry in choice.logprobs.content]
-    assert_alike(
+    assert_equal_answers(
         [entry.model_dump() for entry in entries],
         [entry.model_dump() for entry in plain.choices[0].logprobs.content],
     )
@@ -167,7 +167,7 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     assert last.usage == plain.usage
 
 
-@sync_alone
+@sync_only
 def test_a_stream_has_no_usage_unless_asked_for(client: Any) -> None:
     chunks = chat(client, stream=True, max_tokens=2)
     assert [len(chunk.choices) for chunk in chunks] == [1, 1]
@@ -203,7 +203,7 @@ def test_a_tool_is_called_the_same_streamed_or_not(client: Any, choice: Any) -> 
     assert json.loads("".join(piece.function.arguments for piece in calls)) == arguments
 
 
-@sync_alone
+@sync_only
 def test_tools_left_to_the_model_give_a_call_or_an_answer(client: Any) -> None:
     answer = chat(client, tools=[TOOL], max_tokens=80)
     message = answer.choices[0].message
@@ -213,15 +213,15 @@ def test_tools_left_to_the_model_give_a_call_or_an_answer(client: Any) -> None:
         assert message.content
 
 
-@sync_alone
+@sync_only
 def test_tools_that_must_not_be_used_change_nothing(client: Any) -> None:
     plain = chat(client, max_tokens=5)
     answer = chat(client, max_tokens=5, tools=[TOOL], tool_choice="none")
     assert answer.choices[0].message.content == plain.choices[0].message.content
 
 
-@sync_alone
-def test_what_a_tool_said_is_read_by_the_model(client: Any) -> None:
+@sync_only
+def test_the_model_reads_the_result_of_a_tool(client: Any) -> None:
     call = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
     conversation = [
         *MESSAGES,
@@ -237,7 +237,7 @@ def test_what_a_tool_said_is_read_by_the_model(client: Any) -> None:
     assert answer.choices[0].message.content
 
 
-@sync_alone
+@sync_only
 def test_content_in_parts_is_joined(client: Any) -> None:
     text = MESSAGES[0]["content"]
     parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
@@ -245,15 +245,15 @@ def test_content_in_parts_is_joined(client: Any) -> None:
     assert answer.choices == chat(client, max_tokens=5).choices
 
 
-@sync_alone
-def test_an_answer_begun_is_continued(client: Any) -> None:
-    """[S] of section 6.3: the assistant's last message is where the model goes on."""
+@sync_only
+def test_an_unfinished_assistant_message_is_continued(client: Any) -> None:
+    """The model continues the assistant's last message ([S] in section 6.3)."""
     begun = [*MESSAGES, {"role": "assistant", "content": "The capital of France is"}]
     answer = chat(client, messages=begun, max_tokens=3)
     assert answer.choices[0].message.content.startswith(" Paris")
 
 
-@sync_alone
+@sync_only
 @pytest.mark.parametrize(
     "response_format",
     [
@@ -289,7 +289,7 @@ REFUSED_BY_VALIDATION = [
 
 
 @pytest.mark.parametrize(("asked", "told"), REFUSED_BY_VALIDATION, ids=name_of)
-def test_what_cannot_be_done_is_an_unprocessable_entity(
+def test_an_invalid_request_is_an_unprocessable_entity(
     client: Any, asked: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as plain:
@@ -313,11 +313,13 @@ TAKEN_AS_OPENAI_MEANS_IT = [
     {"presence_penalty": 0.5},
     {"tools": []},
 ]
-"""TGI refuses these, or means something else by them."""
+"""TGI refuses these values or gives them another meaning."""
 
 
 @pytest.mark.parametrize("asked", TAKEN_AS_OPENAI_MEANS_IT, ids=str)
-def test_what_openais_own_client_may_send_is_taken(client: Any, asked: dict[str, Any]) -> None:
+def test_values_that_openais_client_may_send_are_accepted(
+    client: Any, asked: dict[str, Any]
+) -> None:
     answer = chat(client, **{"max_tokens": 2} | asked)
     assert answer.choices[0].message.content is not None
     assert answer.usage.completion_tokens <= 2
@@ -331,7 +333,7 @@ REFUSED_BY_SHAPE = [
 
 
 @pytest.mark.parametrize(("asked", "told"), REFUSED_BY_SHAPE, ids=name_of)
-def test_what_is_not_of_tgis_shape_is_an_unprocessable_entity_in_words(
+def test_a_body_of_another_shape_is_an_unprocessable_entity_in_plain_text(
     client: Any, asked: dict[str, Any], told: str
 ) -> None:
     for stream in (False, True):
@@ -343,7 +345,7 @@ def test_what_is_not_of_tgis_shape_is_an_unprocessable_entity_in_words(
         assert told in response.text
 
 
-def test_a_tool_that_is_not_there_is_an_unprocessable_entity(client: Any) -> None:
+def test_a_tool_that_does_not_exist_is_an_unprocessable_entity(client: Any) -> None:
     for stream in (False, True):
         with pytest.raises(openai.UnprocessableEntityError) as refused:
             chat(client, tools=[TOOL], tool_choice="get_news", stream=stream)
@@ -379,7 +381,7 @@ def test_tools_and_a_response_format_exclude_each_other(client: Any) -> None:
     ],
     ids=["suffix", "prompts", "empty"],
 )
-def test_a_completion_that_cannot_be_is_an_unprocessable_entity(
+def test_an_invalid_completion_is_an_unprocessable_entity(
     client: Any, asked: dict[str, Any], error: str, error_type: str
 ) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as refused:
@@ -400,14 +402,14 @@ def test_a_full_server_is_a_rate_limit(client: Any, url: str) -> None:
         assert streamed.value.body == {"message": "Model is overloaded", "http_status_code": 422}
 
 
-@sync_alone
+@sync_only
 def test_parameters_that_tgi_ignores_are_ignored(client: Any) -> None:
     plain = chat(client, max_tokens=4)
     answer = chat(client, max_tokens=4, n=2, user="me", metadata={"a": "b"}, store=False)
     assert answer.choices == plain.choices
 
 
-def test_headers_tell_what_the_usage_tells(url: str) -> None:
+def test_headers_agree_with_the_usage(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")
     raw = client.chat.completions.with_raw_response.create(
         messages=MESSAGES, max_tokens=3, **GREEDY

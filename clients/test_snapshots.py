@@ -1,10 +1,11 @@
-"""Whole answers of every route, beside the files in snapshots/: keys and their order, texts, ids,
-headers, statuses and errors exactly, logprobs within a tolerance, times by their form.
+"""Complete answers of every route, compared with the files in snapshots/. Keys and their order,
+texts, ids, headers, statuses and errors must be equal; logprobs have a tolerance, and of times only
+the format is checked.
 
     .venv-clients/bin/python -m pytest clients/test_snapshots.py --regenerate
 
-writes the files anew; read the difference like code, beside the contract, before committing it.
-Files of refusals that the contract spells out were written from it, ahead of their routes.
+rewrites the files. Review the difference like code, against the contract, before committing it.
+Files of errors that the contract spells out were written from the contract, before their routes.
 """
 
 import json
@@ -39,13 +40,15 @@ KEPT = re.compile(r"x-.*|content-type|cache-control|allow|www-authenticate")
 
 @dataclass
 class Case:
+    """A request whose answer is in the file `name`."""
+
     name: str
     path: str
     json: Any = None
     method: str = "POST"
     text: str | None = None
     content_type: str | None = "application/json"
-    full: bool = False  # with every permit taken
+    full: bool = False  # send it while every permit is taken
 
     def send(self, client: httpx2.Client) -> httpx2.Response:
         body = self.text if self.json is None else json.dumps(self.json, ensure_ascii=False)
@@ -54,13 +57,13 @@ class Case:
             self.method, self.path, headers=headers, content=None if body is None else body.encode()
         )
 
-    def told(self) -> dict[str, Any]:
-        """The request, for who reads the file; a large body by its size."""
+    def described(self) -> dict[str, Any]:
+        """Return the request for the snapshot file. A large body is replaced by its size."""
         body = self.json
         if self.text is not None:
             body = self.text if len(self.text) < 1000 else f"<{len(self.text)} characters>"
-        told = {"method": self.method, "path": self.path, "body": body}
-        return told if self.content_type == "application/json" else told | {"type": None}
+        request = {"method": self.method, "path": self.path, "body": body}
+        return request if self.content_type == "application/json" else request | {"type": None}
 
 
 def generate(name: str, path: str, inputs: str = PROMPT, **parameters: Any) -> Case:
@@ -240,7 +243,7 @@ def client(url: str) -> Iterator[httpx2.Client]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_answer_is_the_one_on_file(
+def test_the_answer_equals_its_snapshot(
     case: Case, client: httpx2.Client, url: str, pytestconfig: pytest.Config
 ) -> None:
     if case.full:
@@ -251,20 +254,20 @@ def test_the_answer_is_the_one_on_file(
     answer = recorded(response)
     file = FOLDER / f"{case.name}.json"
     if pytestconfig.getoption("regenerate"):
-        entry = {"request": case.told(), "response": answer}
+        entry = {"request": case.described(), "response": answer}
         file.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     assert file.exists(), f"not on file; got {json.dumps(answer, ensure_ascii=False)}"
     entry = json.loads(file.read_text(encoding="utf-8"))
-    assert entry["request"] == case.told(), "the file is of another request"
+    assert entry["request"] == case.described(), "the file is of another request"
     assert list(differences(entry["response"], answer)) == []
 
 
-def test_no_file_is_left_of_a_case_that_is_gone() -> None:
+def test_every_snapshot_belongs_to_a_case() -> None:
     assert {file.stem for file in FOLDER.iterdir()} <= {case.name for case in CASES}
 
 
 def recorded(response: httpx2.Response) -> dict[str, Any]:
-    """What of an answer is the same each time."""
+    """Return the parts of an answer that are the same each time."""
     headers = {name: response.headers[name] for name in sorted(set(response.headers))}
     kept = {name: _timeless(name, value) for name, value in headers.items() if KEPT.fullmatch(name)}
     answer: dict[str, Any] = {"status": response.status_code, "headers": kept}
@@ -293,6 +296,6 @@ def _dateless(value: Any) -> Any:
 
 
 def assert_compact(text: str) -> None:
-    """serde's form: no spaces, nothing escaped that need not be."""
+    """Check serde's format: no spaces, and no unnecessary escapes."""
     again = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
     assert again == text or "e-" in again  # small numbers are spelled in more ways than one

@@ -1,7 +1,7 @@
-"""Streamed and unstreamed answers of one seed are one answer, in whatever script it is.
+"""Streamed and unstreamed answers with the same seed are equal, in any script.
 
-High temperatures make the model say what it never would: halves of characters, bytes that
-are no text, control tokens.
+High temperatures make the model generate what it never would otherwise: incomplete characters,
+bytes that are not text, control tokens.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from clients.comparing import assert_alike
+from clients.comparing import assert_equal_answers
 from clients.wire import events
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +57,7 @@ CASES = [
 ]
 
 
-async def test_80_answers_are_the_same_streamed_or_not(url: str) -> None:
+async def test_80_answers_are_equal_streamed_or_not(url: str) -> None:
     limit = asyncio.Semaphore(12)
     async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
 
@@ -71,22 +71,22 @@ async def test_80_answers_are_the_same_streamed_or_not(url: str) -> None:
 
         pairs = await asyncio.gather(*map(both, CASES))
 
-    said = 0
+    num_tokens = 0
     for case, (plain, streamed) in zip(CASES, pairs, strict=True):
         details = plain["details"]
-        assert_alike([event["token"] for event in streamed], details["tokens"])
-        assert_alike([event["top_tokens"] for event in streamed], details["top_tokens"])
+        assert_equal_answers([event["token"] for event in streamed], details["tokens"])
+        assert_equal_answers([event["top_tokens"] for event in streamed], details["top_tokens"])
         assert streamed[-1]["generated_text"] == plain["generated_text"], case
         assert streamed[-1]["details"]["finish_reason"] == details["finish_reason"]
         assert streamed[-1]["details"]["generated_tokens"] == details["generated_tokens"]
         check_text(case, plain)
-        said += len(details["tokens"])
-    assert said > len(CASES) * 5  # most were not cut short
+        num_tokens += len(details["tokens"])
+    assert num_tokens > len(CASES) * 5  # most were not cut short
 
 
 def check_text(case: dict[str, Any], plain: Any) -> None:
-    """The tokens' texts are the text, but for a character that was not finished: its tokens
-    have the text "" and nobody says what is to become of it.
+    """Check that the texts of the tokens join to the generated text. Tokens of an incomplete last
+    character have the text "", and the contract does not define what the generated text then has.
     """
     parameters = case["parameters"]
     text = plain["generated_text"]
@@ -101,7 +101,7 @@ def check_text(case: dict[str, Any], plain: Any) -> None:
         assert text == joined, case
 
 
-async def test_a_chat_says_the_same_streamed_or_not(url: str) -> None:
+async def test_a_chat_is_equal_streamed_or_not(url: str) -> None:
     async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
 
         async def both(number: int, text: str) -> None:
@@ -125,6 +125,6 @@ async def test_a_chat_says_the_same_streamed_or_not(url: str) -> None:
             assert done == "[DONE]"
             assert content == "".join(deltas) or (content == deltas[-1] == ""), body
             entries = [entry for c in choices for entry in c["logprobs"]["content"]]
-            assert_alike(entries, choice["logprobs"]["content"])
+            assert_equal_answers(entries, choice["logprobs"]["content"])
 
         await asyncio.gather(*(both(number, text) for number, text in enumerate(TEXTS[:10])))

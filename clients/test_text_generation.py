@@ -1,4 +1,4 @@
-"""`text-generation`, TGI's own client: what its user asks, gets and is refused."""
+"""`text-generation`, TGI's own client: answers, streams and errors."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ from text_generation import AsyncClient, Client, types
 from text_generation.errors import OverloadedError, ValidationError
 from text_generation.types import FinishReason, Grammar, GrammarType, Message, Tool
 
-from clients.calling import Calls, sync_alone
-from clients.comparing import assert_alike
+from clients.calling import Calls, sync_only
+from clients.comparing import assert_equal_answers
 from clients.wire import CHAT_PROMPT, CITY, PROMPT, TOOL, WEATHER, every_permit_taken, name_of
 
 LONG_PROMPT = "Once upon a time, in a quiet village by the sea, there lived"
@@ -51,7 +51,7 @@ def test_an_answer_has_text_and_details(client: Any) -> None:
     assert answer.details.best_of_sequences is None
 
 
-def test_every_parameter_at_once(client: Any) -> None:
+def test_all_parameters_are_accepted_together(client: Any) -> None:
     asked = {
         "do_sample": True,
         "max_new_tokens": 8,
@@ -84,21 +84,21 @@ def test_every_parameter_at_once(client: Any) -> None:
         assert token.logprob <= logprobs[0]
 
     streamed = client.generate_stream(LONG_PROMPT, **asked)
-    assert_alike(dumped(event.token for event in streamed), dumped(details.tokens))
+    assert_equal_answers(dumped(event.token for event in streamed), dumped(details.tokens))
     for event, best in zip(streamed, details.top_tokens, strict=True):
-        assert_alike(dumped(event.top_tokens), dumped(best))
+        assert_equal_answers(dumped(event.top_tokens), dumped(best))
     assert streamed[-1].generated_text == answer.generated_text
     assert streamed[-1].details.seed == 7
 
 
-@sync_alone
+@sync_only
 def test_a_prompt_has_its_logprobs_when_asked(client: Any) -> None:
     prefill = client.generate(PROMPT, max_new_tokens=1, decoder_input_details=True).details.prefill
     assert "".join(token.text for token in prefill) == PROMPT
     assert [token.logprob is None for token in prefill] == [True] + [False] * (len(prefill) - 1)
 
 
-def test_the_better_of_two_comes_with_the_other(client: Any) -> None:
+def test_best_of_two_returns_the_other_sequence_too(client: Any) -> None:
     answer = client.generate(PROMPT, max_new_tokens=6, best_of=2, do_sample=True, temperature=2.0)
     (other,) = answer.details.best_of_sequences
     assert answer.details.seed is not None
@@ -111,7 +111,7 @@ def test_the_better_of_two_comes_with_the_other(client: Any) -> None:
 def test_a_stream_joins_to_the_unstreamed_answer(client: Any) -> None:
     answer = client.generate(PROMPT, max_new_tokens=12)
     streamed = client.generate_stream(PROMPT, max_new_tokens=12)
-    assert_alike(dumped(event.token for event in streamed), dumped(answer.details.tokens))
+    assert_equal_answers(dumped(event.token for event in streamed), dumped(answer.details.tokens))
     assert all(event.generated_text is event.details is None for event in streamed[:-1])
     assert streamed[-1].generated_text == answer.generated_text
     assert streamed[-1].details.finish_reason == FinishReason.Length
@@ -125,8 +125,8 @@ def test_a_stream_of_one_token_is_one_event(client: Any) -> None:
     assert event.details.generated_tokens == 1
 
 
-@sync_alone
-def test_the_models_own_end_is_told_and_is_not_in_the_text(client: Any) -> None:
+@sync_only
+def test_the_end_of_sequence_token_is_reported_but_not_in_the_text(client: Any) -> None:
     answer = client.generate(CHAT_PROMPT, max_new_tokens=60)
     assert answer.details.finish_reason == FinishReason.EndOfSequenceToken
     assert answer.details.tokens[-1].special
@@ -136,7 +136,7 @@ def test_the_models_own_end_is_told_and_is_not_in_the_text(client: Any) -> None:
     assert answer.details.generated_tokens == len(answer.details.tokens)
 
 
-@sync_alone
+@sync_only
 def test_a_stop_sequence_ends_the_text_and_stays_in_it(client: Any) -> None:
     answer = client.generate(PROMPT, max_new_tokens=20, stop_sequences=["."])
     assert answer.generated_text == " Paris."
@@ -146,16 +146,16 @@ def test_a_stop_sequence_ends_the_text_and_stays_in_it(client: Any) -> None:
     assert last.details.finish_reason == FinishReason.StopSequence
 
 
-@sync_alone
-def test_a_seed_says_the_same_again(client: Any) -> None:
+@sync_only
+def test_a_seed_repeats_the_answer(client: Any) -> None:
     asked = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 10}
     texts = [client.generate(PROMPT, seed=seed, **asked).generated_text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert client.generate_stream(PROMPT, seed=1, **asked)[-1].generated_text == texts[0]
 
 
-@sync_alone
-def test_a_json_grammar_is_kept(client: Any) -> None:
+@sync_only
+def test_a_json_grammar_is_followed(client: Any) -> None:
     grammar = Grammar(type=GrammarType.Json, value=CITY)
     answer = client.generate("A city as JSON: ", max_new_tokens=40, grammar=grammar)
     assert answer.details.finish_reason == FinishReason.EndOfSequenceToken
@@ -164,17 +164,17 @@ def test_a_json_grammar_is_kept(client: Any) -> None:
     assert streamed[-1].generated_text == answer.generated_text
 
 
-@sync_alone
+@sync_only
 def test_json_has_the_white_space_that_tgi_allows(client: Any) -> None:
-    """One space at most, around punctuation (section 2.5): it decides the bytes of an answer."""
+    """JSON has at most one space, around punctuation (section 2.5)."""
     grammar = Grammar(type=GrammarType.Json, value=CITY)
     text = client.generate(PROMPT, max_new_tokens=40, grammar=grammar).generated_text
     pattern = r'{ ?"name" ?: ?"(Paris|Rome|Oslo)" ?, ?"capital" ?: ?(true|false) ?}'
     assert re.fullmatch(pattern, text), text
 
 
-@sync_alone
-def test_a_regex_grammar_is_kept(client: Any) -> None:
+@sync_only
+def test_a_regex_grammar_is_followed(client: Any) -> None:
     grammar = Grammar(type=GrammarType.Regex, value="[0-9]{3}-[0-9]{4}")
     answer = client.generate("My phone number is ", max_new_tokens=20, grammar=grammar)
     digits, dash, rest = answer.generated_text.partition("-")
@@ -209,7 +209,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("asked", "detail"), REFUSED, ids=name_of)
-def test_what_cannot_be_done_is_a_validation_error(
+def test_an_invalid_request_is_a_validation_error(
     client: Any, asked: dict[str, Any], detail: str
 ) -> None:
     with pytest.raises(ValidationError) as plain:
@@ -250,7 +250,7 @@ def test_a_chat_is_answered_with_its_usage(client: Any) -> None:
     assert 1 <= usage["completion_tokens"] <= 6
 
 
-@sync_alone
+@sync_only
 def test_a_chat_takes_every_parameter(client: Any) -> None:
     asked = {
         "frequency_penalty": 0.2,
@@ -264,7 +264,7 @@ def test_a_chat_takes_every_parameter(client: Any) -> None:
         "top_p": 0.95,
     }
     one, two = (client.chat(CHAT, **asked) for _ in range(2))
-    assert_alike(dumped(one.choices), dumped(two.choices))
+    assert_equal_answers(dumped(one.choices), dumped(two.choices))
     content = one.choices[0].logprobs["content"]
     assert len(content) == one.usage["completion_tokens"]
     assert all(entry["top_logprobs"] for entry in content)
@@ -281,15 +281,15 @@ def test_a_chat_calls_the_chosen_tool(client: Any) -> None:
     validate(json.loads(call["function"]["arguments"]), WEATHER["parameters"])
 
 
-def test_a_chat_that_cannot_be_is_a_validation_error(client: Any) -> None:
+def test_an_invalid_chat_is_a_validation_error(client: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         client.chat(CHAT, max_tokens=1, top_p=0.0)
     assert str(refused.value) == "Input validation error: `top_p` must be > 0.0 and < 1.0"
 
 
 def test_a_streamed_chat_fails_in_release_0_7_0_as_it_does_with_tgi(client: Any) -> None:
-    """It demands a `tool_calls` in every delta, which TGI does not send, and takes the chunk
-    for an error payload that it then cannot read.
+    """The client requires `tool_calls` in every delta, which TGI does not send. It takes the chunk
+    for an error payload, which it then cannot parse.
     """
     with pytest.raises((KeyError, AttributeError)):
         client.chat(CHAT, max_tokens=2, stream=True)
@@ -298,7 +298,9 @@ def test_a_streamed_chat_fails_in_release_0_7_0_as_it_does_with_tgi(client: Any)
 def test_a_streamed_chat_joins_to_the_unstreamed_one(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With that demand lifted. The synchronous half then fails at `[DONE]`, after the text."""
+    """The client is patched not to require `tool_calls`. Its synchronous version then fails at
+    `[DONE]`, after the text.
+    """
 
     class Delta(types.ChoiceDelta):
         tool_calls: Any = None

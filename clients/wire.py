@@ -1,4 +1,4 @@
-"""What is on the wire, without a client library in between."""
+"""Requests and answers as they are on the wire, without a client library."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ import httpx2
 from clients.server import MAX_CONCURRENT_REQUESTS
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
-"""On every answer (section 1.11)."""
+"""The `vary` header of every answer (section 1.11)."""
 PROMPT = "The capital of France is"
 CHAT_PROMPT = "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n"
-"""Ends of itself: the model's own turn, then its end of sequence token."""
+"""A prompt whose answer ends with the model's end-of-sequence token."""
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 
 WEATHER = {
@@ -27,7 +27,7 @@ WEATHER = {
         "required": ["city"],
     },
 }
-"""Arguments that are bounded, so that a small model ends them in time."""
+"""A function whose arguments are short, so that a small model completes them in time."""
 TOOL = {"type": "function", "function": WEATHER}
 
 CITY = {
@@ -41,12 +41,12 @@ CITY = {
 
 
 def name_of(value: object) -> str | None:
-    """A parametrized test is named by the parameters it asks with, not by what it is told."""
+    """Return a test id made of the names of request parameters; empty for any other value."""
     return "-".join(value) if isinstance(value, dict) else ""
 
 
 def events(body: str) -> list[Any]:
-    """The JSON of each server-sent event; `[DONE]` is itself. Frames are checked to the byte."""
+    """Return the JSON of each event, and `[DONE]` as it is. The framing must be exact."""
     assert body.endswith("\n\n")
     frames = [frame for frame in body[:-2].split("\n\n") if frame != ":"]
     for frame in frames:
@@ -58,7 +58,7 @@ def events(body: str) -> list[Any]:
 
 @contextmanager
 def every_permit_taken(url: str) -> Iterator[None]:
-    """As many long streams as the server accepts, given up at the end."""
+    """Hold every permit with a long stream, and cancel the streams at the end."""
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400}}
     with httpx2.Client(base_url=url, timeout=60) as client, ExitStack() as streams:
         for _ in range(MAX_CONCURRENT_REQUESTS):

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """What the gateway admits.
+    """Settings of the gateway.
 
     unsecured         signatures are not checked
     api_key           admits requests without an envelope; the gateway also sends it to the

@@ -68,15 +68,14 @@ def benchmark_key(state: AppState) -> BenchmarkKey:
     return BenchmarkKey(
         model=f"{model.sha} {model.weight_bytes} {settings.load_config()}",
         device=model.device,
-        version=_source_digest(),
+        version=source_digest(Path(__file__).parents[2]),
         settings=f"{settings.engine_config()} {settings.max_concurrent_requests}",
     )
 
 
-def _source_digest() -> str:
+def source_digest(root: Path) -> str:
     """Return a digest of the source code that runs a step: an exact version of it."""
     digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
     for path in sorted((*root.glob("engine/**/*.py"), *root.glob("kernels/**/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

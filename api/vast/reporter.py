@@ -229,7 +229,7 @@ class Reporter:
 
 
 class Delivery(Enum):
-    """What became of a report. A refused report would be refused again; a failed one is retried."""
+    """Result of sending a report. A refused one would be refused again; a failed one is retried."""
 
     ACCEPTED = auto()
     REFUSED = auto()

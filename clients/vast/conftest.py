@@ -1,4 +1,4 @@
-"""The client that Vast's users have, and the workers that it is sent to."""
+"""Fixtures: the client of Vast's users, and the workers that it is routed to."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ WORKERS = ["skiff", "stock"] if "THOROUGH" in os.environ else ["skiff"]
 
 @pytest.fixture(scope="module", params=WORKERS)
 def worker(request: Any, tmp_path_factory: Any) -> Iterator[Worker]:
-    """Skiff as a worker, over TLS. To be thorough Vast's own in front of Skiff, too: what the
-    stand-in says of the one it must say of the other.
+    """Skiff as a worker, over TLS. With THOROUGH set, also Vast's stock worker in front of Skiff,
+    for which the tests must have the same results.
     """
     folder: Path = tmp_path_factory.mktemp(request.param)
     with stand_in() as vast:
@@ -34,13 +34,13 @@ def worker(request: Any, tmp_path_factory: Any) -> Iterator[Worker]:
                 yield running
 
 
-skiff_alone = pytest.mark.parametrize("worker", ["skiff"], indirect=True)
-"""For what Vast's own worker does not do."""
+skiff_only = pytest.mark.parametrize("worker", ["skiff"], indirect=True)
+"""Marks a test of something that Vast's stock worker does not do."""
 
 
 @pytest.fixture
 def vast(worker: Worker) -> Iterator[StandIn]:
-    """After each test, every request is accounted for at the autoscaler."""
+    """The stand-in for the autoscaler, whose ledger must add up after each test."""
     yield worker.stand_in
     assert worker.stand_in.settled() == []
 

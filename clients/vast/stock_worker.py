@@ -1,6 +1,6 @@
-"""Vast's own worker, unchanged, configured as for Text Generation Inference; run as a program.
+"""Vast's stock worker, unchanged, configured as for Text Generation Inference. Run as a program.
 
-Its benchmark is smaller than the template's (8 runs of 50 requests of 128 tokens), for processors.
+Its benchmark is smaller than the template's (8 runs of 50 requests of 128 tokens), to suit a CPU.
 """
 
 import os

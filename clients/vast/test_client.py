@@ -1,4 +1,4 @@
-"""`vastai`'s own client, against Skiff as a worker and against Vast's own worker in front of it."""
+"""`vastai`'s client against Skiff as a worker, and against Vast's stock worker in front of it."""
 
 import asyncio
 import ssl
@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from clients.vast.conftest import skiff_alone
+from clients.vast.conftest import skiff_only
 from clients.vast.standin import StandIn
 from clients.vast.workers import MASTER_TOKEN, Worker
 from clients.wire import MESSAGES, PROMPT
@@ -20,7 +20,7 @@ def payload(max_new_tokens: int, **parameters: Any) -> dict[str, Any]:
 
 
 async def generate(endpoint: Any, max_new_tokens: int, route: str = "/generate") -> Any:
-    """The cost is the worker's workload, as Vast's documentation wants it."""
+    """Send a request whose cost is the worker's workload, as Vast's documentation says."""
     return await endpoint.request(route, payload(max_new_tokens), cost=max_new_tokens)
 
 
@@ -61,18 +61,18 @@ async def test_the_result_carries_what_the_request_was_sent_with(
     assert 0 < work_s <= answer["latency"]
 
 
-@skiff_alone
+@skiff_only
 @pytest.mark.parametrize("route", ["/generate/", "/generate"])
-async def test_a_slash_at_the_end_changes_nothing(endpoint: Any, route: str) -> None:
+async def test_a_route_with_a_trailing_slash_is_the_same(endpoint: Any, route: str) -> None:
     answer = await generate(endpoint, 8, route)
     assert "Paris" in answer["response"]["generated_text"]
     events = await stream(endpoint, route.replace("generate", "generate_stream"), payload(8), 8)
     assert text_of(events) == answer["response"]["generated_text"]
 
 
-@skiff_alone
+@skiff_only
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/chat/completions/"])
-async def test_chats_are_answered_too(endpoint: Any, route: str) -> None:
+async def test_chats_are_answered(endpoint: Any, route: str) -> None:
     body = {"model": "tgi", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
     answer = await endpoint.request(route, body, cost=8)
     text = answer["response"]["choices"][0]["message"]["content"]
@@ -82,32 +82,32 @@ async def test_chats_are_answered_too(endpoint: Any, route: str) -> None:
     assert "".join(delta.get("content") or "" for delta in deltas) == text
 
 
-async def test_many_at_once_are_all_answered(endpoint: Any) -> None:
+async def test_many_concurrent_requests_are_all_answered(endpoint: Any) -> None:
     answers = await asyncio.gather(*(generate(endpoint, n) for n in range(1, 9)))
     assert all(answer["ok"] for answer in answers)
     assert len({answer["request_idx"] for answer in answers}) == 8
 
 
-async def test_what_cannot_be_done_is_refused_once_and_for_all(
-    endpoint: Any, vast: StandIn
-) -> None:
-    """A status that the client retries would be asked again for ever."""
+async def test_an_invalid_request_is_refused_without_retries(endpoint: Any, vast: StandIn) -> None:
+    """The client would retry some other statuses for ever."""
     answer = await endpoint.request("/generate", payload(4, temperature=-1.0), cost=4)
     assert (answer["ok"], answer["status"]) == (False, 422)
     assert answer["response"]["error_type"] == "validation"
     vast.unused += 4
-    attempts = vast.books()["attempts"]
+    attempts = vast.ledger()["attempts"]
     assert [x["request_idx"] for x in attempts].count(answer["request_idx"]) == 1
 
 
-async def test_what_cannot_be_streamed_is_told_in_the_stream(endpoint: Any, vast: StandIn) -> None:
+async def test_an_invalid_streamed_request_is_refused_in_the_stream(
+    endpoint: Any, vast: StandIn
+) -> None:
     (event,) = await stream(endpoint, "/generate_stream", payload(4, temperature=-1.0), 4)
     assert event["error_type"] == "validation"
     vast.unused += 4
 
 
 async def test_a_client_that_goes_away_is_a_cancelled_request(endpoint: Any, vast: StandIn) -> None:
-    before = len(vast.books()["attempts"])
+    before = len(vast.ledger()["attempts"])
     request = endpoint.request("/generate", payload(400), cost=400)
     while request.status != "In Progress":
         await asyncio.sleep(0.05)
@@ -115,12 +115,12 @@ async def test_a_client_that_goes_away_is_a_cancelled_request(endpoint: Any, vas
     request.cancel()
     await asyncio.sleep(0)
     assert await asyncio.to_thread(vast.settled) == []
-    attempt = vast.books()["attempts"][before]
+    attempt = vast.ledger()["attempts"][before]
     (entry,) = vast.deletions_of(attempt["request_idx"])
     assert entry["status"] == "Cancelled"
 
 
-async def test_a_stream_that_is_left_is_a_cancelled_request(endpoint: Any, vast: StandIn) -> None:
+async def test_an_abandoned_stream_is_a_cancelled_request(endpoint: Any, vast: StandIn) -> None:
     answer = await endpoint.request("/generate_stream", payload(400), cost=400, stream=True)
     async for event in answer["response"]:
         assert event["index"] == 1
@@ -131,7 +131,7 @@ async def test_a_stream_that_is_left_is_a_cancelled_request(endpoint: Any, vast:
     assert entry["status"] == "Cancelled"
 
 
-async def test_a_session_is_made_used_and_ended(endpoint: Any, vast: StandIn) -> None:
+async def test_a_session_is_created_used_and_ended(endpoint: Any, vast: StandIn) -> None:
     async with await endpoint.session(cost=5, lifetime=30) as session:
         assert len(session.session_id) == 13
         assert await session.is_open()
@@ -156,7 +156,7 @@ async def test_a_stream_inside_a_session_is_a_stream(endpoint: Any, vast: StandI
         vast.in_sessions += 4
 
 
-async def test_a_session_that_is_not_ended_ends_by_itself(endpoint: Any, vast: StandIn) -> None:
+async def test_a_session_that_is_not_ended_expires(endpoint: Any, vast: StandIn) -> None:
     session = await endpoint.session(cost=5, lifetime=1)
     assert await asyncio.to_thread(vast.settled) == []
     late = await endpoint.request("/generate", payload(4), session=session)
@@ -173,11 +173,11 @@ def post(worker: Worker, route: str, body: Any, verify: Any = False) -> httpx2.R
     return httpx2.post(f"{worker.url}{route}", json=body, verify=verify, timeout=60)
 
 
-@skiff_alone
+@skiff_only
 async def test_a_request_that_vast_did_not_sign_leaves_no_trace(
     worker: Worker, vast: StandIn
 ) -> None:
-    """Vast's own worker calls it rejected load, under a number that is another's."""
+    """Vast's stock worker reports it as rejected load, under another request's number."""
     body = vast.envelope(payload(6))
     assert post(worker, "/generate", body).status_code == 200
     forged = body | {"auth_data": body["auth_data"] | {"url": "https://127.0.0.2:1"}}
@@ -198,14 +198,14 @@ async def test_a_request_that_vast_did_not_sign_leaves_no_trace(
     ],
     ids=["nothing", "no-auth_data", "bare"],
 )
-async def test_what_is_no_envelope_is_refused_and_not_counted(
+async def test_a_body_without_an_envelope_is_refused_and_not_counted(
     worker: Worker, body: Any, told: Any
 ) -> None:
     answer = post(worker, "/generate", body)
     assert (answer.status_code, answer.json()) == (422, told)
 
 
-@skiff_alone
+@skiff_only
 @pytest.mark.parametrize("form", ["A", "B", "C1"])
 async def test_signatures_of_every_generation_are_accepted(
     endpoint: Any, vast: StandIn, form: str
@@ -217,7 +217,9 @@ async def test_signatures_of_every_generation_are_accepted(
         vast.control("sign_as", form="C2")
 
 
-async def test_it_loaded_once_and_said_so_ever_after(worker: Worker, vast: StandIn) -> None:
+async def test_a_worker_reports_one_load_time_in_every_report(
+    worker: Worker, vast: StandIn
+) -> None:
     reports = vast.reports()
     loadtimes = [report["loadtime"] for report in reports]
     first = next(number for number, loadtime in enumerate(loadtimes) if loadtime)
@@ -227,9 +229,9 @@ async def test_it_loaded_once_and_said_so_ever_after(worker: Worker, vast: Stand
     assert {report["error_msg"] for report in reports} == {""}
 
 
-@skiff_alone
-async def test_its_certificate_is_vasts_and_nobody_elses(worker: Worker, vast: StandIn) -> None:
-    assert vast.books()["certificate_requests"] == [4242]
+@skiff_only
+async def test_the_worker_has_a_certificate_signed_by_vast(worker: Worker, vast: StandIn) -> None:
+    assert vast.ledger()["certificate_requests"] == [4242]
     trusting = ssl.create_default_context(
         cadata=httpx2.get(f"{vast.url}/static/jvastai_root.cer").text
     )

@@ -1,4 +1,4 @@
-"""Vast's own worker, unchanged, in front of Skiff: what a template that runs it today gets."""
+"""Vast's stock worker, unchanged, in front of Skiff, as in templates that use it."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from clients.wire import PROMPT, events
 
 LOAD_LINE = '"message":"Connected","target":"text_generation_router'
 HEALTHY_S = 25
-"""Two health checks and two idle reports of Vast's worker."""
+"""Long enough for two health checks and two idle reports of Vast's worker."""
 
 
 def model(kind: str, vast: StandIn, folder: Path) -> AbstractContextManager[int]:
@@ -30,11 +30,11 @@ def model(kind: str, vast: StandIn, folder: Path) -> AbstractContextManager[int]
 
 @pytest.fixture(scope="module", params=["by its output", "by itself"])
 def worker(request: Any, tmp_path_factory: Any) -> Iterator[Worker]:
-    """The load line is in the log because Skiff's output is sent there, or Skiff writes there."""
+    """A stock worker. Its log gets the ready line from Skiff's output, or from Skiff directly."""
     folder: Path = tmp_path_factory.mktemp("stock")
     with stand_in() as vast, model(request.param, vast, folder) as port:
         wait_for_load_line(folder / "infer.log")
-        assert vast.reports() == []  # the model server itself tells Vast nothing
+        assert vast.reports() == []  # the model server itself reports nothing
         with stock_worker(vast, folder, port, folder / "infer.log") as running:
             yield running
 
@@ -51,9 +51,9 @@ def post(worker: Worker, route: str, max_new_tokens: int) -> httpx2.Response:
     return httpx2.post(f"{worker.url}{route}", json=worker.stand_in.envelope(body), timeout=60)
 
 
-def test_it_was_measured_by_the_time_that_generation_takes(worker: Worker) -> None:
-    """Its clock stops at the headers: sent before the text is complete they would make a laptop
-    seem a hundred times as fast as it is.
+def test_the_stock_worker_measures_the_whole_generation(worker: Worker) -> None:
+    """The stock worker's measurement ends when the headers arrive. If Skiff sent them before the
+    text was complete, a laptop would seem a hundred times as fast as it is.
     """
     measured = worker.stand_in.reports()[-1]["max_perf"]
     began = time.monotonic()
@@ -73,19 +73,19 @@ def test_both_routes_are_proxied(worker: Worker) -> None:
     assert worker.stand_in.settled() == []
 
 
-def test_it_stays_healthy(worker: Worker) -> None:
+def test_the_stock_worker_stays_healthy(worker: Worker) -> None:
     time.sleep(HEALTHY_S)
     assert {report["error_msg"] for report in worker.stand_in.reports()} == {""}
-    assert "Healthcheck successful" in worker.process.said()
+    assert "Healthcheck successful" in worker.process.output()
 
 
-def test_no_line_of_the_log_is_taken_for_an_error(worker: Worker) -> None:
-    assert "Got log line indicating error" not in worker.process.said()
+def test_the_stock_worker_takes_no_log_line_for_an_error(worker: Worker) -> None:
+    assert "Got log line indicating error" not in worker.process.output()
     assert LOG_ACTIONS.on_load[0] == LOAD_LINE + '"'
 
 
-def test_a_log_that_was_truncated_is_told_again(tmp_path: Path) -> None:
-    """Vast's start script empties the log when it starts the worker, late as that may be."""
+def test_the_ready_line_is_repeated_after_the_log_was_truncated(tmp_path: Path) -> None:
+    """Vast's start script empties the log when it starts the worker, which may be late."""
     log = tmp_path / "infer.log"
     with stand_in() as vast, model_behind_stock(vast, tmp_path, log) as port:
         wait_for_load_line(log)

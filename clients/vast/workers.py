@@ -1,4 +1,4 @@
-"""Workers as Vast starts them: Skiff itself, or Vast's own worker in front of Skiff."""
+"""Starts workers as Vast does: Skiff itself, or Vast's stock worker in front of Skiff."""
 
 import socket
 import sys
@@ -16,15 +16,16 @@ STOCK = Path(__file__).parent / "stock_worker.py"
 
 @dataclass
 class Worker:
+    """A running worker. `kind` is skiff or stock."""
+
     kind: str
-    """skiff or stock."""
     stand_in: StandIn
     url: str
     process: Server
 
 
 def two_free_ports() -> int:
-    """The first of them: Vast's worker takes the next one too."""
+    """Return a free port whose successor is free too: Vast's stock worker uses both."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as stack:
             port: int = first.getsockname()[1]
@@ -36,7 +37,7 @@ def two_free_ports() -> int:
 
 
 def environment(stand_in: StandIn, port: int, folder: Path, tls: bool) -> dict[str, str]:
-    """What Vast sets, what its template sets, and what leads Skiff to the stand-in."""
+    """Return the variables of Vast and its template, with the stand-in's addresses."""
     return {
         "CONTAINER_ID": CONTAINER_ID,
         "MASTER_TOKEN": MASTER_TOKEN,
@@ -55,23 +56,23 @@ def environment(stand_in: StandIn, port: int, folder: Path, tls: bool) -> dict[s
 
 @contextmanager
 def skiff_worker(stand_in: StandIn, folder: Path, tls: bool = True) -> Iterator[Worker]:
-    """Started as its image starts it, with nothing that Vast does not set but its limits."""
+    """Run Skiff as its image does, with only Vast's variables and lower limits."""
     port = two_free_ports()
     flags = ["--dtype", "float32", "--max-total-tokens", str(MAX_TOTAL_TOKENS)]
     variables = environment(stand_in, port, folder, tls)
     with started([str(PYTHON), "-m", "api", *flags], variables, ROOT) as process:
         stand_in.wait_until_ready(process)
         yield Worker("skiff", stand_in, f"http{'s' * tls}://127.0.0.1:{port}", process)
-    process.check_it_left_in_good_order()
+    process.check_clean_exit()
 
 
 @contextmanager
 def stock_worker(
     stand_in: StandIn, folder: Path, model_port: int, model_log: Path
 ) -> Iterator[Worker]:
-    """It has no folder of its own: its cached benchmark is in the one that it is started in.
+    """Run Vast's stock worker in `folder`, since it stores its benchmark in the current folder.
 
-    Not with TLS, for which it reads /etc.
+    It runs without TLS, for which it would read the certificate in /etc.
     """
     port = two_free_ports()
     variables = environment(stand_in, port, folder, tls=False) | {
@@ -85,18 +86,18 @@ def stock_worker(
 
 @contextmanager
 def model_by_its_output(model_log: Path) -> Iterator[int]:
-    """Skiff as any Text Generation Inference server, its output sent to the log file."""
+    """Run Skiff as a plain Text Generation Inference server, with its output in the log file."""
     port = two_free_ports()
     starting = started(command("--json-output", port=str(port)), copy_to=model_log)
     with starting as model:
         yield port
-    model.check_it_left_in_good_order()
+    model.check_clean_exit()
 
 
 @contextmanager
 def model_behind_stock(stand_in: StandIn, folder: Path, model_log: Path) -> Iterator[int]:
-    """Skiff on an instance whose template runs Vast's worker: it must see by itself that it is
-    the model server here, and the worker is another.
+    """Run Skiff on an instance whose template runs Vast's stock worker. Skiff must recognise that
+    it is only the model server there.
     """
     port = two_free_ports()
     unused = two_free_ports()
@@ -106,4 +107,4 @@ def model_behind_stock(stand_in: StandIn, folder: Path, model_log: Path) -> Iter
     }
     with started(command(port=str(port)), variables) as model:
         yield port
-    model.check_it_left_in_good_order()
+    model.check_clean_exit()

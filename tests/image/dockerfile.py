@@ -1,4 +1,4 @@
-"""Dockerfile.cuda as data: its stages and their instructions."""
+"""A parser for Dockerfile.cuda: its stages and their instructions."""
 
 import json
 import re
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """`words` are those of an exec form, of ENV, ARG and COPY; of a RUN in shell form the line."""
+    """One instruction. `words` are its arguments; a RUN in shell form has its line as one word."""
 
     name: str
     words: list[str]
@@ -20,7 +20,7 @@ class Instruction:
 
 @dataclass(slots=True)
 class Stage:
-    """`base` is an image or the name of a stage before."""
+    """One stage. `base` is an image or the name of an earlier stage."""
 
     base: str
     name: str | None
@@ -30,7 +30,7 @@ class Stage:
         return [instruction for instruction in self.instructions if instruction.name == name]
 
     def environment(self, name: str) -> dict[str, str]:
-        """Of ENV, ARG or LABEL."""
+        """Return the names and values set by ENV, ARG or LABEL."""
         pairs = [word for instruction in self.all(name) for word in instruction.words]
         return dict(pair.partition("=")[::2] for pair in pairs)
 

@@ -1,13 +1,13 @@
-"""`python -m tests.image.in_a_root`: does what Dockerfile.cuda says, where no Docker runs.
+"""`python -m tests.image.in_a_root` builds Dockerfile.cuda and tests the image without Docker.
 
-FROM becomes a clean root made by debootstrap, each COPY and RUN a layer of overlayfs over those
-before it. Then the entrypoint is started as the first process of a container is, with a network
-of its own, and has to answer `POST /generate` and the image's own HEALTHCHECK, to refuse a
-second start, and to end with 0.
+FROM is a clean root made by debootstrap; each COPY and RUN is an overlayfs layer on top of the
+earlier ones. Then the entrypoint is started like the first process of a container, with a network
+of its own. It must answer `POST /generate` and the image's HEALTHCHECK, refuse a second start, and
+exit with 0.
 
-Needs Linux, root, debootstrap, and a way to Debian's and Python's packages. pip's settings of
-this machine go along, and with them the build of torch that they prefer. The host is only read:
-all is mounted in a namespace that ends with this process, below one temporary folder.
+It needs Linux, root, debootstrap, and access to Debian's and Python's packages. The pip settings of
+this machine are used, and so is the build of torch that they prefer. The host is only read:
+everything is mounted in a namespace that ends with this process, below one temporary folder.
 """
 
 import json
@@ -28,7 +28,7 @@ from urllib.parse import urlparse
 from tests.image.dockerfile import ROOT, Instruction, Stage, read_stages
 
 _FOLDER = "SKIFF_IMAGE_FOLDER"
-"""Set for the process in the namespace: where it may write."""
+"""Variable with the folder for layers. It is set for the process inside the namespace."""
 _TOOLS = ("debootstrap", "ip", "mount", "nsenter", "unshare")
 _START_S, _STOP_S = 300, 60
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,7 +43,7 @@ print(urllib.request.urlopen(asked, timeout=60).read().decode())
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A stage after some of its instructions; the lowest layer first."""
+    """A stage after some of its instructions. The first layer is the lowest."""
 
     layers: tuple[Path, ...]
     workdir: str = "/"
@@ -51,6 +51,8 @@ class Image:
 
 
 class Builder:
+    """Builds the stages of a Dockerfile as layers in one folder."""
+
     def __init__(self, folder: Path, build_args: dict[str, str]):
         self._folder = folder
         self._build_args = build_args
@@ -71,7 +73,7 @@ class Builder:
         with _timed(layer, f"FROM {image}"):
             command = ["debootstrap", "--variant=minbase", suite, str(layer)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            # As Debian's image has it: packages do not stay where apt has put them.
+            # As in Debian's image: apt does not keep the packages that it downloaded.
             clean = 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb"; };\n'
             (layer / "etc/apt/apt.conf.d/docker-clean").write_text(clean)
         return Image((layer,))
@@ -119,7 +121,7 @@ class Builder:
 
     @contextmanager
     def mounted(self, image: Image, upper: Path) -> Iterator[Path]:
-        """The image's root; what is written goes to `upper`."""
+        """Mount an image and yield its root folder. Writes go to `upper`."""
         root, work = self.new_folder(), self.new_folder()
         lower = ":".join(str(layer) for layer in reversed(image.layers))
         options = f"lowerdir={lower},upperdir={upper},workdir={work}"
@@ -130,14 +132,14 @@ class Builder:
             subprocess.run(["umount", "--recursive", root], check=True)
 
     def new_folder(self) -> Path:
-        """Of a short name: there is a page for all that an overlay lies on."""
+        """Make a folder with a short name: all names of an overlay's layers must fit in a page."""
         folder = self._folder / str(len(list(self._folder.iterdir())))
         folder.mkdir()
         return folder
 
 
 def in_root(root: Path, image: Image, command: list[str]) -> None:
-    """With what a build has of its host: devices, names, pip's settings."""
+    """Run a command in a root folder, with the host's devices, name resolution and pip settings."""
     settings, places = _pip_settings()
     _mount("-t", "proc", "proc", root / "proc")
     _mount("--rbind", "/dev", root / "dev")
@@ -155,7 +157,7 @@ def in_root(root: Path, image: Image, command: list[str]) -> None:
 
 
 def serve(root: Path, stage: Stage, image: Image) -> None:
-    """Start the entrypoint, ask it, start it again, stop it."""
+    """Start the entrypoint, send a request, try to start it again, and stop it."""
     entrypoint = stage.all("ENTRYPOINT")[0].words
     health = stage.all("HEALTHCHECK")[0].words
     _mount("--rbind", "/dev", root / "dev")
@@ -213,7 +215,7 @@ def _chroot(root: Path, workdir: str, command: list[str]) -> list[str]:
 
 
 def _copy_to(into: Path, sources: list[Path], target: str) -> None:
-    """As COPY does: of a folder what is in it."""
+    """Copy like COPY, which copies the contents of a folder."""
     ignored = shutil.ignore_patterns("__pycache__")
     for source in sources:
         if source.is_dir():
@@ -238,7 +240,7 @@ def _timed(layer: Path, what: str) -> Iterator[None]:
 
 
 def _put_in(root: Path, place: Path, inside: str) -> None:
-    """A file or folder of the host, to be read."""
+    """Mount a file or folder of the host, read-only."""
     target = root / inside.lstrip("/")
     target.parent.mkdir(parents=True, exist_ok=True)
     if place.is_dir():
@@ -249,10 +251,11 @@ def _put_in(root: Path, place: Path, inside: str) -> None:
 
 
 def _pip_settings() -> tuple[dict[str, str], dict[Path, str]]:
-    """pip's settings as environment variables; what they name, and where it is to be found.
+    """Return pip's settings as environment variables, and the host paths that they name with
+    their paths inside the image.
 
-    Folders stay where they are, and so do links to what is in them. Files move: a certificate
-    of the host's must not lie where the image installs its own.
+    Folders keep their paths, so that links to their contents stay valid. Files get new paths: a
+    certificate of the host must not be where the image installs its own.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, text=True, capture_output=True, check=True).stdout
@@ -277,7 +280,9 @@ def _pip_settings() -> tuple[dict[str, str], dict[Path, str]]:
 def main() -> None:
     parser = ArgumentParser("in_a_root", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--keep", action="store_true", help="the layers, and say where they are")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the layers and print their folder"
+    )
     asked = parser.parse_args()
     if inside := os.environ.get(_FOLDER):
         check(Path(inside), dict(argument.split("=", 1) for argument in asked.build_arg))

@@ -1,5 +1,5 @@
-"""Dockerfile.cuda against what the code needs and what Vast.ai asks for. `make image-check` does
-what it says.
+"""Dockerfile.cuda has what the code needs and what Vast.ai requires. `make image-check` builds and
+runs it.
 """
 
 import ast
@@ -17,12 +17,12 @@ NAMES = {stage.name for stage in STAGES}
 
 
 def copied(instruction: Instruction) -> list[str]:
-    """What comes from the build's context."""
+    """Return the paths that a COPY takes from the build context."""
     return [] if "from" in instruction.flags else instruction.words[:-1]
 
 
 def layers() -> list[Instruction]:
-    """Those of the image that is served, from the first."""
+    """Return all instructions of the served image, including those of its bases."""
     found: list[Instruction] = []
     stage = SERVED
     while True:
@@ -116,7 +116,7 @@ def test_cache_folder_and_port_are_those_of_tgis_image() -> None:
 
 
 def test_the_kernel_cache_is_at_the_path_where_it_was_compiled() -> None:
-    """An entry of Triton's cache names its files by absolute paths."""
+    """Triton's cache contains absolute paths."""
     stages = {stage.name: stage for stage in STAGES}
     cache = stages["runtime"].environment("ENV")["TRITON_CACHE_DIR"]
     assert stages["kernels"].base == SERVED.base == "runtime"
@@ -127,7 +127,7 @@ def test_the_kernel_cache_is_at_the_path_where_it_was_compiled() -> None:
 
 
 def test_signals_reach_the_server() -> None:
-    """The exec form, of a script that ends in `exec`."""
+    """The entrypoint is in exec form, and its script ends with `exec`."""
     assert SERVED.all("STOPSIGNAL")[0].words == ["SIGTERM"]
     (entrypoint,) = SERVED.all("ENTRYPOINT")[0].words
     script = ROOT / Path(entrypoint).name

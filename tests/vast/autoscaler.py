@@ -1,7 +1,7 @@
-"""Vast's autoscaler, console and web server in one small program, to try a worker against.
+"""A stand-in for Vast's autoscaler, console and web server, for testing workers.
 
-It knows a worker by its reports, sends clients to it when it is loaded, signs as Vast signs, and
-keeps books of all that it was told (`tests/vast/ledger.py`). In a test:
+It registers workers by their reports, routes clients to ready workers, signs requests like Vast,
+and records everything that workers report (`tests/vast/ledger.py`). In a test:
 
     with running() as autoscaler:
         start_a_worker(report_addr=autoscaler.url, console_url=autoscaler.url)
@@ -48,9 +48,9 @@ ENDPOINT: Json = {
     "user_id": 1,
     "created_at": 1.0,
 }
-"""The one endpoint that it has; a request may name any."""
+"""The only endpoint. Requests may name any endpoint and are routed all the same."""
 NO_PEM = "<html><body>502 Bad Gateway</body></html>"
-"""What a proxy in trouble answers, with whatever status."""
+"""The error page of a proxy, where a key or certificate is expected."""
 KEYS = ("right", "wrong", "page", "none")
 ROUTES = (
     "pubkey",
@@ -62,13 +62,13 @@ ROUTES = (
     "sign_cert",
     "static",
 )
-"""By the names that faults know them by."""
+"""Names of the routes for `fail` and `slow`."""
 CERTIFICATES = ("right", "other_key", "page")
 
 
 @dataclass
 class Worker:
-    """What is known of one, from its latest report."""
+    """A worker, as known from its latest report."""
 
     id: int
     last: Report
@@ -76,8 +76,10 @@ class Worker:
     reqnums: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     num_sent: int = 0
 
-    def take(self, report: Report) -> None:
-        """A loadtime is repeated by all but the oldest workers, which have no version."""
+    def update(self, report: Report) -> None:
+        """Record a report. Workers repeat their loadtime in each report, except the oldest ones,
+        whose reports have no version.
+        """
         if report.loaded:
             self.loaded_at = self.loaded_at or report.at
         elif "version" in report.body:
@@ -85,7 +87,7 @@ class Worker:
         self.last = report
 
     def state(self) -> str:
-        """In words, for a person."""
+        """Return the state in words, for the console."""
         body = self.last.body
         if self.status == "error":
             return f"is in error: {body['error_msg']}"
@@ -103,7 +105,7 @@ class Worker:
         return "ready" if self.loaded_at else "loading"
 
     def summary(self) -> Json:
-        """As /get_endpoint_workers/ has it."""
+        """Return the worker's entry in /get_endpoint_workers/."""
         return {
             "id": self.id,
             "status": self.status,
@@ -124,7 +126,7 @@ class Worker:
 
 @dataclass
 class Fault:
-    """What becomes of requests to a route: first a delay, then a status instead of an answer."""
+    """A fault of a route: a delay, and then possibly an error status instead of the answer."""
 
     delay_s: float = 0.0
     status: int | None = None
@@ -133,7 +135,7 @@ class Fault:
     def is_spent(self) -> bool:
         return self.times is not None and self.times <= 0
 
-    async def meet(self) -> Response | None:
+    async def apply(self) -> Response | None:
         if self.times is not None:
             self.times -= 1
         await asyncio.sleep(self.delay_s)
@@ -141,10 +143,11 @@ class Fault:
 
 
 class Autoscaler:
-    """The state behind the routes, and what a test or a person may do to it.
+    """The state behind the routes, and the controls for tests and people.
 
-    `form` is the generation whose signatures clients get; `certificate_address` is what the
-    certificates of workers are valid for; `say` is told of each event, for a person to read.
+    form                 protocol generation whose signatures clients get
+    certificate_address  address for which workers' certificates are valid
+    say                  called with a line for each event
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class Autoscaler:
         signer: Signer | None = None,
     ) -> None:
         self.form = form
-        self.books = Ledger()
+        self.ledger = Ledger()
         self.workers: dict[int, Worker] = {}
         self.certificate_requests: list[int] = []
         self.listeners: list[Listener] = []
@@ -175,49 +178,51 @@ class Autoscaler:
         self.form = _one_of(form, tuple(SIGNED_FIELDS))
 
     def rotate_key(self) -> None:
-        """Sign with a new key from now on, and serve that."""
+        """Sign with a new key from now on, and serve it."""
         self._signer = Signer()
 
     def serve_key(self, which: str = "right") -> None:
-        """What /pubkey/ answers: the right key, a wrong one, an error page with 200, or a 404."""
+        """Choose what /pubkey/ answers: the right key, a wrong key, an error page with 200, or a
+        404.
+        """
         self._key = _one_of(which, KEYS)
 
     def issue(self, which: str = "right") -> None:
-        """What /sign_cert/ answers with 200: the right certificate, one for another key, or an
-        error page.
+        """Choose what /sign_cert/ answers with 200: the right certificate, one for another key, or
+        an error page.
         """
         self._certificate = _one_of(which, CERTIFICATES)
 
     def certify(self, address: str) -> None:
-        """Certificates are valid for this address from now on."""
+        """Issue certificates for this address from now on."""
         self._certificate_address = address
 
     def fail(self, route: str, status: int = 500, times: int | None = None) -> None:
-        """Refuse a route (see ROUTES), for ever or some times."""
+        """Answer a route (see ROUTES) with an error, always or a number of times."""
         self._faults[_one_of(route, ROUTES)] = Fault(status=status, times=times)
 
     def slow(self, route: str, seconds: float, times: int | None = None) -> None:
-        """Think so long before a route answers; what it is told is booked afterwards."""
+        """Delay a route. Its requests are recorded only after the delay."""
         self._faults[_one_of(route, ROUTES)] = Fault(delay_s=seconds, times=times)
 
     def heal(self) -> None:
-        """No more faults, the right key, the right certificate."""
+        """Remove all faults; serve the right key and certificate again."""
         self._faults.clear()
         self._key, self._certificate = "right", "right"
 
     def down(self, seconds: float, address: int = 0) -> None:
-        """Refuse connections at one of the addresses for a while, beginning at once."""
+        """Refuse connections at one of the addresses for a while, starting now."""
         threading.Thread(target=self.listeners[address].pause, args=[seconds]).start()
 
     # --- for tests
 
     @property
     def url(self) -> str:
-        """As REPORT_ADDR has it: all addresses, with commas."""
+        """All addresses, separated by commas: the value for REPORT_ADDR."""
         return ",".join(listener.url for listener in self.listeners)
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-        """Until it holds; looked at whenever something is booked."""
+        """Wait until `condition` holds. It is checked whenever something is recorded."""
         with self._changed:
             if not self._changed.wait_for(condition, timeout_s):
                 raise TimeoutError(f"not within {timeout_s} s; complaints: {self.complaints()}")
@@ -226,18 +231,17 @@ class Autoscaler:
         self.wait_for(self._ready_workers, timeout_s)
 
     def complaints(self, in_sessions: float = 0.0, unused: float = 0.0) -> list[str]:
-        return self.books.complaints(in_sessions, unused)
+        return self.ledger.complaints(in_sessions, unused)
 
     def settled(self, timeout_s: float = 10.0, in_sessions: float = 0.0) -> list[str]:
-        """The complaints that remain when workers had time to report."""
+        """Give workers time to report, and return the complaints that remain."""
         with self._changed:
             self._changed.wait_for(lambda: not self.complaints(in_sessions), timeout_s)
             return self.complaints(in_sessions)
 
     def envelope(self, payload: Json, cost: float | None = None) -> Json:
-        """The body with which a client calls the worker that it was sent to, as the client does
-        all of it. The cost is the number of new tokens, as Vast's worker counts them. LookupError
-        where no worker is ready.
+        """Route a client and return the body that it sends to its worker. The default cost is the
+        number of new tokens, as in Vast's worker. Raises LookupError if no worker is ready.
         """
         if cost is None:
             cost = payload.get("parameters", {}).get("max_new_tokens", 100)
@@ -246,10 +250,10 @@ class Autoscaler:
             raise LookupError(auth_data["status"])
         return {"auth_data": auth_data, "session_id": None, "payload": payload}
 
-    # --- what the routes ask
+    # --- for the routes
 
     def public_key(self) -> str | None:
-        """None where there is none to serve."""
+        """Return what /pubkey/ serves; None for a 404."""
         match self._key:
             case "right":
                 return self._signer.public_pem()
@@ -278,16 +282,16 @@ class Autoscaler:
             before = worker.state() if worker else None
             if worker is None:
                 worker = self.workers[report.worker_id] = Worker(report.worker_id, report)
-            worker.take(report)
-            self.books.reports.append(report)
+            worker.update(report)
+            self.ledger.reports.append(report)
             if worker.state() != before:
                 self._say(f"worker {worker.id} {worker.state()}")
             for fault in report.faults():
-                self._say(f"worker {worker.id}: a report at fault: {fault}")
+                self._say(f"worker {worker.id}: invalid report: {fault}")
             self._changed.notify_all()
 
     def take_deletions(self, body: Json, address: str) -> None:
-        """In either form: `requests`, or `request_idxs` that share one `success`."""
+        """Record deletions in either format: `requests`, or `request_idxs` with one `success`."""
         entries = body.get("requests")
         if entries is None:
             entries = [{"request_idx": x, "success": body["success"]} for x in body["request_idxs"]]
@@ -299,20 +303,20 @@ class Autoscaler:
             worker = self.workers.get(worker_id)
             if body["mtoken"] != (worker.last.body.get("mtoken") if worker else None):
                 raise ValueError(f"worker {worker_id} has not reported with this mtoken")
-            self.books.deletions += made
+            self.ledger.deletions += made
             for deletion in made:
                 self._say(deletion.summary())
             self._changed.notify_all()
 
     def refuse(self, route: str, reason: str) -> None:
         with self._changed:
-            self.books.refusals.append(f"{route}: {reason}")
+            self.ledger.refusals.append(f"{route}: {reason}")
             self._say(f"refused: {route}: {reason}")
             self._changed.notify_all()
 
     def route(self, asked: Json) -> Json:
-        """Where a client is sent: to the ready worker that had the fewest. Without one, an
-        answer without a url, and the client asks again with the request_idx that it got.
+        """Send a client to the ready worker that has received the fewest clients. If none is ready,
+        the answer has no url, and the client asks again with the request_idx from the answer.
         """
         request_idx = asked.get("request_idx") or next(self._request_idxs)
         with self._changed:
@@ -337,7 +341,7 @@ class Autoscaler:
         if self.form == "A":
             del fields["request_idx"]
         worker.num_sent += 1
-        self.books.attempts.append(
+        self.ledger.attempts.append(
             Attempt(time.time(), worker.id, fields["reqnum"], fields.get("request_idx"), cost)
         )
         self._say(f"request {request_idx} goes to worker {worker.id} as reqnum {fields['reqnum']}")
@@ -375,13 +379,15 @@ CONTROLS = (
 
 
 class Routes:
-    """HTTP to `Autoscaler` and back."""
+    """The HTTP routes of an `Autoscaler`."""
 
     def __init__(self, autoscaler: Autoscaler) -> None:
         self._autoscaler = autoscaler
 
     def app(self) -> Starlette:
-        """The autoscaler's own routes are under /api/v0 too: an address may have a path."""
+        """Return the application. The autoscaler's routes also exist under /api/v0, since an
+        address in REPORT_ADDR may have a path.
+        """
         own: list[BaseRoute] = [
             self._route("/pubkey/", self.pubkey, "GET"),
             self._route("/worker_status/", self.worker_status),
@@ -395,7 +401,7 @@ class Routes:
             self._route("/sign_cert/", self.sign_cert),
         ]
         ours: list[BaseRoute] = [
-            Route("/_books", self.books),
+            Route("/_ledger", self.ledger),
             Route("/_complaints", self.complaints),
             Route("/_envelope", self.envelope, methods=["POST"]),
             Route("/_control/{name}", self.control, methods=["POST"]),
@@ -411,7 +417,7 @@ class Routes:
 
         async def answer(request: Request) -> Response:
             fault = self._autoscaler.fault(name)
-            spoilt = await fault.meet() if fault else None
+            spoilt = await fault.apply() if fault else None
             try:
                 return spoilt or await handler(request)
             except (KeyError, TypeError, ValueError, RequestRefused) as error:
@@ -431,7 +437,7 @@ class Routes:
 
     async def delete_requests(self, request: Request) -> Response:
         if self._autoscaler.form == "A":
-            return Response(status_code=404)  # its time had no such route
+            return Response(status_code=404)  # the oldest generation had no such route
         self._autoscaler.take_deletions(await request.json(), _address(request))
         return JSONResponse({})
 
@@ -454,9 +460,9 @@ class Routes:
     async def root_certificate(self, _: Request) -> Response:
         return PlainTextResponse(self._autoscaler.authority.root_pem())
 
-    async def books(self, _: Request) -> Response:
+    async def ledger(self, _: Request) -> Response:
         return JSONResponse(
-            asdict(self._autoscaler.books)
+            asdict(self._autoscaler.ledger)
             | {"workers": [worker.summary() for worker in self._autoscaler.workers.values()]}
             | {"certificate_requests": self._autoscaler.certificate_requests}
         )
@@ -485,12 +491,12 @@ class Routes:
 
 
 def _address(request: Request) -> str:
-    """At which it was asked for, with the path that may be part of it."""
+    """Return the address that the worker used, including its path."""
     return f"{request.url.scheme}://{request.url.netloc}{request.scope['root_path']}"
 
 
 class Listener:
-    """One address: a thread with uvicorn in it, which may go and come back to the same port."""
+    """One address: uvicorn in a thread, which can stop and come back at the same port."""
 
     def __init__(self, app: Starlette, port: int = 0) -> None:
         self._app = app
@@ -504,7 +510,7 @@ class Listener:
         return f"http://127.0.0.1:{self.port}"
 
     def pause(self, seconds: float) -> None:
-        """Refuse connections so long. Returns when they are taken again."""
+        """Refuse connections for this long. Returns when they are accepted again."""
         with self._pausing:
             self._close()
             if not self._over.wait(seconds):
@@ -536,7 +542,7 @@ class Listener:
 
 @contextmanager
 def running(autoscaler: Autoscaler | None = None, *ports: int) -> Iterator[Autoscaler]:
-    """An autoscaler that listens, on as many ports as are given (0: any), or one."""
+    """Run an autoscaler, on the given ports (0: any free port), by default on one."""
     autoscaler = autoscaler or Autoscaler()
     app = Routes(autoscaler).app()
     autoscaler.listeners = [Listener(app, port) for port in ports or (0,)]
@@ -557,10 +563,10 @@ Try a worker against it, with the port that it prints:
   curl -s $A/_envelope -d '{"inputs":"The sea","parameters":{"max_new_tokens":20}}' |
     curl -s 127.0.0.1:3000/generate -d @-
 
-/_envelope signs a request as the client would send it. /_books is all that was reported, and
-/_complaints is what of it does not add up when nothing is in flight.
+/_envelope returns a signed request as a client would send it. /_ledger returns everything that
+was reported, and /_complaints everything in it that does not add up when nothing is in flight.
 
-Make its life harder (the arguments are JSON, see the methods of the same names):
+Cause faults (the arguments are JSON, see the methods of the same names):
 
   curl -X POST $A/_control/down -d '{"seconds": 20}'           # refuses connections
   curl -X POST $A/_control/fail -d '{"route": "worker_status", "status": 500, "times": 3}'
@@ -583,17 +589,20 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--port", type=int, default=8200, help="0 for any (default: 8200)")
     parser.add_argument(
-        "--addresses", type=int, default=1, help="listen on so many ports, for REPORT_ADDR's list"
+        "--addresses",
+        type=int,
+        default=1,
+        help="number of ports to listen on, for a list in REPORT_ADDR",
     )
     parser.add_argument(
-        "--form", choices=list(SIGNED_FIELDS), default="C2", help="what is signed (default: C2)"
+        "--form", choices=list(SIGNED_FIELDS), default="C2", help="form of signatures (default: C2)"
     )
     parser.add_argument(
         "--certificate-address",
         default="127.0.0.1",
-        help="what workers' certificates are valid for (default: 127.0.0.1)",
+        help="address for which workers' certificates are valid (default: 127.0.0.1)",
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing of what happens")
+    parser.add_argument("--quiet", action="store_true", help="do not print events")
     options = parser.parse_args(argv)
     _serve(options)
     return 0

@@ -1,4 +1,4 @@
-"""A certificate authority in place of Vast's: it signs the certificates of workers under test."""
+"""A certificate authority that stands in for Vast's and signs the certificates of workers."""
 
 import ipaddress
 from datetime import UTC, datetime, timedelta
@@ -21,12 +21,12 @@ _USAGES = (
 
 
 class RequestRefused(Exception):
-    """Nothing that Vast's start script would have sent; the message names every reason."""
+    """The request differs from those of Vast's start script; the message names each difference."""
 
 
 class Authority:
-    """Its root is like Vast's: a path length and no keyCertSign, which is refused by whoever
-    verifies with VERIFY_X509_STRICT, as Python 3.13 does by default.
+    """An authority whose root certificate is like Vast's: it has a path length and no keyCertSign,
+    so clients with VERIFY_X509_STRICT reject it, as Python 3.13 does by default.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Authority:
         return self._root.public_bytes(Encoding.PEM).decode()
 
     def sign(self, request_pem: bytes, address: str) -> str:
-        """A certificate for the key of the request, valid for the address alone: what the
-        request names is not known to be its own.
+        """Return a certificate for the request's key and for `address`. The names in the request
+        are ignored, since nothing proves that they belong to it.
         """
         try:
             request = x509.load_pem_x509_csr(request_pem)
@@ -67,8 +67,8 @@ class Authority:
 
 
 def faults_of(request: x509.CertificateSigningRequest) -> list[str]:
-    """Where it differs from what Vast's start script sends: RSA 2048, 65537, SHA-256, not a CA,
-    three key usages, and 0.0.0.0 as its address.
+    """Return the differences from a request of Vast's start script: RSA 2048, exponent 65537,
+    SHA-256, not a CA, three key usages, and the address 0.0.0.0.
     """
     faults = []
     key = request.public_key()

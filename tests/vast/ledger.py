@@ -1,7 +1,8 @@
-"""What an autoscaler was told, and whether it adds up.
+"""A ledger of everything that workers report to the autoscaler, which checks that it adds up.
 
-A client that is sent to a worker makes an attempt. The worker owes one deletion for each, and its
-reports owe the same sums: received = served + cancelled + errored + rejected.
+Each time a client is sent to a worker is an attempt. The worker must report one deletion for each
+attempt, and the sums in its reports must satisfy: received = served + cancelled + errored +
+rejected.
 """
 
 from collections import Counter, defaultdict
@@ -43,12 +44,12 @@ NEVER_NEGATIVE = (
     "disk_usage",
 )
 BEACON_KEYS = {"id", "mtoken", "version", "error_msg", "url"}
-"""All that Vast's start script sends when it gives up."""
+"""The keys of the report that Vast's start script sends when it gives up."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A client was sent to a worker. `request_idx` is None where the form has none."""
+    """A client was sent to a worker. `request_idx` is None in the form that has none."""
 
     at: float
     worker_id: int
@@ -77,6 +78,7 @@ class Report:
         return float(self.body.get(key, 0))
 
     def faults(self) -> list[str]:
+        """Return a line for each field that no correct worker would send."""
         if set(self.body) == BEACON_KEYS and self.body["error_msg"]:
             return []
         faults = [
@@ -89,7 +91,7 @@ class Report:
             faults.append("version is not 1.1.0")
         if self.loaded and not self.body.get("error_msg") and self.number("max_perf") <= 0:
             faults.append("loaded with a max_perf of 0")
-        # Fewer where requests have none: the oldest clients', and those of the worker's owner.
+        # There may be fewer: requests in the oldest form or without an envelope have no index.
         if len(self.body.get("working_request_idxs", ())) > self.number("num_requests_working"):
             faults.append("working_request_idxs are not num_requests_working")
         return faults
@@ -97,7 +99,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Deletion:
-    """An entry of /delete_requests/. The older body tells only of success, and no times."""
+    """An entry of /delete_requests/. The older format has `success` only, and no times."""
 
     at: float
     address: str
@@ -110,13 +112,14 @@ class Deletion:
     work_completed_at: float = 0.0
 
     def summary(self) -> str:
-        """In words, for a person."""
+        """Return one line for the console."""
         outcome = self.status or f"success {self.success}"
         took_s = self.work_completed_at - self.entered_queue_at
         took = f" after {took_s:.2f} s" if took_s > 0 else ""
         return f"request {self.request_idx} is over: {outcome}{took}"
 
     def faults(self) -> list[str]:
+        """Return a line if the fields contradict each other."""
         entered, started, completed = (
             self.entered_queue_at,
             self.work_started_at,
@@ -134,11 +137,13 @@ class Deletion:
                 right = not self.success and entered > 0 and started == completed == 0
             case _:
                 right = False
-        return [] if right else [f"an entry that no worker makes: {self}"]
+        return [] if right else [f"an entry that contradicts itself: {self}"]
 
 
 @dataclass
 class Ledger:
+    """All attempts, reports and deletions of one autoscaler."""
+
     attempts: list[Attempt] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     deletions: list[Deletion] = field(default_factory=list)
@@ -151,18 +156,20 @@ class Ledger:
         return [report for report in self.reports if report.worker_id == worker_id]
 
     def loadtimes(self, worker_id: int) -> list[float]:
-        """Each that was told, once: a worker loads once, and then repeats what it said."""
+        """Return the distinct load times that were reported: one for each start of the worker,
+        which repeats it in every report.
+        """
         told = (report.number("loadtime") for report in self.reports_of(worker_id))
         return list(dict.fromkeys(loadtime for loadtime in told if loadtime))
 
     def complaints(self, in_sessions: float = 0.0, unused: float = 0.0) -> list[str]:
-        """Everything that does not add up, in words; nothing while there is nothing to say.
+        """Return a line for everything that does not add up.
 
-        To be asked when all is over: what is in flight is a complaint. It is assumed that clients
-        went where they were sent, with a cost that is the worker's workload, and that what no
-        deletion can tell of was served. `in_sessions` is the workload done inside sessions, which
-        no attempt tells of, and `unused` what was answered without being done: a worker may give
-        that back.
+        Call this when all requests have ended, since a request in flight is a complaint. It assumes
+        that clients went where they were sent, that their cost is the worker's workload, and that
+        attempts without deletions were served. `in_sessions` is the workload of requests inside
+        sessions, for which there are no attempts. `unused` is the workload of tokens that were not
+        generated although the request succeeded: a worker may take it off again.
         """
         return [
             *(f"refused: {refusal}" for refusal in self.refusals),
@@ -195,34 +202,36 @@ class Ledger:
 
     def _load_complaints(self, in_sessions: float, unused: float) -> Iterator[str]:
         if any(entry.status is None for entry in self.deletions):
-            return  # nothing tells whether a failure was an error or a rejection
+            return  # the older format does not tell errors from rejections
         owed = self._cost_by_status()
         new, served, rejected = (
             sum(report.number(key) for report in self.reports)
             for key in ("new_load", "cur_perf", "rej_load")
         )
-        # A worker may count tokens as they come, also of what then comes to nothing.
+        # A worker may count tokens as they are generated, also for requests that fail later.
         due, unfinished = owed["Success"] + in_sessions, owed["Cancelled"] + owed["Error"]
         if not -unused - 0.01 <= served - due <= unfinished + 0.01:
             yield f"load served: {served} reported, {due} due"
         if not _close(rejected, owed["Rejected"]):
             yield f"load rejected: {rejected} reported, {owed['Rejected']} due"
-        # What is cancelled after it was reported is taken off the next report, down to zero.
+        # Tokens cancelled after they were reported are taken off the next report, down to zero.
         if not -unused - 0.01 <= new - due <= unfinished + 0.01:
             yield f"load received: {new} reported, {due} due and {unfinished} unfinished"
 
-    def _cost_by_status(self) -> Counter[str]:
-        """The costs of the attempts, by what their deletions say, in the order of both."""
+    def _cost_by_status(self) -> dict[str, float]:
+        """Return the sum of costs by status. Attempts and deletions of a request are matched in
+        order.
+        """
         entries: defaultdict[int | None, list[Deletion]] = defaultdict(list)
         for entry in self.deletions:
             entries[entry.request_idx].append(entry)
-        costs: Counter[str] = Counter()
+        costs: defaultdict[str, float] = defaultdict(int)
         for attempt in self.attempts:
-            if attempt.request_idx is None:  # of a form that has no deletions
-                costs["Success"] += attempt.cost  # type: ignore[assignment]
+            if attempt.request_idx is None:  # the oldest form has no deletions
+                costs["Success"] += attempt.cost
             elif entries[attempt.request_idx]:
                 status = entries[attempt.request_idx].pop(0).status
-                costs[status or ""] += attempt.cost  # type: ignore[assignment]
+                costs[status or ""] += attempt.cost
         return costs
 
 
@@ -231,7 +240,7 @@ def _is_a(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def _over_restarts(values: Iterable[float]) -> float:
-    """The sum of a counter that starts again from zero with each process."""
+    """Return the total of a counter that restarts from zero with each process."""
     return sum(before for before, after in pairwise([*values, 0]) if after < before)
 
 

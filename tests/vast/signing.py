@@ -1,4 +1,4 @@
-"""What the autoscaler signs when it sends a client to a worker, in each generation's form."""
+"""The autoscaler's signatures, in the form of each generation of the protocol."""
 
 import base64
 import json
@@ -14,11 +14,11 @@ SIGNED_FIELDS = {
     "C1": ("url",),
     "C2": ("url",),
 }
-"""By form. C1 and C2 differ in what their workers send to /delete_requests/, not in this."""
+"""Signed fields by form. C1 and C2 differ only in what workers send to /delete_requests/."""
 
 
 def canonical_message(form: str, fields: Mapping[str, Any]) -> str:
-    """The JSON text that is signed. Values keep their JSON type: 256 is not 256.0."""
+    """Return the signed JSON text. Values keep their JSON type: 256 is not 256.0."""
     return json.dumps({name: fields[name] for name in SIGNED_FIELDS[form]}, indent=4)
 
 
@@ -27,7 +27,7 @@ def new_key() -> rsa.RSAPrivateKey:
 
 
 class Signer:
-    """RSA PKCS#1 v1.5 over SHA-256: the same message has the same signature each time."""
+    """Signs with RSA PKCS#1 v1.5 over SHA-256, which is deterministic."""
 
     def __init__(self, key: rsa.RSAPrivateKey | None = None) -> None:
         self._key = key or new_key()

@@ -1,4 +1,4 @@
-"""Certificate signing requests, as Vast's start script makes them unless told otherwise."""
+"""Certificate signing requests, by default like those of Vast's start script."""
 
 import ipaddress
 from functools import cache

@@ -1,4 +1,4 @@
-"""The stand-in, over HTTP, as workers, clients and people meet it."""
+"""The stand-in for the autoscaler, over HTTP."""
 
 import json
 import subprocess
@@ -79,7 +79,7 @@ def test_a_retry_keeps_its_index_and_gets_the_next_number(http: httpx2.Client) -
     assert [(x["request_idx"], x["reqnum"]) for x in answers] == [(1, 1), (1, 2), (2, 3)]
 
 
-def test_numbers_are_each_workers_own_and_clients_are_spread(http: httpx2.Client) -> None:
+def test_each_worker_has_its_own_numbers_and_clients_are_spread(http: httpx2.Client) -> None:
     report(http)
     report(http, id=2, url="http://127.0.0.1:3001")
     answers = [route(http) for _ in range(4)]
@@ -89,7 +89,7 @@ def test_numbers_are_each_workers_own_and_clients_are_spread(http: httpx2.Client
     ]
 
 
-def test_a_worker_in_error_gets_no_clients_until_it_is_well(http: httpx2.Client) -> None:
+def test_a_worker_in_error_gets_no_clients_until_it_recovers(http: httpx2.Client) -> None:
     report(http)
     report(http, error_msg="out of memory")
     assert "url" not in route(http)
@@ -97,13 +97,13 @@ def test_a_worker_in_error_gets_no_clients_until_it_is_well(http: httpx2.Client)
     assert "url" in route(http)
 
 
-def test_a_worker_that_starts_again_is_loading_again(http: httpx2.Client) -> None:
+def test_a_restarted_worker_is_loading_again(http: httpx2.Client) -> None:
     report(http)
     report(http, loadtime=0.0, max_perf=0.0)
     assert "url" not in route(http)
 
 
-def test_a_worker_of_the_oldest_form_tells_its_loadtime_once(http: httpx2.Client) -> None:
+def test_a_worker_of_the_oldest_form_reports_its_load_time_once(http: httpx2.Client) -> None:
     old = {key: value for key, value in IDLE.items() if key not in ("version", "mtoken")}
     for loadtime in (2.5, 0.0):
         http.post("/worker_status/", json=old | {"loadtime": loadtime})
@@ -137,14 +137,16 @@ def test_an_address_may_have_a_path(
 ) -> None:
     assert "PUBLIC KEY" in http.get(f"{prefix}/pubkey/").text
     assert http.post(f"{prefix}/worker_status/", json=IDLE).status_code == 200
-    assert autoscaler.books.reports[0].address == f"{autoscaler.url}{prefix}"
+    assert autoscaler.ledger.reports[0].address == f"{autoscaler.url}{prefix}"
 
 
-def test_deletions_are_booked_in_either_form(http: httpx2.Client, autoscaler: Autoscaler) -> None:
+def test_deletions_are_recorded_in_either_format(
+    http: httpx2.Client, autoscaler: Autoscaler
+) -> None:
     report(http)
     assert delete(http, {"requests": [ENTRY]}) == 200
     assert delete(http, {"request_idxs": [2, 3], "success": False}) == 200
-    booked = [(x.request_idx, x.success, x.status) for x in autoscaler.books.deletions]
+    booked = [(x.request_idx, x.success, x.status) for x in autoscaler.ledger.deletions]
     assert booked == [(1, True, "Success"), (2, False, None), (3, False, None)]
 
 
@@ -166,13 +168,13 @@ def test_the_oldest_form_has_no_deletions(http: httpx2.Client, autoscaler: Autos
     ],
     ids=["unknown-key", "no-keys", "no-index", "no-success", "another-mtoken", "another-worker"],
 )
-def test_a_deletion_that_makes_no_sense_is_refused_and_told(
+def test_an_invalid_deletion_is_refused_and_recorded(
     http: httpx2.Client, autoscaler: Autoscaler, body: Json
 ) -> None:
     report(http)
     assert delete(http, body) == 400
-    assert autoscaler.books.deletions == []
-    assert len(autoscaler.books.refusals) == 1
+    assert autoscaler.ledger.deletions == []
+    assert len(autoscaler.ledger.refusals) == 1
     assert autoscaler.complaints()
 
 
@@ -181,15 +183,15 @@ def test_a_report_without_an_id_or_without_json_is_refused(
 ) -> None:
     assert http.post("/worker_status/", json={}).status_code == 400
     assert http.post("/worker_status/", content=b"loaded!").status_code == 400
-    assert autoscaler.books.reports == []
+    assert autoscaler.ledger.reports == []
     assert len(autoscaler.complaints()) == 2
 
 
-def test_the_path_is_exact(http: httpx2.Client) -> None:
+def test_a_path_without_its_slash_is_404(http: httpx2.Client) -> None:
     assert http.post("/worker_status", json=IDLE).status_code == 404
 
 
-def test_a_whole_request_leaves_nothing_to_complain_of(
+def test_a_complete_request_leaves_no_complaint(
     http: httpx2.Client, autoscaler: Autoscaler
 ) -> None:
     report(http)
@@ -204,7 +206,7 @@ def test_a_whole_request_leaves_nothing_to_complain_of(
     assert http.get("/_complaints", params={"in_sessions": 5}).json() != []
 
 
-def test_an_envelope_needs_a_worker(http: httpx2.Client, autoscaler: Autoscaler) -> None:
+def test_an_envelope_requires_a_ready_worker(http: httpx2.Client, autoscaler: Autoscaler) -> None:
     with pytest.raises(LookupError, match="no worker is ready"):
         autoscaler.envelope({"inputs": "Hi"})
     refused = http.post("/_envelope", json={"inputs": "Hi"})
@@ -229,7 +231,7 @@ def sign(http: httpx2.Client, body: bytes | None = None, instance_id: str = "1")
 def test_a_certificate_is_issued_and_the_root_is_public(http: httpx2.Client) -> None:
     assert sign(http).text.startswith("-----BEGIN CERTIFICATE-----")
     assert http.get("/static/jvastai_root.cer").text.startswith("-----BEGIN CERTIFICATE-----")
-    assert http.get("/_books").json()["certificate_requests"] == [1]
+    assert http.get("/_ledger").json()["certificate_requests"] == [1]
 
 
 def test_a_certificate_is_refused_with_the_reason(
@@ -238,10 +240,12 @@ def test_a_certificate_is_refused_with_the_reason(
     assert "no PEM" in sign(http, b"hello").text
     assert sign(http, b"hello").status_code == 400
     assert sign(http, instance_id="C.1").status_code == 400
-    assert len(autoscaler.books.refusals) == 3
+    assert len(autoscaler.ledger.refusals) == 3
 
 
-def test_the_console_can_answer_nonsense(http: httpx2.Client, autoscaler: Autoscaler) -> None:
+def test_the_console_can_answer_with_a_wrong_certificate(
+    http: httpx2.Client, autoscaler: Autoscaler
+) -> None:
     autoscaler.issue("page")
     assert sign(http).text == NO_PEM
     autoscaler.issue("other_key")
@@ -250,7 +254,9 @@ def test_the_console_can_answer_nonsense(http: httpx2.Client, autoscaler: Autosc
         autoscaler.issue("none")
 
 
-def test_the_key_can_be_another_or_no_key(http: httpx2.Client, autoscaler: Autoscaler) -> None:
+def test_the_public_key_can_be_wrong_or_missing(
+    http: httpx2.Client, autoscaler: Autoscaler
+) -> None:
     right = http.get("/pubkey/").text
     autoscaler.serve_key("wrong")
     assert http.get("/pubkey/").text not in (right, NO_PEM)
@@ -275,7 +281,7 @@ def test_a_route_fails_as_often_as_it_is_told_to(
 ) -> None:
     autoscaler.fail("worker_status", status=502, times=2)
     assert [report(http) for _ in range(3)] == [502, 502, 200]
-    assert len(autoscaler.books.reports) == 1
+    assert len(autoscaler.ledger.reports) == 1
     autoscaler.fail("worker_status")
     assert [report(http) for _ in range(3)] == [500, 500, 500]
     assert http.get("/pubkey/").status_code == 200
@@ -304,7 +310,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_it_is_down_for_a_while_and_back_at_the_same_port(autoscaler: Autoscaler) -> None:
+def test_an_address_that_was_down_comes_back_at_the_same_port(autoscaler: Autoscaler) -> None:
     autoscaler.down(0.3)
     wait_until(lambda: not answers(autoscaler.url))
     wait_until(lambda: answers(autoscaler.url))
@@ -316,10 +322,10 @@ def test_one_address_of_two_may_be_down() -> None:
         autoscaler.down(60)
         wait_until(lambda: not answers(one))
         assert httpx2.post(f"{two}/worker_status/", json=IDLE).status_code == 200
-        assert [x.address for x in autoscaler.books.reports] == [two]
+        assert [x.address for x in autoscaler.ledger.reports] == [two]
 
 
-def test_a_wait_ends_with_what_it_waits_for_or_says_so(
+def test_a_wait_ends_when_its_condition_holds_or_times_out(
     http: httpx2.Client, autoscaler: Autoscaler
 ) -> None:
     with pytest.raises(TimeoutError, match="not within"):
@@ -335,7 +341,7 @@ def test_controls_are_reached_over_http(http: httpx2.Client) -> None:
     assert [http.get("/pubkey/").status_code for _ in range(2)] == [503, 200]
     assert http.post(control, json={"status": 503}).status_code == 400
     assert http.post(control, json={"route": "moon"}).status_code == 400
-    assert http.post("/_control/books").status_code == 404
+    assert http.post("/_control/ledger").status_code == 404
 
 
 def test_every_control_is_in_the_help() -> None:
@@ -349,9 +355,9 @@ def test_the_program_prints_its_address_and_what_happens() -> None:
         urls = process.stdout.readline().removeprefix("Autoscaler on ").strip().split(",")
         for url in urls:
             httpx2.post(f"{url}/worker_status/", json=IDLE).raise_for_status()
-        books = httpx2.get(f"{urls[0]}/_books").json()
+        ledger = httpx2.get(f"{urls[0]}/_ledger").json()
         process.terminate()
         assert process.stdout.read().startswith("worker 1 is ready at http://127.0.0.1:3000")
     assert process.returncode == 0
-    assert [x["address"] for x in books["reports"]] == urls
-    assert json.dumps(IDLE) == json.dumps(books["reports"][0]["body"])
+    assert [x["address"] for x in ledger["reports"]] == urls
+    assert json.dumps(IDLE) == json.dumps(ledger["reports"][0]["body"])

@@ -1,4 +1,4 @@
-"""The stand-in's certificates are accepted, and refused, where Vast's would be."""
+"""The stand-in's certificates are accepted and rejected where Vast's would be."""
 
 import ssl
 from pathlib import Path
@@ -23,7 +23,7 @@ def server_context(folder: Path, certificate_pem: str) -> ssl.SSLContext:
 
 
 def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, address: str) -> None:
-    """In memory; raises what the client has against it."""
+    """Perform a TLS handshake in memory. Raises the client's verification error."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ours = client.wrap_bio(to_client, to_server, server_hostname=address)
     theirs = server.wrap_bio(to_server, to_client, server_side=True)
@@ -42,7 +42,7 @@ def authority() -> Authority:
 
 @pytest.fixture
 def client(authority: Authority) -> ssl.SSLContext:
-    """As the vastai client makes it."""
+    """A client context like that of the vastai client."""
     context = ssl.create_default_context()
     context.load_verify_locations(cadata=authority.root_pem())
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -94,6 +94,6 @@ def test_a_request_unlike_the_start_scripts_is_refused_with_the_reason(
         authority.sign(signing_request(**unlike), "127.0.0.1")
 
 
-def test_what_is_no_request_is_refused(authority: Authority) -> None:
+def test_a_body_that_is_no_request_is_refused(authority: Authority) -> None:
     with pytest.raises(RequestRefused, match="no PEM certificate signing request"):
         authority.sign(b"<html>", "127.0.0.1")

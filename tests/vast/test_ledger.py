@@ -1,4 +1,4 @@
-"""Ledger that add up are silent, and each way in which they do not is told."""
+"""A ledger that adds up has no complaints, and each way in which it may not add up has one."""
 
 from dataclasses import replace
 from typing import Any
@@ -50,7 +50,7 @@ def deletion(request_idx: int, status: str, **changes: Any) -> Deletion:
 
 
 def one_of_each() -> Ledger:
-    """Served 5, errored 7, cancelled 11, rejected 13: any sum tells which are in it."""
+    """Served 5, errored 7, cancelled 11, rejected 13: every sum shows which of them are in it."""
     costs = {"Success": 5, "Error": 7, "Cancelled": 11, "Rejected": 13}
     return Ledger(
         attempts=[Attempt(0.0, 1, n, n, cost) for n, cost in enumerate(costs.values(), 1)],
@@ -69,8 +69,8 @@ def working(*request_idxs: int) -> dict[str, Any]:
     }
 
 
-def last(books: Ledger, **changes: Any) -> None:
-    books.reports[-1] = Report(0.0, "", books.reports[-1].body | changes)
+def change_last_report(ledger: Ledger, **changes: Any) -> None:
+    ledger.reports[-1] = Report(0.0, "", ledger.reports[-1].body | changes)
 
 
 def test_one_of_each_outcome_adds_up() -> None:
@@ -78,35 +78,35 @@ def test_one_of_each_outcome_adds_up() -> None:
     assert Ledger().complaints() == []
 
 
-def test_what_was_cancelled_before_it_was_reported_adds_up_too() -> None:
-    books = one_of_each()
-    books.reports[0] = report(new_load=12)
-    assert books.complaints() == []
+def test_a_request_cancelled_before_it_was_reported_adds_up() -> None:
+    ledger = one_of_each()
+    ledger.reports[0] = report(new_load=12)
+    assert ledger.complaints() == []
 
 
-def test_a_retry_owes_a_second_deletion() -> None:
-    books = one_of_each()
-    books.attempts.append(Attempt(0.0, 1, 5, 4, 13))
-    last(books, num_requests_recieved=5)
-    assert books.complaints() == ["request 4: 2 attempts, 1 deletions"]
-    books.deletions.append(deletion(4, "Success"))
-    last(books, cur_perf=18)
-    books.reports[0] = report(new_load=36)
-    assert books.complaints() == []
+def test_a_retry_requires_a_second_deletion() -> None:
+    ledger = one_of_each()
+    ledger.attempts.append(Attempt(0.0, 1, 5, 4, 13))
+    change_last_report(ledger, num_requests_recieved=5)
+    assert ledger.complaints() == ["request 4: 2 attempts, 1 deletions"]
+    ledger.deletions.append(deletion(4, "Success"))
+    change_last_report(ledger, cur_perf=18)
+    ledger.reports[0] = report(new_load=36)
+    assert ledger.complaints() == []
 
 
-def test_a_deletion_too_many_is_told() -> None:
-    books = one_of_each()
-    books.deletions.append(deletion(2, "Error"))
-    assert books.complaints() == ["request 2: 1 attempts, 2 deletions"]
+def test_a_surplus_deletion_is_a_complaint() -> None:
+    ledger = one_of_each()
+    ledger.deletions.append(deletion(2, "Error"))
+    assert ledger.complaints() == ["request 2: 1 attempts, 2 deletions"]
 
 
-def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> None:
-    books = Ledger(attempts=[Attempt(0.0, 1, 1, None, 5)])
-    books.reports = [report(num_requests_recieved=1, new_load=5, cur_perf=5)]
-    assert books.complaints() == []
-    last(books, cur_perf=0, new_load=0)
-    assert books.complaints()[0] == "load served: 0.0 reported, 5.0 due"
+def test_attempts_without_an_index_require_load_but_no_deletion() -> None:
+    ledger = Ledger(attempts=[Attempt(0.0, 1, 1, None, 5)])
+    ledger.reports = [report(num_requests_recieved=1, new_load=5, cur_perf=5)]
+    assert ledger.complaints() == []
+    change_last_report(ledger, cur_perf=0, new_load=0)
+    assert ledger.complaints()[0] == "load served: 0.0 reported, 5.0 due"
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,18 @@ def test_attempts_of_the_form_without_an_index_owe_load_and_no_deletion() -> Non
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_report_that_does_not_add_up_is_told(changes: dict[str, Any], told: str) -> None:
-    books = one_of_each()
-    last(books, **changes)
-    assert any(complaint.startswith(told) for complaint in books.complaints())
+def test_a_report_that_does_not_add_up_is_a_complaint(changes: dict[str, Any], told: str) -> None:
+    ledger = one_of_each()
+    change_last_report(ledger, **changes)
+    assert any(complaint.startswith(told) for complaint in ledger.complaints())
 
 
-def test_a_report_that_lacks_a_key_is_told() -> None:
+def test_a_report_that_lacks_a_key_is_invalid() -> None:
     body = {key: value for key, value in IDLE.items() if key != "disk_usage"}
     assert Report(0.0, "", body).faults() == ["disk_usage is None"]
 
 
-def test_the_start_scripts_last_words_are_a_report() -> None:
+def test_the_start_scripts_final_error_is_a_valid_report() -> None:
     body = {key: IDLE[key] for key in ("id", "mtoken", "version", "url")}
     assert Report(0.0, "", body | {"error_msg": "no disk"}).faults() == []
     assert Report(0.0, "", body | {"error_msg": ""}).faults() != []
@@ -159,27 +159,29 @@ def test_the_start_scripts_last_words_are_a_report() -> None:
         ("Lost", {}),
     ],
 )
-def test_an_entry_that_contradicts_itself_is_told(status: str, changes: dict[str, Any]) -> None:
+def test_a_deletion_that_contradicts_itself_is_invalid(
+    status: str, changes: dict[str, Any]
+) -> None:
     assert deletion(1, status, **changes).faults()
 
 
-def test_work_in_sessions_is_served_without_an_attempt() -> None:
-    books = one_of_each()
-    last(books, cur_perf=25, new_load=20)
-    assert books.complaints(in_sessions=20) == []
-    assert books.complaints() != []
+def test_load_in_sessions_is_served_without_an_attempt() -> None:
+    ledger = one_of_each()
+    change_last_report(ledger, cur_perf=25, new_load=20)
+    assert ledger.complaints(in_sessions=20) == []
+    assert ledger.complaints() != []
 
 
-def test_a_counter_starts_again_with_its_process() -> None:
-    books = one_of_each()
-    books.attempts.append(Attempt(0.0, 1, 5, 5, 3))
-    books.deletions.append(deletion(5, "Success"))
-    books.reports.append(report(num_requests_recieved=1, new_load=3, cur_perf=3))
-    assert books.complaints() == []
+def test_a_counter_restarts_with_its_process() -> None:
+    ledger = one_of_each()
+    ledger.attempts.append(Attempt(0.0, 1, 5, 5, 3))
+    ledger.deletions.append(deletion(5, "Success"))
+    ledger.reports.append(report(num_requests_recieved=1, new_load=3, cur_perf=3))
+    assert ledger.complaints() == []
 
 
-def test_loadtimes_are_told_once_each() -> None:
+def test_each_load_time_is_listed_once() -> None:
     times = (0.0, 2.5, 2.5, 0.0, 3.5)
-    books = Ledger(reports=[report(loadtime=loadtime) for loadtime in times])
-    assert books.loadtimes(1) == [2.5, 3.5]
-    assert books.loadtimes(2) == []
+    ledger = Ledger(reports=[report(loadtime=loadtime) for loadtime in times])
+    assert ledger.loadtimes(1) == [2.5, 3.5]
+    assert ledger.loadtimes(2) == []

@@ -1,10 +1,11 @@
-"""The stand-in signs as Vast does: the vectors were made and verified by others' code."""
+"""The stand-in signs like Vast. The test vectors were made and verified by independent code."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.vast.signing import SIGNED_FIELDS, Signer, canonical_message
@@ -17,7 +18,9 @@ BY_NAME = {vector["name"]: vector for vector in VECTORS["vectors"]}
 
 @pytest.fixture
 def signer() -> Signer:
-    return Signer(load_pem_private_key(VECTORS["private_key_pem"].encode(), None))  # type: ignore[arg-type]
+    key = load_pem_private_key(VECTORS["private_key_pem"].encode(), None)
+    assert isinstance(key, RSAPrivateKey)
+    return Signer(key)
 
 
 def form_of(name: str) -> str:
@@ -31,7 +34,7 @@ def test_message_and_signature_are_vasts_to_the_byte(signer: Signer, name: str) 
     assert signer.sign(form_of(name), fields) == BY_NAME[name]["signature_b64"]
 
 
-def test_the_public_key_is_the_keys_own(signer: Signer) -> None:
+def test_the_public_key_belongs_to_the_private_key(signer: Signer) -> None:
     assert signer.public_pem() == VECTORS["public_key_pem"]
     assert Signer().public_pem() != signer.public_pem()
 

@@ -1,4 +1,4 @@
-"""A worker in a process of its own, around an engine that is scripted: 20 tokens a second."""
+"""A worker process with a scripted engine that generates 20 tokens per second."""
 
 import os
 import re
@@ -14,14 +14,16 @@ from tests.vast.autoscaler import Autoscaler
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 20
-"""Of each request; what it declares, too."""
+"""Tokens that each request generates and declares."""
 SECONDS = 1.0
-"""That a request takes."""
+"""Duration of a request."""
 PLATFORM = {"CONTAINER_ID": "42", "MASTER_TOKEN": "t", "PUBLIC_IPADDR": "127.0.0.1"}
 
 
 @dataclass
 class WorkerProcess:
+    """A running worker and its output so far."""
+
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
     port: int = 0
@@ -30,11 +32,11 @@ class WorkerProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def read(self) -> None:
+    def read_output(self) -> None:
         for line in self.process.stdout or ():
             self.log.append(line)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "".join(self.log)
 
 
@@ -42,7 +44,7 @@ class WorkerProcess:
 def scripted_worker(
     autoscaler: Autoscaler, folder: Path, port: int, **variables: str
 ) -> Iterator[WorkerProcess]:
-    """It ends as the platform ends it, and must have raised nothing."""
+    """Run a worker and at the end terminate it as Vast does. It must have logged no exception."""
     environment = {
         **{name: value for name, value in os.environ.items() if not _is_setting(name)},
         **PLATFORM,
@@ -66,7 +68,7 @@ def scripted_worker(
         text=True,
     )
     worker = WorkerProcess(process, port=port)
-    reader = threading.Thread(target=worker.read, daemon=True)
+    reader = threading.Thread(target=worker.read_output, daemon=True)
     reader.start()
     try:
         yield worker
@@ -74,10 +76,10 @@ def scripted_worker(
         process.terminate()
         code = process.wait(30)
         reader.join(10)
-    assert code == 0, worker.said()
-    assert "Traceback" not in worker.said(), worker.said()
+    assert code == 0, worker.output()
+    assert "Traceback" not in worker.output(), worker.output()
 
 
 def _is_setting(name: str) -> bool:
-    """Of this machine's own, should it be one of the platform's."""
+    """Whether the variable is one of Vast's, in case the tests run on Vast."""
     return bool(re.fullmatch(r"CONTAINER_ID|VAST_.*|REPORT_ADDR|BACKEND|API_KEY|PORT", name))

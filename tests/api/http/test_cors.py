@@ -1,4 +1,4 @@
-"""What browsers ask of every answer, in the bytes of TGI's router."""
+"""CORS headers on every answer, equal to those of TGI's router to the byte."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A client that goes away gives back its permit and its generation at once, in every phase."""
+"""A disconnect frees the permit and aborts the generation at once, in every phase."""
 
 import asyncio
 

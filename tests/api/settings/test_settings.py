@@ -1,4 +1,4 @@
-"""Flags and environment: names, precedence, and refusals worth reading."""
+"""Flags and environment: names, precedence, and clear errors."""
 
 import pytest
 

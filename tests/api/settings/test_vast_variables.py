@@ -1,6 +1,4 @@
-"""What the platform sets in a worker's environment, what it becomes, and what is said when it is
-wrong.
-"""
+"""Vast's environment variables: what they set, and the errors when they are wrong."""
 
 from pathlib import Path
 from typing import Any

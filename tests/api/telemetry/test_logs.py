@@ -1,4 +1,4 @@
-"""What the server says on its standard output, and what it never says."""
+"""Log lines: their format, and what they never contain."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ NAMES = ("", "api", "engine", "kernels", "text_generation_router")
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """Standard output since it was last asked for; logging is afterwards as it was."""
+    """A function that returns standard output since its last call. Logging is restored after."""
     levels = {name: logging.getLogger(name).level for name in NAMES}
     handlers = list(logging.getLogger().handlers)
     yield lambda: capsys.readouterr().out
@@ -138,8 +138,8 @@ async def test_a_successful_request_is_logged_in_one_line_with_its_timings(
         ),
     ],
 )
-async def test_a_failed_request_is_logged_in_one_line_with_the_reason(  # type: ignore[no-untyped-def]
-    said: Callable[[], str], engine, body: object, text: str
+async def test_a_failed_request_is_logged_in_one_line_with_the_reason(
+    said: Callable[[], str], engine: Callable[[], ScriptedEngine], body: object, text: str
 ) -> None:
     configure_logging(json_output=True, level="info", colorize=False)
     async with client(engine()) as http:

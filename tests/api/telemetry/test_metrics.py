@@ -1,4 +1,4 @@
-"""GET /metrics: TGI's names, types, labels and buckets, and what moves them."""
+"""GET /metrics: TGI's names, types, labels and buckets, and the events that are counted."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,10 @@
-"""A span for each request, where a collector is named; nothing at all where none is."""
+"""Tracing: one span per request with a collector, and no imports without one."""
 
 import subprocess
 import sys
+from typing import Any
 
+import httpx2
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -15,9 +17,7 @@ from tests.api.scripted import ScriptedEngine
 pytestmark = pytest.mark.anyio
 
 
-async def spans_of(engine: ScriptedEngine, body: object, **headers: str):  # type: ignore[no-untyped-def]
-    import httpx2
-
+async def spans_of(engine: ScriptedEngine, body: object, **headers: str) -> Any:
     exporter = InMemorySpanExporter()
     app = make_app(engine)
     state = app.state.serving

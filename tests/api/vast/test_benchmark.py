@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api.vast.benchmark import BenchmarkFailed, BenchmarkKey, max_perf, measure
+from api.vast.benchmark import BenchmarkFailed, BenchmarkKey, max_perf, measure, source_digest
 from engine.core.request import Event, Failed, Request
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output
 
@@ -84,6 +84,14 @@ async def test_a_worker_that_differs_measures_again(field: str, tmp_path: Path) 
     other = engine_for()
     await max_perf(other, replace(KEY, **{field: "other"}), tmp_path, 60)
     assert other.requests
+
+
+@pytest.mark.parametrize("path", ["engine/engine.py", "engine/step/runner.py", "kernels/ops.py"])
+def test_the_version_changes_with_any_source_file_of_a_step(path: str, tmp_path: Path) -> None:
+    before = source_digest(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("x = 1")
+    assert source_digest(tmp_path) != before
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"tokens_per_second": 0}', '{"tokens_per_second"'])

@@ -80,7 +80,7 @@ async def test_an_answer_that_is_no_key_is_ignored(text: str) -> None:
 
 
 async def test_a_redirection_is_followed() -> None:
-    """As the platform's own worker follows it."""
+    """Vast's stock worker follows redirects too."""
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.scheme == "http":

@@ -164,7 +164,7 @@ async def test_a_forged_request_number_does_not_lock_out_others() -> None:
 
 
 def test_a_message_is_forgotten_after_a_hundred_others() -> None:
-    """As in Vast's stock worker. By then its number may still be near enough to be admitted."""
+    """This is as in Vast's stock worker, though the number may still be near enough by then."""
     verifier, form = Verifier(), FORM_OF["B"]
 
     def admits(idx: int) -> bool:
