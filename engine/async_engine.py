@@ -24,8 +24,10 @@ from engine.core.metrics import (
     StepFigures,
 )
 from engine.core.request import (
+    Delivery,
     Event,
     Failed,
+    Finished,
     Request,
     TokenOutput,
 )
@@ -77,7 +79,8 @@ class Generation:
     def __init__(self, engine: "AsyncEngine", request_id: str):
         self._engine = engine
         self._request_id = request_id
-        self._arrived: list[Event] = []
+        self._tokens: list[TokenOutput] = []
+        self._end: Finished | Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
 
@@ -98,20 +101,23 @@ class Generation:
             self._ended = True
             self._engine._abort(self._request_id)
 
-    async def events(self) -> AsyncIterator[list[Event]]:
-        """All events pending at a time, never none; the last list ends with the last event."""
-        while self._arrived or not self._ended:
-            if not self._arrived:
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        """Yield all that has arrived, as soon as there is anything. The last delivery has the
+        end, unless the generation was aborted.
+        """
+        while not self._ended or self._tokens or self._end:
+            if not self._tokens and self._end is None:
                 self._waiter = asyncio.get_running_loop().create_future()
                 await self._waiter
-            arrived, self._arrived = self._arrived, []
-            if arrived:
-                yield arrived
+            tokens, self._tokens = self._tokens, []
+            end, self._end = self._end, None
+            yield Delivery(tokens, end)
 
-    def _deliver(self, event: Event) -> None:
-        self._arrived.append(event)
-        if not isinstance(event, TokenOutput):
-            self._ended = True
+    def _receive(self, event: Event) -> None:
+        if isinstance(event, TokenOutput):
+            self._tokens.append(event)
+        else:
+            self._end, self._ended = event, True
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
             if not waiter.done():  # a cancelled one is
@@ -240,7 +246,7 @@ class AsyncEngine:
             generation = self._generations.get(request_id)
             if generation is None:
                 continue  # aborted while the step ran
-            generation._deliver(event)
+            generation._receive(event)
             if generation._ended:
                 del self._generations[request_id]
         if figures is not None and self.on_step is not None:

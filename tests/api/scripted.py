@@ -23,6 +23,7 @@ from engine.core.metrics import (
     StepFigures,
 )
 from engine.core.request import (
+    Delivery,
     Event,
     Failed,
     Finished,
@@ -151,17 +152,24 @@ class ScriptedGeneration:
         self._ended = True
         self._engine.num_aborts += 1
 
-    async def events(self) -> AsyncIterator[list[Event]]:
+    async def deliveries(self) -> AsyncIterator[Delivery]:
         for events in self._steps:
             if events is HOLD:
                 self._engine.holding.set()
                 await self._engine.gave_up.wait()
                 self._ended = True
-                yield [Failed(self._engine.reason or "")]
+                yield Delivery([], Failed(self._engine.reason or ""))
                 return
             await asyncio.sleep(0)
-            self._ended = isinstance(events[-1], Finished | Failed)
-            yield events
+            delivery = _delivery(events)
+            self._ended = delivery.end is not None
+            yield delivery
+
+
+def _delivery(events: list[Event]) -> Delivery:
+    tokens = [event for event in events if isinstance(event, TokenOutput)]
+    end = events[-1]
+    return Delivery(tokens, None if isinstance(end, TokenOutput) else end)
 
 
 def _of_request(request: Request, events: list[Event]) -> list[Event]:

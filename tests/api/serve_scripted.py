@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator
 
 from api import __main__ as server
 from engine.core.config import LoadConfig
-from engine.core.request import Event, Request
+from engine.core.request import Delivery, Event, Request
 from tests.api import scripted
 
 
 class SlowGeneration(scripted.ScriptedGeneration):
-    async def events(self) -> AsyncIterator[list[Event]]:
-        async for events in super().events():
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        async for delivery in super().deliveries():
             await asyncio.sleep(0.05)
-            yield events
+            yield delivery
 
 
 class Engine:

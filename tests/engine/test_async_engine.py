@@ -38,7 +38,12 @@ async def serving(engine: Engine, **options: float) -> AsyncIterator[AsyncEngine
 
 async def answer(served: AsyncEngine, request: Request) -> list[Event]:
     with served.submit(request) as generation:
-        return [event async for events in generation.events() for event in events]
+        events: list[Event] = []
+        async for tokens, end in generation.deliveries():
+            events += tokens
+            if end is not None:
+                events.append(end)
+        return events
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -69,7 +74,7 @@ async def test_leaving_early_frees_the_sequence(seen: int) -> None:
     async with serving(engine) as served:
         with served.submit(greedy(range(40), 150)) as generation:
             for _ in range(seen):
-                await anext(generation.events())
+                await anext(generation.deliveries())
         await eventually(idle(engine))
         assert (await answer(served, greedy([1], 2)))[-1].__class__ is Finished
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.openai.tool_stream import CallReader
+from api.openai.tools import CallReader
 from engine.core.request import (
     Event,
     FinishReason,
@@ -352,8 +352,8 @@ def test_a_call_in_pieces_of_any_size_is_the_whole_call(
     text: str, name: str, expected: object, size: int
 ) -> None:
     reader = CallReader()
-    pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)]
+    pieces = [reader.read(text[i : i + size]) for i in range(0, len(text), size)]
     assert reader.name == name
     assert reader.is_complete
     assert json.loads("".join(piece for piece in pieces if piece)) == expected
-    assert reader.push("more") is None
+    assert reader.read("more") is None
