@@ -19,8 +19,7 @@ FINISH_REASONS = {
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop_sequence",
 }
-"""TGI's finish reasons. OpenAI itself has `stop` after a stop sequence, `tool_calls` after a call.
-"""
+"""TGI's finish reasons. OpenAI itself has `stop` for a stop sequence, `tool_calls` for a call."""
 
 
 class RunningUsage:

@@ -53,12 +53,13 @@ async def generate_stream(http: HttpRequest) -> Response:
 
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
 async def compat_generate(http: HttpRequest) -> Response:
-    """As /generate_stream if `stream` is true, else as /generate with the answer in a list."""
+    """Answer like /generate_stream if `stream` is true, else like /generate with a list of one."""
     limit = state_of(http).settings.payload_limit
     return await answer_compat(http, await read_body(http, CompatGenerateRequest, limit))
 
 
 async def answer_compat(http: HttpRequest, body: CompatGenerateRequest) -> Response:
+    """Answer a request of `/`, whatever route it came by."""
     state = state_of(http)
     body = _with_default_full_text(body, state.engine.model.pipeline_tag)
     if body.stream:
@@ -78,7 +79,7 @@ async def health(http: HttpRequest) -> Response:
 
 
 async def info(http: HttpRequest) -> Response:
-    """The model, and the limits of a request."""
+    """Return the model and the limits of a request."""
     return json_response(_info(state_of(http)))
 
 
@@ -104,7 +105,10 @@ def _event_stream(http: HttpRequest, body: GenerateRequest) -> Response:
 def _with_default_full_text(
     body: CompatGenerateRequest, pipeline_tag: str | None
 ) -> CompatGenerateRequest:
-    """On this route a text generation model, or an unknown one, repeats the prompt."""
+    """Set `return_full_text` if it is absent.
+
+    On this route TGI repeats the prompt if the model is for text generation or of an unknown kind.
+    """
     if body.parameters.return_full_text is not None:
         return body
     full_text = pipeline_tag in (None, "text-generation")
