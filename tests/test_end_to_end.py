@@ -14,7 +14,7 @@ import uvicorn
 
 from api.app import create_app
 from api.generation.state import build_state
-from api.settings.config import Settings
+from api.settings.config import read_settings
 from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine
@@ -51,7 +51,7 @@ class Worker:
 async def worker(engine: Engine, **options: Any) -> AsyncIterator[Worker]:
     limits = {"max_concurrent_requests": 128, "stall_timeout_s": 60.0} | options
     served = AsyncEngine(engine, **limits)
-    settings = Settings(max_concurrent_requests=limits["max_concurrent_requests"])
+    settings = read_settings(["--max-concurrent-requests", str(limits["max_concurrent_requests"])])
     app = create_app(build_state(served, settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="httptools"))
     task = asyncio.create_task(server.serve())

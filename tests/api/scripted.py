@@ -70,10 +70,10 @@ class WordTokenizer:
         self.error: Exception | None = None
         self.chat_uses_tools = False
         self.template_error: Exception | None = None
-        self.chats: list[tuple[list[dict[str, str]], list[dict[str, Any]] | None]] = []
+        self.chats: list[tuple[Sequence[dict[str, str]], Sequence[dict[str, Any]] | None]] = []
 
     def render_chat(
-        self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None
+        self, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
         """`role: content` of each message, joined by bars."""
         self.chats.append((messages, tools))
@@ -105,6 +105,11 @@ class ScriptedGrammar(NamedTuple):
     kind: str
     source: object
     warnings: tuple[str, ...] = ()
+
+
+def grammar_of(request: Request) -> object:
+    """Return the grammar of a request, which is a `ScriptedGrammar` in tests."""
+    return request.grammar
 
 
 class ScriptedGrammars:

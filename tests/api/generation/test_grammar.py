@@ -69,7 +69,12 @@ async def test_a_slow_grammar_holds_up_nobody_else() -> None:
 async def test_one_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.generation.grammar._TIMEOUT_S", 0.01)
     engine, gate = ScriptedEngine(), threading.Event()
-    engine.grammars.regex = lambda _: gate.wait(5)  # type: ignore[assignment]
+
+    def compile_slowly(pattern: str) -> ScriptedGrammar:
+        gate.wait(5)
+        return ScriptedGrammar("regex", pattern)
+
+    engine.grammars.regex = compile_slowly  # type: ignore[method-assign]
     async with client(engine) as http:
         body = {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "a"}}}
         answer = await http.post("/generate", json=body)

@@ -15,7 +15,14 @@ from engine.core.request import (
     SamplingParams,
 )
 from tests.api.client import client
-from tests.api.scripted import ScriptedEngine, ScriptedGrammar, finished, output, token
+from tests.api.scripted import (
+    ScriptedEngine,
+    ScriptedGrammar,
+    finished,
+    grammar_of,
+    output,
+    token,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -193,7 +200,12 @@ async def test_null_is_as_good_as_absent() -> None:
 
 
 async def test_what_is_not_known_is_ignored() -> None:
-    more = {"n": 2, "user": "me", "logit_bias": {"50256": -100}, "metadata": {"a": "b"}}
+    more: dict[str, Any] = {
+        "n": 2,
+        "user": "me",
+        "logit_bias": {"50256": -100},
+        "metadata": {"a": "b"},
+    }
     assert (await ask(**more)).content == (await ask()).content
 
 
@@ -211,23 +223,23 @@ async def test_what_is_not_known_is_ignored() -> None:
 )
 async def test_a_schema_in_tgis_shapes_and_in_openais(response_format: object) -> None:
     request = await asked(response_format=response_format)
-    assert request.grammar == ScriptedGrammar("json", SCHEMA)
+    assert grammar_of(request) == ScriptedGrammar("json", SCHEMA)
 
 
 async def test_json_object_alone_is_any_object() -> None:
     request = await asked(response_format={"type": "json_object"})
-    assert request.grammar == ScriptedGrammar("json", {"type": "object"})
+    assert grammar_of(request) == ScriptedGrammar("json", {"type": "object"})
 
 
 async def test_openais_schema_need_not_list_properties() -> None:
     schema = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert (await asked(response_format=wanted)).grammar == ScriptedGrammar("json", schema)
+    assert grammar_of(await asked(response_format=wanted)) == ScriptedGrammar("json", schema)
 
 
 async def test_a_regex() -> None:
     request = await asked(response_format={"type": "regex", "value": "[a-z]+"})
-    assert request.grammar == ScriptedGrammar("regex", "[a-z]+")
+    assert grammar_of(request) == ScriptedGrammar("regex", "[a-z]+")
 
 
 async def test_text_is_no_grammar() -> None:

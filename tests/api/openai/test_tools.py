@@ -16,7 +16,14 @@ from engine.core.request import (
     TokenOutput,
 )
 from tests.api.client import client
-from tests.api.scripted import ScriptedEngine, ScriptedGrammar, finished, output, token
+from tests.api.scripted import (
+    ScriptedEngine,
+    ScriptedGrammar,
+    finished,
+    grammar_of,
+    output,
+    token,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +72,7 @@ async def ask(engine: ScriptedEngine, **body: Any) -> httpx2.Response:
 
 
 def call_schema(name: str) -> dict[str, Any]:
-    own = CITY if name == "weather" else {"properties": {}, "required": []}
+    own: dict[str, Any] = CITY if name == "weather" else {"properties": {}, "required": []}
     return {
         "type": "object",
         "properties": {"_name": {"type": "string", "const": name}, **own["properties"]},
@@ -101,10 +108,12 @@ async def test_the_grammar_is_a_call_of_one_of_the_tools(
 ) -> None:
     engine = saying(*CALL)
     assert (await ask(engine, tool_choice=choice)).status_code == 200
-    assert engine.requests[0].grammar == ScriptedGrammar("json", schema(*names))
-    grammar = engine.requests[0].grammar
-    assert grammar is not None
-    first = json.dumps(grammar.source["$defs"]["0"])  # type: ignore[attr-defined]
+    expected = schema(*names)
+    grammar = grammar_of(engine.requests[0])
+    assert isinstance(grammar, ScriptedGrammar)
+    assert grammar == ScriptedGrammar("json", expected)
+    assert isinstance(grammar.source, dict)
+    first = json.dumps(grammar.source["$defs"]["0"])
     assert first.index("_name") < first.index("city" if "weather" in names else "required")
 
 
@@ -230,7 +239,7 @@ async def test_without_tools_an_answer_is_plain_text(body: dict[str, Any]) -> No
 
 async def test_no_tools_at_all_may_go_with_a_format() -> None:
     engine = saying("{}")
-    value = {"properties": {}}
+    value: dict[str, Any] = {"properties": {}}
     body = {"tools": [], "response_format": {"type": "json", "value": value}}
     assert (await ask(engine, **body)).json()["choices"][0]["message"]["content"] == "{}"
 

@@ -1,13 +1,12 @@
 """Streams: bytes of every event, headers, errors after 200, comments in silence."""
 
-import asyncio
 from collections.abc import Sequence
 
 import pytest
 
 from api.http.sse import EventStream
 from engine.core.request import Event, Failed, Request
-from tests.api.client import Connection, client, make_app
+from tests.api.client import Connection, client, make_app, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output, token
 
 pytestmark = pytest.mark.anyio
@@ -95,7 +94,7 @@ async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(EventStream, "keep_alive_s", 0.01)
     engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
     connection = Connection(make_app(engine), "/generate_stream", {"inputs": "x"})
-    await asyncio.sleep(0.1)
+    await until(lambda: connection.body().count(b":\n\n") >= 2)
     await connection.go_away()
     event, first, second, *_ = connection.body().split(b"\n\n")
     assert event.startswith(b"data: {")
