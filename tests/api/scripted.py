@@ -1,7 +1,7 @@
-"""A test double of the async engine: it says what its script says, and counts.
+"""A test double of the async engine, which plays a script and counts its use.
 
-A script is a list of event lists, one for each step; `HOLD` in their place keeps the
-generation waiting for ever. Prompts are tokenised by words, with one token in front.
+A script is a list of steps, each a list of events. The step `HOLD` lets the generation wait until
+the engine gives up. Prompts are tokenised by words, with a BOS token in front.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ def finished(
     reason: FinishReason = FinishReason.LENGTH,
     seed: int | None = None,
 ) -> Finished:
-    """The engine fills in the length of the prompt."""
+    """Return the end of a generation. The engine fills in the length of the prompt."""
     return Finished(reason, text, 0, count, seed, queue_s=0.25, inference_s=0.5)
 
 
@@ -62,7 +62,7 @@ def two_tokens(_: Request) -> Sequence[list[Event]]:
 
 
 class WordTokenizer:
-    """`gate` holds every encoding back while it is clear."""
+    """Tokenises by words. Encoding waits while `gate` is clear, and raises `error` if it is set."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -75,14 +75,14 @@ class WordTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
-        """`role: content` of each message, joined by bars."""
+        """Return `role: content` of each message, joined by bars."""
         self.chats.append((messages, tools))
         if self.template_error is not None:
             raise self.template_error
         return "|".join(f"{message['role']}: {message['content']}" for message in messages)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
-        """Three bytes to a token."""
+        """Return tokens of three bytes each."""
         if self.error is not None:
             raise self.error
         size = len(text.encode())
@@ -113,7 +113,7 @@ def grammar_of(request: Request) -> object:
 
 
 class ScriptedGrammars:
-    """Compiles to what it was given; warns of every `not`."""
+    """Compiles a grammar to itself, with a warning for every `not`."""
 
     def json_schema(self, schema: dict[str, object]) -> ScriptedGrammar:
         return ScriptedGrammar("json", schema, tuple("not: ignored" for _ in {"not"} & set(schema)))
@@ -184,7 +184,7 @@ def _of_request(request: Request, events: list[Event]) -> list[Event]:
 
 
 class ScriptedEngine:
-    """`made` lists every one of a test, for the leak detector that runs after it."""
+    """The double of `AsyncEngine`. `made` has all engines of a test, for the leak detector."""
 
     max_total_tokens = 2048
     made: ClassVar[list["ScriptedEngine"]] = []

@@ -1,4 +1,4 @@
-"""`python -m api` in a process of its own, with a scripted engine: 20 tokens in a second."""
+"""Runs `python -m api` with a scripted engine that generates 20 tokens in a second."""
 
 import asyncio
 import sys
@@ -32,7 +32,7 @@ class Engine:
 
 
 def twenty_tokens(request: Request) -> list[list[Event]]:
-    """With a prompt of more than one word, a token and then nothing, for ever."""
+    """Generate 20 tokens, or one and then nothing if the prompt has more than one word."""
     if len(request.prompt_ids) > 2:
         return [[scripted.output("a")], scripted.HOLD]
     steps: list[list[Event]] = [[scripted.output("a")] for _ in range(20)]
