@@ -1,4 +1,4 @@
-"""HTTP in, bytes out: the wire contract of Text Generation Inference over the engine.
+"""The HTTP server: the wire contract of Text Generation Inference on top of the engine.
 
-Knows no torch and no transformers. `python -m api --help` lists every setting.
+It imports neither torch nor transformers. `python -m api --help` lists every setting.
 """

@@ -1,4 +1,4 @@
-"""`python -m api`: read the settings, load the model, serve until told to stop."""
+"""`python -m api`: read the settings, load the model, and serve until a signal ends it."""
 
 import asyncio
 import gc
@@ -36,7 +36,9 @@ logger = logging.getLogger("api")
 
 
 class _PlainServer(Server):
-    """With words of our own when requests are served; `repeats` where they might be missed."""
+    """Prints and logs when it is ready. With `repeats` it logs that again, as a pyworker that reads
+    the log might start late.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine, repeats: bool) -> None:
         super().__init__(config)
@@ -59,20 +61,20 @@ _EXITS: tuple[tuple[type[Exception], str], ...] = (
     (LoadError, "ShardCannotStart"),
     (CannotListen, "WebserverFailed"),
 )
-"""TGI's names for what ends the launcher: Vast's workers, for one, wait for them in the log."""
+"""TGI's names of the errors that end its launcher. Vast's workers look for them in the log."""
 
 
 def main(argv: Sequence[str]) -> int:
-    # Until uvicorn listens to it: the first process of a container ignores it otherwise. And
-    # uvicorn raises it again when it has drained: that is leaving in good order.
+    # The first process of a container ignores SIGTERM unless it has a handler, and uvicorn's comes
+    # later. uvicorn raises the signal again after it has drained: that is an orderly exit.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # Shells have what they start in the background ignore it.
+    # Shells let the processes that they start in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run(argv)
     except ConfigError as error:
         print(f"Error: ArgumentValidation({json.dumps(str(error))})", file=sys.stderr)
-        return _end(str(error))
+        return _fail(str(error))
     except AlreadyRunning as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,13 +82,15 @@ def main(argv: Sequence[str]) -> int:
         name = next(name for kind, name in _EXITS if isinstance(error, kind))
         print(f"error: {error}\nError: {name}", file=sys.stderr)
         logger.error("Error: %s", name)
-        return _end(f"Worker Server failed to launch: {error}")
+        return _fail(f"Worker Server failed to launch: {error}")
     except KeyboardInterrupt:
         return 0
 
 
-def _end(reason: str) -> int:
-    """As a failure. One of Vast's workers stays to say why: else it is taken to be loading."""
+def _fail(reason: str) -> int:
+    """Return the exit status of a failure. A worker of Vast first reports `reason` until it is told
+    to stop, as Vast takes a silent worker to be loading.
+    """
     identity = platform_identity()
     if identity is not None:
         report_failure(identity, reason)
@@ -102,7 +106,7 @@ def _run(argv: Sequence[str]) -> int:
         settings.log_colorize,
         pyworker.log_file(settings.model_log) if behind else None,
     )
-    _introduce(settings)
+    _print_environment_and_notes(settings)
     if settings.vast_mode == "worker":
         run_worker(settings.vast_worker(), lambda: _load(settings))
         return 0
@@ -115,7 +119,7 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _introduce(settings: Settings) -> None:
+def _print_environment_and_notes(settings: Settings) -> None:
     if settings.env:
         print(runtime_info(), flush=True)
     for note in settings.notes():
@@ -127,13 +131,13 @@ def _load(settings: Settings) -> AppState:
     cold_start = ColdStart()
     cold_start.add("start", time.time() - psutil.Process().create_time())
     with cold_start.phase("import"):
-        from engine.engine import Engine  # brings torch: not before the settings are good
+        from engine.engine import Engine  # imports torch, so only once the settings are valid
 
     engine = Engine.load(settings.load_config(), settings.engine_config(), cold_start)
     for line in engine.summary():
         print(line, flush=True)
-    # What loading has left is there to stay. To look through it again and again for garbage
-    # would stop every thread for half a second each time.
+    # The objects that loading leaves stay for good. Without this, each full garbage collection
+    # would look through them and stop all threads for half a second.
     gc.collect()
     gc.freeze()
     return build_state(

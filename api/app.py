@@ -1,4 +1,4 @@
-"""The application: routes, error handlers and the engine's life around them."""
+"""The application: its routes, its error handlers, and the start and the stop of the engine."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,11 +19,12 @@ from api.openai import routes as openai
 from api.tgi import prometheus
 from api.tgi import routes as tgi
 
-_ROOMS = (tgi, openai, tokenize, platforms)
-"""Each has a router, and the bodies of its POST routes for the OpenAPI document."""
+_ROUTE_MODULES = (tgi, openai, tokenize, platforms)
+"""Each module has a `router`, and the `BODIES` of its POST routes for the OpenAPI document."""
 
 
 def create_app(state: AppState) -> FastAPI:
+    """Build the application. It starts and stops the engine of `state`."""
     app = FastAPI(
         title="Skiff",
         version=TGI_VERSION,
@@ -34,23 +35,23 @@ def create_app(state: AppState) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.serving = state
-    for room in _ROOMS:
-        app.include_router(room.router)
+    for module in _ROUTE_MODULES:
+        app.include_router(module.router)
     app.include_router(prometheus.router)
-    bodies = {path: model for room in _ROOMS for path, model in room.BODIES.items()}
+    bodies = {path: model for module in _ROUTE_MODULES for path, model in module.BODIES.items()}
     errors.install_handlers(app)
     app.openapi = cache(partial(openapi.describe, app, bodies))  # type: ignore[method-assign]
     settings = state.settings
     if settings.api_key is not None:
         key = settings.api_key.get_secret_value()
         app.add_middleware(ApiKey, key=key, is_served=partial(_is_served, app))
-    # Around what answers 500 for a fault of ours: a page must be able to read that, too.
+    # Outside the middleware that answers 500 after a bug, so that a web page can read that, too.
     app.middleware_stack = Cors(app.build_middleware_stack(), settings.cors_allow_origin)
     return app
 
 
 def _is_served(app: FastAPI, scope: Scope) -> bool:
-    """By any method."""
+    """Tell whether there is a route for the path of `scope`, for whatever method."""
     return any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
 
 

@@ -1,4 +1,4 @@
-"""The routes that SageMaker and Vertex AI call, over what the others offer."""
+"""The routes that SageMaker and Vertex AI call. They build on the other routes."""
 
 from typing import Annotated
 
@@ -34,7 +34,7 @@ from api.tgi.schemas import GenerateResponse
 
 
 class SagemakerRequest(RootModel):
-    """The first that fits."""
+    """A request of any other route: the body is the first of these models that fits."""
 
     root: Annotated[
         Annotated[
@@ -46,7 +46,7 @@ class SagemakerRequest(RootModel):
 
 
 class GenerateInstance(WireRequest):
-    """Of its parameters, `max_new_tokens` and `seed` are heeded."""
+    """A prompt. Of its parameters only `max_new_tokens` and `seed` are used."""
 
     inputs: str
     parameters: GenerateParameters | None = None
@@ -73,7 +73,7 @@ router = APIRouter()
     responses=ERRORS,
 )
 async def invocations(http: HttpRequest) -> Response:
-    """As `/`, a chat or a completion, by what the body looks like."""
+    """Answer like `/`, a chat or a completion, depending on the shape of the body."""
     limit = state_of(http).settings.payload_limit
     match (await read_body(http, SagemakerRequest, limit)).root:
         case CompatGenerateRequest() as body:
@@ -86,22 +86,22 @@ async def invocations(http: HttpRequest) -> Response:
 
 @router.post("/vertex", response_model=VertexResponse, responses=ERRORS)
 async def vertex(http: HttpRequest) -> Response:
-    """The text for each instance; a failure of any is one of all."""
+    """Generate a text for each instance. If one fails, the request fails."""
     state = state_of(http)
     body = await read_body(http, VertexRequest, state.settings.payload_limit)
     state.observer.arrived()
     if not body.instances:
         raise Refused(422, "Input validation error", "Input validation error")
-    asked = [await _asked(state, instance) for instance in body.instances]
-    work = _answers(state, asked, caller_of(http, "vertex_compatibility"))
+    generations = [await _generation(state, instance) for instance in body.instances]
+    work = _answers(state, generations, caller_of(http, "vertex_compatibility"))
     answers = await until_disconnect(http.receive, work)
     return json_response({"predictions": [answer.best.end.generated_text for answer in answers]})
 
 
-async def _asked(
+async def _generation(
     state: AppState, instance: GenerateInstance | ChatRequest
 ) -> tuple[GenerateRequest, Extras]:
-    """A chat that cannot become a prompt is refused as on its own route."""
+    """Translate an instance. Raises the errors of the chat route for a chat."""
     if isinstance(instance, ChatRequest):
         prompt = await prepare(state.engine.tokenizer, instance)
         return prompt.request, prompt.extras
@@ -113,12 +113,12 @@ async def _asked(
 
 
 async def _answers(
-    state: AppState, asked: list[tuple[GenerateRequest, Extras]], caller: Caller
+    state: AppState, generations: list[tuple[GenerateRequest, Extras]], caller: Caller
 ) -> list[Answer]:
     try:
         return await all_together(
             state.inference.complete(request, caller, extras, logprobs=False)
-            for request, extras in asked
+            for request, extras in generations
         )
     except REQUEST_ERRORS:
         raise Refused(500, "Incomplete generation", "Incomplete generation") from None

@@ -1,4 +1,4 @@
-"""uvicorn as Skiff runs it, and how it ends."""
+"""uvicorn with the settings that Skiff runs it with, and an orderly shutdown."""
 
 import asyncio
 import socket
@@ -10,23 +10,24 @@ from starlette.types import ASGIApp
 from api.telemetry.logs import stopping
 from engine.async_engine import AsyncEngine
 
-_LAST_WORDS_S = 0.5
-"""Before streams are cut they end, with an error as their last event."""
+_FAIL_BEFORE_CUT_S = 0.5
+"""Unfinished requests fail this long before uvicorn cuts their connections, so that a stream ends
+with an error event."""
 
 
 class Server(uvicorn.Server):
-    """`engine` is whose requests it serves; None while there is none yet."""
+    """A server that lets requests finish before it ends. `engine` is None until it is loaded."""
 
     engine: AsyncEngine | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping()
         timeout_s = self.config.timeout_graceful_shutdown or 0
-        last_words = asyncio.get_running_loop().call_later(
-            max(timeout_s - _LAST_WORDS_S, 0), self._give_up
+        give_up = asyncio.get_running_loop().call_later(
+            max(timeout_s - _FAIL_BEFORE_CUT_S, 0), self._give_up
         )
         await super().shutdown(sockets)
-        last_words.cancel()
+        give_up.cancel()
 
     def _give_up(self) -> None:
         if self.engine is not None:
@@ -36,7 +37,7 @@ class Server(uvicorn.Server):
 def server_config(
     app: ASGIApp, hostname: str, port: int, drain_s: int, **options: Any
 ) -> uvicorn.Config:
-    """`drain_s` is what running requests get to finish in."""
+    """Configure uvicorn. Running requests get `drain_s` seconds to finish in at shutdown."""
     return uvicorn.Config(
         app,
         host=hostname,
@@ -47,7 +48,7 @@ def server_config(
         access_log=False,
         log_level="warning",
         server_header=False,
-        # Above the 60 s for which proxies keep idle connections, so that they close first.
+        # Proxies keep idle connections for 60 s. They should be the ones to close them.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=drain_s,
         **options,
@@ -55,12 +56,13 @@ def server_config(
 
 
 class CannotListen(Exception):
-    """Nothing can be served where it should be."""
+    """The server cannot listen on its port."""
 
 
 def check_port(hostname: str, port: int, setting: str) -> None:
-    """Before the minutes that a model may take to load, not after. Raises CannotListen, which names
-    the setting.
+    """Check that the port is free, before the minutes that loading a model may take.
+
+    Raises CannotListen with the name of the `setting`.
     """
     family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
     with socket.socket(family) as probe:

@@ -1,4 +1,4 @@
-"""Texts and chats as the tokens that the model would read."""
+"""The routes that return the tokens of a text or a chat."""
 
 import asyncio
 from typing import Protocol
@@ -24,6 +24,8 @@ router = APIRouter()
 
 
 class SpanTokenizer(Protocol):
+    """The part of the engine's tokenizer that returns each token as its id and its span."""
+
     def tokenize(
         self, text: str, add_special_tokens: bool = True
     ) -> list[tuple[int, int, int]]: ...
@@ -31,7 +33,7 @@ class SpanTokenizer(Protocol):
 
 @router.post("/tokenize", response_model=list[SimpleToken], responses=ERRORS)
 async def tokenize(http: HttpRequest) -> Response:
-    """The tokens of `inputs`, special ones included; no limit but the payload's."""
+    """Return the tokens of `inputs` with the special ones. Only the size of the body is limited."""
     state = state_of(http)
     body = await read_body(http, GenerateRequest, state.settings.payload_limit)
     return json_response(await _tokens(state.engine.tokenizer, body.inputs, True))
@@ -39,7 +41,7 @@ async def tokenize(http: HttpRequest) -> Response:
 
 @router.post("/chat_tokenize", response_model=ChatTokenizeResponse, responses=ERRORS)
 async def chat_tokenize(http: HttpRequest) -> Response:
-    """The prompt that a chat becomes, and its tokens."""
+    """Return the prompt of a chat and its tokens."""
     state = state_of(http)
     chat = await read_body(http, ChatRequest, state.settings.payload_limit)
     state.observer.arrived()
@@ -56,7 +58,7 @@ async def _tokens(tokenizer: SpanTokenizer, text: str, special: bool) -> list[Si
 
 
 def _simple_tokens(tokenizer: SpanTokenizer, text: str, special: bool) -> list[SimpleToken]:
-    """With the bytes of the text that each stands for."""
+    """Return the tokens of `text`, each with the part of the text that it stands for."""
     raw = text.encode()
     return [
         {

@@ -1,8 +1,8 @@
-"""The engine for an event loop: a thread that steps, an inbox, and one delivery per step.
+"""The engine behind an event loop: a thread that runs its steps, and an inbox of messages.
 
-The engine thread alone touches the engine. The event loop alone touches permits and
-`Generation`s. Between them go messages: `Add` and `Abort` one way, a step's events the
-other, in one crossing for all of them.
+Only the engine thread touches the engine. Only the event loop touches permits and `Generation`s.
+They exchange messages: `_Add` and `_Abort` go to the engine through the inbox, and all events of
+a step come back in one `call_soon_threadsafe`.
 """
 
 import asyncio
@@ -24,8 +24,10 @@ from engine.core.metrics import (
     StepFigures,
 )
 from engine.core.request import (
+    Delivery,
     Event,
     Failed,
+    Finished,
     Request,
     TokenOutput,
 )
@@ -39,21 +41,25 @@ logger = logging.getLogger(__name__)
 
 
 class Overloaded(Exception):
-    """Every permit is taken."""
+    """The request needs more permits than are free."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Add:
+    """Start requests that have the same prompt."""
+
     requests: Sequence[Request]
 
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
+    """Stop a request."""
+
     request_id: str
 
 
 class Permit:
-    """The right to have `count` generations at once. A context manager."""
+    """The right to run `count` generations at once. Leaving its `with` block gives it back."""
 
     def __init__(self, engine: "AsyncEngine", count: int):
         self._engine = engine
@@ -72,12 +78,13 @@ class Permit:
 
 
 class Generation:
-    """A request's events as they come. Leaving its `with` block early aborts it."""
+    """The tokens of one running request. Leaving its `with` block early aborts the request."""
 
     def __init__(self, engine: "AsyncEngine", request_id: str):
         self._engine = engine
         self._request_id = request_id
-        self._arrived: list[Event] = []
+        self._tokens: list[TokenOutput] = []
+        self._end: Finished | Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
 
@@ -93,36 +100,39 @@ class Generation:
         self.abort()
 
     def abort(self) -> None:
-        """Stop the sequence and free what it holds, before the next step. Idempotent."""
+        """Stop the sequence and free its blocks before the next step. After the end, do nothing."""
         if not self._ended:
             self._ended = True
             self._engine._abort(self._request_id)
 
-    async def events(self) -> AsyncIterator[list[Event]]:
-        """All events pending at a time, never none; the last list ends with the last event."""
-        while self._arrived or not self._ended:
-            if not self._arrived:
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        """Yield all that has arrived, as soon as there is anything. The last delivery has the
+        end, unless the generation was aborted.
+        """
+        while not self._ended or self._tokens or self._end:
+            if not self._tokens and self._end is None:
                 self._waiter = asyncio.get_running_loop().create_future()
                 await self._waiter
-            arrived, self._arrived = self._arrived, []
-            if arrived:
-                yield arrived
+            tokens, self._tokens = self._tokens, []
+            end, self._end = self._end, None
+            yield Delivery(tokens, end)
 
-    def _deliver(self, event: Event) -> None:
-        self._arrived.append(event)
-        if not isinstance(event, TokenOutput):
-            self._ended = True
+    def _receive(self, event: Event) -> None:
+        if isinstance(event, TokenOutput):
+            self._tokens.append(event)
+        else:
+            self._end, self._ended = event, True
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
-            if not waiter.done():  # a cancelled one is
+            if not waiter.done():  # it is done if its task was cancelled
                 waiter.set_result(None)
 
 
 class AsyncEngine:
-    """Drives an `Engine` in its own thread. Every method is for the event loop, but for
-    `status`, which any thread may call.
+    """Runs an `Engine` in a thread of its own.
 
-    `stall_timeout_s` is how long a step may take before the engine is reported stalled.
+    All methods must be called on the event loop, except `status`, which any thread may call. If a
+    step takes longer than `stall_timeout_s`, the status is "stalled".
     """
 
     def __init__(
@@ -136,13 +146,13 @@ class AsyncEngine:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="skiff-engine", daemon=True)
-        # Written by the engine thread, read by anyone: single references, replaced whole.
+        # The engine thread replaces these values, and any thread may read them.
         self._busy_since: float | None = None
         self._figures: EngineFigures = engine.figures()
         self._death: str | None = None
         self._prepared = False
         self.on_step: Callable[[StepFigures], None] | None = None
-        """Called on the event loop, once for each step that was looked at."""
+        """Called on the event loop with the figures of each step."""
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -168,47 +178,45 @@ class AsyncEngine:
 
     @property
     def is_prepared(self) -> bool:
-        """It has done all that can be done before there is work. True from the first such time
-        on.
-        """
+        """Whether all preparations that need no request were done once. It never becomes false."""
         return self._prepared
 
     @property
     def free_permits(self) -> int:
-        """How many generations may come yet."""
+        """The number of generations that can still be admitted."""
         return self._free_permits
 
     def start(self) -> None:
-        """Begin to serve the running event loop."""
+        """Start the engine thread, which answers to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the engine thread after its current step; what is unfinished gets `Failed`."""
+        """End the engine thread after its current step. Unfinished requests get `Failed`."""
         self._stopping = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
 
     def give_up(self, reason: str) -> None:
-        """Fail every request, each with its last event; the engine goes on."""
+        """End every request with `Failed`. The engine keeps running."""
         for request_id in self._generations:
             self._post(_Abort(request_id))
         self._fail_all(reason)
 
     def admit(self, permits: int = 1) -> Permit:
-        """Take permits, to be held until the generations end. Raises Overloaded."""
+        """Take permits, which are held until the generations end. Raises Overloaded."""
         if permits > self._free_permits:
             raise Overloaded
         self._free_permits -= permits
         return Permit(self, permits)
 
     def submit(self, request: Request) -> Generation:
-        """Raises EngineDead."""
+        """Start a request. Raises EngineDead."""
         (generation,) = self.submit_all([request])
         return generation
 
     def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
-        """Of one prompt, which is computed once for all of them. Raises EngineDead."""
+        """Start requests that have the same prompt, which is computed once. Raises EngineDead."""
         if self._death is not None:
             raise EngineDead(self._death)
         generations = {r.request_id: Generation(self, r.request_id) for r in requests}
@@ -217,7 +225,7 @@ class AsyncEngine:
         return list(generations.values())
 
     def status(self) -> EngineStatus:
-        """From the progress that steps make, not from asking them."""
+        """Return the status, judged by the progress of the steps and without waiting for one."""
         if self._death is not None:
             return EngineStatus("dead", self._death, self._figures)
         since = self._busy_since
@@ -236,11 +244,12 @@ class AsyncEngine:
         self._wake.set()
 
     def _dispatch(self, events: "Events", figures: StepFigures | None = None) -> None:
+        """Give each generation its events of one step."""
         for request_id, event in events:
             generation = self._generations.get(request_id)
             if generation is None:
                 continue  # aborted while the step ran
-            generation._deliver(event)
+            generation._receive(event)
             if generation._ended:
                 del self._generations[request_id]
         if figures is not None and self.on_step is not None:
@@ -257,7 +266,7 @@ class AsyncEngine:
                 self._await_work()
                 self._busy_since = time.monotonic()
                 self._drain_inbox()
-                self._cross(self._engine.step(), self._engine.last_step)
+                self._send_to_loop(self._engine.step(), self._engine.last_step)
                 self._busy_since = None
                 self._figures = self._engine.figures()
             self._end("the server is shutting down")
@@ -283,15 +292,15 @@ class AsyncEngine:
                     self._engine.abort(request_id)
 
     def _end(self, reason: str) -> None:
-        """Nothing accepted goes without its last event, not even what is still in the inbox.
+        """Fail all accepted requests, also those that are still in the inbox.
 
-        Failing is left to the event loop: a `submit` either comes before it there, and is
-        failed, or finds the engine dead.
+        The event loop does it, so that no request is missed: a `submit` runs either before
+        `_fail_all`, which then fails its request, or after it and raises EngineDead.
         """
         self._death = reason
         self._loop.call_soon_threadsafe(self._fail_all, reason)
         self._engine.fail_all(reason)
 
-    def _cross(self, events: "Events", figures: StepFigures | None) -> None:
+    def _send_to_loop(self, events: "Events", figures: StepFigures | None) -> None:
         if events or figures is not None:
             self._loop.call_soon_threadsafe(self._dispatch, events, figures)

@@ -14,7 +14,7 @@ import uvicorn
 
 from api.app import create_app
 from api.generation.state import build_state
-from api.settings.config import Settings
+from api.settings.config import read_settings
 from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine
@@ -38,7 +38,7 @@ class Worker:
         return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
 
     async def open(self, path: str, body: dict[str, Any]) -> asyncio.StreamWriter:
-        """Send a request and keep the socket, to close it at will."""
+        """Send a request and return its socket, so that the caller can close it at any time."""
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         payload = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -51,7 +51,7 @@ class Worker:
 async def worker(engine: Engine, **options: Any) -> AsyncIterator[Worker]:
     limits = {"max_concurrent_requests": 128, "stall_timeout_s": 60.0} | options
     served = AsyncEngine(engine, **limits)
-    settings = Settings(max_concurrent_requests=limits["max_concurrent_requests"])
+    settings = read_settings(["--max-concurrent-requests", str(limits["max_concurrent_requests"])])
     app = create_app(build_state(served, settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="httptools"))
     task = asyncio.create_task(server.serve())
@@ -73,7 +73,7 @@ def body(num_tokens: int, prompt: str = PROMPT, **parameters: Any) -> dict[str, 
     return {"inputs": prompt, "parameters": {"max_new_tokens": num_tokens} | parameters}
 
 
-async def test_streamed_and_unstreamed_answers_are_what_generate_says() -> None:
+async def test_streamed_and_plain_answers_equal_transformers_generate() -> None:
     loaded = family("llama")
     ids = generate(reference("llama"), byte_tokenizer().encode(PROMPT), 16)
     async with worker(make_engine(loaded)) as w, w.client() as client:
@@ -131,7 +131,7 @@ async def test_a_client_that_goes_away_frees_its_slot_and_blocks_within_one_step
             ahead.close()
 
 
-async def test_health_answers_at_once_while_a_step_runs_and_tells_when_it_hangs() -> None:
+async def test_health_answers_at_once_while_a_step_runs_and_reports_a_stall() -> None:
     engine, release = make_engine(family("llama")), threading.Event()
     sabotage(engine, lambda _: not release.wait(10), TimeoutError())
     async with worker(engine, stall_timeout_s=2) as w, w.client() as client:
@@ -149,7 +149,7 @@ async def test_health_answers_at_once_while_a_step_runs_and_tells_when_it_hangs(
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_a_dead_engine_is_told_to_everyone() -> None:
+async def test_a_dead_engine_fails_every_request_and_the_health_check() -> None:
     engine = make_engine(family("llama"))
     async with worker(engine) as w, w.client() as client:
 
@@ -167,7 +167,7 @@ async def test_a_dead_engine_is_told_to_everyone() -> None:
         assert (await client.post("/generate", json=body(2))).status_code == 424
 
 
-async def test_more_than_the_permitted_requests_are_refused_and_change_nothing() -> None:
+async def test_requests_beyond_the_limit_are_refused_and_change_nothing() -> None:
     engine, release = make_engine(family("llama")), threading.Event()
     sabotage(engine, lambda _: not release.wait(10), TimeoutError())
     async with worker(engine, max_concurrent_requests=2) as w, w.client() as client:
@@ -183,7 +183,7 @@ async def test_more_than_the_permitted_requests_are_refused_and_change_nothing()
 
 @pytest.mark.parametrize("stop", ["again", "qu"])
 async def test_stop_sequences_end_a_generation(stop: str) -> None:
-    """Whatever the random model says, one of its own two-letter texts stops it there."""
+    """Stop the random model at two characters that it is known to generate."""
     async with worker(make_engine(family("llama"))) as w, w.client() as client:
         free = (await client.post("/generate", json=body(40))).json()["generated_text"]
         found = next((free[i : i + 2] for i in range(4, 36) if free[i : i + 2].isascii()), stop)
@@ -192,7 +192,7 @@ async def test_stop_sequences_end_a_generation(stop: str) -> None:
     assert answer["generated_text"] == free[: free.index(found) + len(found)]
 
 
-async def test_truncate_keeps_the_end_and_full_text_the_whole_prompt() -> None:
+async def test_truncate_keeps_the_end_and_full_text_has_the_whole_prompt() -> None:
     async with worker(make_engine(family("llama"))) as w, w.client() as client:
         last = (await client.post("/generate", json=body(6, PROMPT[-9:]))).json()
         cut = await client.post(

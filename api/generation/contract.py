@@ -1,4 +1,4 @@
-"""What all dialects share of Text Generation Inference's contract: version, errors, numbers."""
+"""The parts of TGI's contract that all routes share: its version, errors and numbers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from api.http.errors import ErrorResponse
 
 TGI_VERSION = "3.3.6-dev0"
-"""The release whose wire this is; clients read it from /info."""
+"""The release of TGI whose wire contract is followed. Clients read it from /info."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (422, 424, 429, 500)
@@ -15,5 +15,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def f32(value: float | None) -> float | None:
-    """orjson prints numpy's float32 in its shortest form; a float would show the rounding."""
+    """Return `value` as a float32, which orjson prints in its shortest form; a float would show the
+    rounding.
+    """
     return None if value is None else np.float32(value)  # type: ignore[return-value]

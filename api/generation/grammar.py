@@ -1,6 +1,6 @@
-"""A request's `grammar` becomes a compiled one, or a `ValidationError` in TGI's words.
+"""Compiles the `grammar` of a request, or raises a `ValidationError` in TGI's words.
 
-Compiled in threads of its own, so that no grammar holds up who does not use any.
+Grammars are compiled in threads of their own, so that requests without one do not wait for them.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from engine.text.grammar import Grammar, GrammarCompiler
 
 _TIMEOUT_S = 10.0
-"""The compiler's own limits stop it long before, unless the machine is overloaded."""
+"""The compiler reaches its own limits long before this, unless the machine is overloaded."""
 _MAX_DETAIL = 500  # characters
 
 
 class GrammarValidator:
-    """`compiler` is None where grammars are not supported."""
+    """Compiles grammars. `compiler` is None if grammars are not supported."""
 
     def __init__(self, compiler: "GrammarCompiler | None") -> None:
         self._compiler = compiler
@@ -34,7 +34,7 @@ class GrammarValidator:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def validate(self, grammar: GrammarType, any_schema: bool) -> "Grammar":
-        """`any_schema`: also one without `properties`."""
+        """Compile `grammar`. With `any_schema` a JSON schema need not have `properties`."""
         if self._compiler is None:
             raise ValidationError("grammar is not supported")
         if grammar.type == "regex":
@@ -58,6 +58,7 @@ class GrammarValidator:
 
 
 def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
+    """Return the JSON schema in `value`, which may be a string of JSON."""
     if type == "json_schema":
         if not isinstance(value, dict) or "schema" not in value:
             raise _not_valid("missing field `schema`")
@@ -73,7 +74,7 @@ def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
 
 
 def _not_valid(detail: str) -> ValidationError:
-    """The compiler may repeat the whole grammar in what it says of it."""
+    """Return the error with a limited `detail`: the compiler may quote the whole grammar in it."""
     if len(detail) > _MAX_DETAIL:
         detail = detail[:_MAX_DETAIL] + "..."
     return ValidationError(f"grammar is not valid: {detail}")

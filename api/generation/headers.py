@@ -1,4 +1,4 @@
-"""TGI's x- headers: what a request cost, in its units; and what a request's own headers say."""
+"""TGI's `x-` headers, which tell what a request cost, and the headers that a request brings."""
 
 from starlette.requests import Request as HttpRequest
 
@@ -44,14 +44,16 @@ def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> di
 def summed_headers(
     state: AppState, bodies: list[GenerateRequest], answers: list[Answer]
 ) -> dict[str, str]:
-    """Of several generations for one request: TGI adds up all but the `x-compute-time`."""
+    """Return the headers of a request with several generations: TGI's sums, without the
+    `x-compute-time`.
+    """
     each = [answer_headers(state, body, a) for body, a in zip(bodies, answers, strict=True)]
     sums = {name: str(sum(int(headers[name]) for headers in each)) for name in _SUMMED}
     return _compute_headers(state, tuple(bodies)) | sums
 
 
 def _grammar_warnings(answer: Answer) -> dict[str, str]:
-    """Not TGI's: what of the grammar could not be enforced."""
+    """Return the header, which TGI does not have, of what in the grammar could not be enforced."""
     grammar = answer.request.grammar
     if grammar is None or not grammar.warnings:
         return {}

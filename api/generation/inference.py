@@ -1,14 +1,13 @@
-"""A request's way through permits, checks and the engine, the same for every route.
+"""The path of a request through permits, validation and the engine, shared by all routes.
 
-A route translates its body to a `GenerateRequest`, and what comes out of here to its
-own JSON. The order is TGI's: a permit is taken before anything is validated.
+A route translates its body to a `GenerateRequest`, and the answer or the stream that it gets
+here to its own JSON. The order is TGI's: a permit is taken before the request is validated.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import cast
 
 from api.generation.request import GenerateRequest
 from api.generation.validation import (
@@ -26,7 +25,7 @@ from api.telemetry.observation import (
 )
 from engine.async_engine import AsyncEngine, Generation
 from engine.core.request import (
-    Event,
+    Delivery,
     Failed,
     Finished,
     Request,
@@ -36,35 +35,40 @@ from engine.core.request import (
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    outputs: list[TokenOutput]
+class CompletionOutput:
+    """All tokens of one finished generation, and its end."""
+
+    tokens: list[TokenOutput]
     end: Finished
 
     @property
     def mean_logprob(self) -> float:
-        logprobs = (output.token.logprob for output in self.outputs)
-        return sum(float("-inf") if p is None else p for p in logprobs) / len(self.outputs)
+        logprobs = (output.token.logprob for output in self.tokens)
+        return sum(float("-inf") if p is None else p for p in logprobs) / len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished request: its completions, the one of the highest mean logprob first.
+    """A finished request: its completions, the one with the highest mean logprob first.
 
-    `request` is what the engine was asked, `prompt` its tokens if their logprobs were asked for.
+    `request` is the request that the engine got. `prompt` are its tokens if their logprobs were
+    asked for, else it is empty.
     """
 
     request: Request
-    completions: list[Completion]
+    completions: list[CompletionOutput]
     prompt: tuple[Token, ...]
     timings: Timings
 
     @property
-    def best(self) -> Completion:
+    def best(self) -> CompletionOutput:
         return self.completions[0]
 
 
 class Inference:
-    """Every method raises the errors of `REQUEST_ERRORS`, and leaves nothing behind."""
+    """Runs requests. Every method raises `REQUEST_ERRORS`, and however it ends, the permits are
+    given back and the engine's sequences are freed.
+    """
 
     def __init__(self, engine: AsyncEngine, validator: Validator, observer: Observer) -> None:
         self._engine = engine
@@ -74,7 +78,10 @@ class Inference:
     async def complete(
         self, body: GenerateRequest, caller: Caller, extras: Extras = NO_EXTRAS, *, logprobs: bool
     ) -> Answer:
-        """`logprobs`: whether the answer shows them, or top tokens."""
+        """Generate `best_of` completions and return them when all are finished.
+
+        `logprobs` tells whether the answer shows logprobs or top tokens.
+        """
         started = time.perf_counter()
         best_of = body.parameters.best_of or 1
         with self._observer.request(caller) as observation:
@@ -94,10 +101,19 @@ class Inference:
         return Answer(request, ranked, prompt, timings)
 
     async def stream(
-        self, body: GenerateRequest, caller: Caller, extras: Extras = NO_EXTRAS, *, logprobs: bool
-    ) -> AsyncGenerator[list[Event], None]:
-        """What is pending at a time, never nothing: tokens, and the last list ends with the
-        `Finished`. Closing the generator ends the request.
+        self,
+        body: GenerateRequest,
+        caller: Caller,
+        extras: Extras = NO_EXTRAS,
+        *,
+        logprobs: bool,
+        on_validated: Callable[[Request], None] | None = None,
+    ) -> AsyncGenerator[Delivery, None]:
+        """Generate, and yield the tokens as they arrive; the last delivery has the `Finished`.
+
+        A generation that fails raises GenerationFailed after its tokens, so no delivery has a
+        `Failed`. Closing the generator ends the request. `on_validated` is called with the
+        engine's request once that has passed its checks.
         """
         started = time.perf_counter()
         with self._observer.request(caller) as observation:
@@ -105,45 +121,34 @@ class Inference:
             with self._engine.admit():
                 request = await self._validator.validate(body, extras, logprobs=logprobs)
                 observation.validated(request)
+                if on_validated is not None:
+                    on_validated(request)
                 validated = time.perf_counter()
                 with self._engine.submit(request) as generation:
-                    async for events in generation.events():
-                        end = events[-1]
-                        observation.tokens_generated(_num_tokens(events))
-                        if isinstance(end, Finished):
-                            observation.finished(end, _timings(end, started, validated))
+                    async for delivery in generation.deliveries():
+                        tokens, end = delivery
+                        observation.tokens_generated(len(tokens))
                         if isinstance(end, Failed):
-                            if len(events) > 1:
-                                yield events[:-1]
+                            if tokens:
+                                yield Delivery(tokens, None)
                             raise GenerationFailed(end.message)
-                        yield events
-                        if isinstance(end, Finished):
+                        if end is not None:
+                            observation.finished(end, _timings(end, started, validated))
+                        yield delivery
+                        if end is not None:
                             return
             raise IncompleteStream
 
     async def _complete(
         self, request: Request, best_of: int, observation: Observation
-    ) -> list[Completion]:
-        """They run at the same time; they are only collected one after the other."""
+    ) -> list[CompletionOutput]:
+        """Run all `best_of` completions at the same time and collect one after the other."""
         with ExitStack() as running:
             generations = [
                 running.enter_context(generation)
                 for generation in self._engine.submit_all(_candidates(request, best_of))
             ]
             return [await _collect(generation, observation) for generation in generations]
-
-
-def split_end(events: list[Event]) -> tuple[list[TokenOutput], Finished | None]:
-    """The tokens of a stream's list, and its end if it has one."""
-    end = events[-1]
-    if isinstance(end, Finished):
-        return cast(list[TokenOutput], events[:-1]), end
-    return cast(list[TokenOutput], events), None
-
-
-def _num_tokens(events: list[Event]) -> int:
-    """All but the last one are tokens."""
-    return len(events) - (not isinstance(events[-1], TokenOutput))
 
 
 def _candidates(request: Request, best_of: int) -> list[Request]:
@@ -159,18 +164,16 @@ def _candidates(request: Request, best_of: int) -> list[Request]:
     return [request, *others]
 
 
-async def _collect(generation: Generation, observation: Observation) -> Completion:
+async def _collect(generation: Generation, observation: Observation) -> CompletionOutput:
     outputs: list[TokenOutput] = []
-    async for events in generation.events():
-        observation.tokens_generated(_num_tokens(events))
-        for event in events:
-            match event:
-                case TokenOutput():
-                    outputs.append(event)
-                case Finished():
-                    return Completion(outputs, event)
-                case Failed(message):
-                    raise GenerationFailed(message)
+    async for tokens, end in generation.deliveries():
+        observation.tokens_generated(len(tokens))
+        outputs += tokens
+        match end:
+            case Finished():
+                return CompletionOutput(outputs, end)
+            case Failed(message):
+                raise GenerationFailed(message)
     raise IncompleteGeneration
 
 

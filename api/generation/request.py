@@ -1,7 +1,7 @@
-"""What a client may ask for: TGI's request body, to which every other dialect is translated.
+"""TGI's request body, to which the requests of all other routes are translated.
 
-The models are strict as serde is: unknown keys are ignored, null is taken only where the type
-says so.
+The models are strict as serde is: unknown keys are ignored, and null is accepted only if the
+type allows it.
 """
 
 from typing import Literal
@@ -12,7 +12,7 @@ from api.http.serde import F32, I32, U32, U64, USIZE
 
 
 class WireRequest(BaseModel):
-    """Strict, and blind to what it does not know."""
+    """The base of all request bodies: strict in its types, and ignores unknown keys."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -23,7 +23,10 @@ class GrammarType(WireRequest):
 
 
 class GenerateParameters(WireRequest):
-    """How to generate. Present but empty, it means greedy; absent, it means sampling."""
+    """How to generate.
+
+    An empty object means greedy decoding; if there is none at all, the request samples.
+    """
 
     best_of: USIZE | None = None
     temperature: F32 | None = None
@@ -44,6 +47,7 @@ class GenerateParameters(WireRequest):
     top_n_tokens: U32 | None = None
     grammar: GrammarType | None = None
     adapter_id: str | None = None
+    """Only its type is checked: TGI without adapters ignores it, too."""
 
 
 class GenerateRequest(WireRequest):

@@ -1,4 +1,4 @@
-"""What every route may use: built once, before the first request, and never changed."""
+"""The objects that all routes share. They are built once, before the first request."""
 
 import re
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from engine.async_engine import AsyncEngine
 
 @dataclass(frozen=True, slots=True)
 class AppState:
+    """The objects that all routes share."""
+
     engine: AsyncEngine
     settings: Settings
     limits: Limits

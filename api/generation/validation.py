@@ -1,7 +1,7 @@
-"""A request's body becomes an engine `Request`, or a `ValidationError` in TGI's words.
+"""Turns a request body into an engine `Request`, or raises a `ValidationError` in TGI's words.
 
-The order of the checks is TGI's: the first failure is what the client sees. What comes
-out needs no second look anywhere behind it.
+The checks are in TGI's order, as the client sees the first that fails. Nothing after this module
+checks a request again.
 """
 
 import asyncio
@@ -18,7 +18,9 @@ from api.settings.config import MAX_COUNTED_NEW_TOKENS, Limits
 from engine.core.request import Request, SamplingParams, StoppingParams
 
 
-class Tokenizer(Protocol):
+class PromptTokenizer(Protocol):
+    """The part of the engine's tokenizer that encodes prompts."""
+
     def encode(
         self, text: str, truncate: int | None = None, add_special_tokens: bool = True
     ) -> list[int]: ...
@@ -26,24 +28,24 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a request of the OpenAI routes can say and TGI's own cannot."""
+    """The parameters that the OpenAI routes have and TGI's own routes do not."""
 
     add_special_tokens: bool = True
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     any_schema: bool = False
-    """A JSON schema need not list properties, as TGI demands."""
+    """Whether a JSON schema may have no `properties`, which TGI requires."""
 
 
 NO_EXTRAS = Extras()
 
 
 class Validator:
-    """Checks against fixed limits; tokenises in threads of its own."""
+    """Checks requests against fixed limits, and tokenises prompts in threads of its own."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: PromptTokenizer,
         grammars: GrammarValidator,
         limits: Limits,
         num_workers: int,
@@ -58,7 +60,7 @@ class Validator:
         self._grammars.close()
 
     def check_best_of(self, best_of: int) -> None:
-        """TGI looks at this before it asks for permits."""
+        """Check `best_of`, as TGI does before it takes a permit."""
         limit = self._limits.max_best_of
         if best_of <= 1:
             return
@@ -68,7 +70,7 @@ class Validator:
             raise ValidationError(f"`best_of` must be > 0 and <= {limit}. Given: {best_of}")
 
     def check_streamable(self, parameters: GenerateParameters) -> None:
-        """Likewise."""
+        """Check that a request can be streamed, as TGI does before it takes a permit."""
         if parameters.best_of not in (None, 1):
             raise ValidationError("`best_of` != 1 is not supported when streaming tokens")
         if parameters.decoder_input_details:
@@ -79,7 +81,10 @@ class Validator:
     async def validate(
         self, body: GenerateRequest, extras: Extras = NO_EXTRAS, *, logprobs: bool
     ) -> Request:
-        """`logprobs`: whether the response shows them, and top tokens, or chooses by them."""
+        """Check `body` and return the engine's request. Raises ValidationError.
+
+        `logprobs` tells whether the response shows logprobs or top tokens, or is chosen by them.
+        """
         parameters = body.parameters
         self._check_parameters(parameters)
         _check_penalty("presence_penalty", extras.presence_penalty)
@@ -176,7 +181,7 @@ def random_seed() -> int:
 
 
 def _mentions_sampling(parameters: GenerateParameters) -> bool:
-    """Enough for best_of, even where the values given leave the engine greedy."""
+    """Tell whether `best_of` is allowed, even if the given values leave the engine greedy."""
     return parameters.temperature is not None or _samples(parameters)
 
 

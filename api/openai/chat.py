@@ -1,4 +1,4 @@
-"""A chat's answer, on whatever route it came: in words, or as the call of a tool."""
+"""The answer to a chat, which is a text or the call of a tool."""
 
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ from api.openai.chat_stream import chat_frames
 from api.openai.payloads import (
     FINISH_REASONS,
     SYSTEM_FINGERPRINT,
-    envelope,
+    created_and_model,
     logprobs,
-    usage,
+    total_usage,
 )
 from api.openai.requests import ChatRequest
 from api.openai.responses import ChatCompletion, TextMessage, ToolMessage
@@ -28,13 +28,19 @@ from api.telemetry.observation import Caller
 
 
 class ChatAnswer(NamedTuple):
+    """The answer to a chat, with the prompt that led to it and the call that it was read as."""
+
     prompt: ChatPrompt
     answer: Answer
     call: Call | None
 
 
 async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
-    """Template and tools are refused by status even where a stream was asked for."""
+    """Answer a chat that came by any route.
+
+    An error of the template or the tools is reported by the status, even if a stream was asked
+    for.
+    """
     state = state_of(http)
     caller = caller_of(http, "chat_completions")
     state.observer.arrived()
@@ -47,16 +53,16 @@ async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
         frames = chat_frames(state, chat, prompt, caller)
         return sse.EventStream(frames, stream_headers(state, prompt.request))
     work = _answer(state, chat, prompt, caller)
-    said = await until_disconnect(http.receive, work)
-    headers = answer_headers(state, said.prompt.request, said.answer)
-    return json_response(_chat_completion(state, chat, said), headers)
+    answered = await until_disconnect(http.receive, work)
+    headers = answer_headers(state, answered.prompt.request, answered.answer)
+    return json_response(_chat_completion(state, chat, answered), headers)
 
 
 async def _answer(
     state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
 ) -> ChatAnswer:
-    """Where the model wants none of the tools, it is asked again without, and all that is
-    told is of that second generation.
+    """Generate the answer. If the model chooses none of the tools, generate it again without
+    tools; the headers and the usage are then those of the second generation.
     """
     answer = await _complete(state, chat, prompt, caller)
     if not prompt.uses_tools:
@@ -76,9 +82,9 @@ async def _complete(
     )
 
 
-def _chat_completion(state: AppState, chat: ChatRequest, said: ChatAnswer) -> ChatCompletion:
-    created, model = envelope(state, chat.model)
-    best = said.answer.best
+def _chat_completion(state: AppState, chat: ChatRequest, answered: ChatAnswer) -> ChatCompletion:
+    created, model = created_and_model(state, chat.model)
+    best = answered.answer.best
     return {
         "object": "chat.completion",
         "id": "",
@@ -88,12 +94,12 @@ def _chat_completion(state: AppState, chat: ChatRequest, said: ChatAnswer) -> Ch
         "choices": [
             {
                 "index": 0,
-                "message": _message(best.end.generated_text, said.call),
-                "logprobs": logprobs(best.outputs) if chat.logprobs else None,
+                "message": _message(best.end.generated_text, answered.call),
+                "logprobs": logprobs(best.tokens) if chat.logprobs else None,
                 "finish_reason": FINISH_REASONS[best.end.reason],
             }
         ],
-        "usage": usage(best.end),
+        "usage": total_usage(best.end),
     }
 
 

@@ -1,23 +1,23 @@
-"""A chat's answer as a stream of chunks, one for each token."""
+"""The answer to a chat as a stream of chunks, one for each token."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import orjson
 
-from api.generation.inference import split_end
 from api.generation.state import AppState
+from api.generation.streaming import stream_frames
 from api.http import sse
 from api.http.errors import REQUEST_ERRORS
 from api.openai.chat_prompt import ChatPrompt, prepare_without_tools
-from api.openai.messages import next_call_id
 from api.openai.payloads import (
     FINISH_REASONS,
     SYSTEM_FINGERPRINT,
-    envelope,
+    RunningUsage,
+    created_and_model,
     error_event,
     logprobs,
-    usage,
+    total_usage,
 )
 from api.openai.requests import ChatRequest
 from api.openai.responses import (
@@ -27,9 +27,7 @@ from api.openai.responses import (
     ToolDelta,
     Usage,
 )
-from api.openai.running_usage import RunningUsage, running_usage
-from api.openai.tool_stream import CallReader
-from api.openai.tools import NO_TOOL
+from api.openai.tools import NO_TOOL, CallReader, next_call_id
 from api.telemetry.observation import Caller
 from engine.core.request import Finished, TokenOutput
 
@@ -37,50 +35,54 @@ from engine.core.request import Finished, TokenOutput
 async def chat_frames(
     state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
 ) -> AsyncGenerator[bytes, None]:
-    """Whatever is pending becomes one write; an error is the last event but for [DONE].
+    """Yield the frames of the answer. An error is the last one before [DONE].
 
-    Where the model wants none of the tools, it is asked again without.
+    If the model chooses none of the tools, the chat is generated again without tools.
     """
-    try:
-        call = CallReader() if prompt.uses_tools else None
-        async with aclosing(_frames(state, chat, prompt, caller, call)) as frames:
+    call = CallReader() if prompt.uses_tools else None
+    async with aclosing(_frames(state, chat, prompt, caller, call)) as frames:
+        async for frame in frames:
+            if call is not None and call.name == NO_TOOL:
+                break
+            if frame:
+                yield frame
+    if call is not None and call.name == NO_TOOL:
+        async with aclosing(_frames_without_tools(state, chat, caller)) as frames:
             async for frame in frames:
                 yield frame
-        if call is not None and call.name == NO_TOOL:
-            prompt = await prepare_without_tools(state.engine.tokenizer, chat)
-            async with aclosing(_frames(state, chat, prompt, caller, None)) as frames:
-                async for frame in frames:
-                    yield frame
-    except REQUEST_ERRORS as problem:
-        yield error_event(problem)
     yield sse.DONE
 
 
-async def _frames(
+async def _frames_without_tools(
+    state: AppState, chat: ChatRequest, caller: Caller
+) -> AsyncGenerator[bytes, None]:
+    try:
+        prompt = await prepare_without_tools(state.engine.tokenizer, chat)
+    except REQUEST_ERRORS as problem:
+        yield error_event(problem)
+        return
+    async with aclosing(_frames(state, chat, prompt, caller, None)) as frames:
+        async for frame in frames:
+            yield frame
+
+
+def _frames(
     state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller, call: CallReader | None
 ) -> AsyncGenerator[bytes, None]:
-    """With `call`, that of a tool, unless it turns out to be of none: then nothing."""
-    running = running_usage(state.engine.tokenizer, chat, prompt.request, prompt.extras)
-    chunks = Chunks(state, chat, call, running)
+    """Generate. With `call` the chunks are those of a tool's call, else those of a text."""
+    running = RunningUsage() if chat.has_usage_in_every_chunk else None
     stream = state.inference.stream(
-        prompt.request, caller, prompt.extras, logprobs=bool(chat.logprobs)
+        prompt.request,
+        caller,
+        prompt.extras,
+        logprobs=bool(chat.logprobs),
+        on_validated=None if running is None else running.begin,
     )
-    async with aclosing(stream):
-        async for events in stream:
-            if running is not None:
-                await running.begin()
-            outputs, end = split_end(events)
-            frames = [chunks.token(output) for output in (outputs if end is None else outputs[:-1])]
-            if end is not None:
-                frames.append(chunks.last(outputs[-1], end))
-            if call is not None and call.name == NO_TOOL:
-                return
-            if frame := b"".join(frames):
-                yield frame
+    return stream_frames(stream, ChatFrameWriter(state, chat, call, running))
 
 
-class Chunks:
-    """Makes the frames of one stream. What they all repeat is made once."""
+class ChatFrameWriter:
+    """Writes the chunks of one stream. The part that all of them repeat is encoded once."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Chunks:
         call: CallReader | None,
         running: RunningUsage | None,
     ) -> None:
-        created, model = envelope(state, chat.model)
+        created, model = created_and_model(state, chat.model)
         head = {
             "object": "chat.completion.chunk",
             "id": "",
@@ -105,26 +107,35 @@ class Chunks:
         self._running = running
 
     def token(self, output: TokenOutput) -> bytes:
-        """Nothing, where a token is no part of a call's arguments."""
-        usage = self._usage()
+        """Return the chunk of a token, or nothing if it is no part of a call's arguments."""
+        usage = self._add_to_usage()
         delta = self._delta(output)
         return b"" if delta is None else self._frame(output, delta, None, usage)
 
     def last(self, output: TokenOutput, end: Finished) -> bytes:
-        """With the reason, in TGI missing from calls, and the usage's own chunk if wanted."""
-        running = self._usage()
+        """Return the chunk with the finish reason, and the chunk of the usage if it was asked for.
+
+        TGI leaves the reason out of the calls of tools.
+        """
+        usage = self._add_to_usage()
         delta = self._delta(output) or _text_delta("")
-        frame = self._frame(output, delta, FINISH_REASONS[end.reason], running)
+        frame = self._frame(output, delta, FINISH_REASONS[end.reason], usage)
         if self._includes_usage:
-            frame += self._chunk([], usage(end))
+            frame += self._chunk([], total_usage(end))
         return frame
+
+    def error(self, problem: Exception) -> bytes:
+        return error_event(problem)
+
+    def _add_to_usage(self) -> Usage | None:
+        return None if self._running is None else self._running.add_token()
 
     def _delta(self, output: TokenOutput) -> TextMessage | ToolDelta | None:
         text = "" if output.token.special else output.token.text
         if self._call is None:
             return _text_delta(text)
         is_first = self._call.name is None
-        arguments = self._call.push(text)
+        arguments = self._call.read(text)
         if arguments is None:
             return None
         return _tool_delta(self._call_id, self._call.name if is_first else None, arguments)
@@ -147,9 +158,6 @@ class Chunks:
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
         rest = orjson.dumps(choices, option=orjson.OPT_SERIALIZE_NUMPY)
         return self._head + rest + b',"usage":' + orjson.dumps(usage) + b"}\n\n"
-
-    def _usage(self) -> Usage | None:
-        return None if self._running is None else self._running.push()
 
 
 def _text_delta(text: str) -> TextMessage:

@@ -1,4 +1,4 @@
-"""Completions as one stream: the prompts' chunks between each other, as they come."""
+"""The completions of all prompts as one stream: their chunks alternate as they are generated."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -6,22 +6,21 @@ from contextlib import aclosing
 
 import orjson
 
-from api.generation.inference import split_end
 from api.generation.request import GenerateRequest
 from api.generation.state import AppState
+from api.generation.streaming import stream_frames
 from api.http import sse
 from api.http.disconnect import cancel
-from api.http.errors import REQUEST_ERRORS
 from api.openai.parameters import extras
 from api.openai.payloads import (
     SYSTEM_FINGERPRINT,
-    envelope,
+    RunningUsage,
+    created_and_model,
     error_event,
-    usage,
+    total_usage,
 )
 from api.openai.requests import CompletionRequest
 from api.openai.responses import CompletionChoice, Usage
-from api.openai.running_usage import RunningUsage, running_usage
 from api.telemetry.observation import Caller
 from engine.core.request import Finished, TokenOutput
 
@@ -31,51 +30,46 @@ Frames = AsyncGenerator[bytes, None]
 async def completion_frames(
     state: AppState, body: CompletionRequest, requests: Sequence[GenerateRequest], caller: Caller
 ) -> Frames:
-    """An error ends its own prompt's part alone; [DONE] ends all."""
-    wire = Wire(state)
+    """Yield the frames of all prompts. An error ends the part of its own prompt only."""
+    encoder = ChunkEncoder(state)
     ends: list[Finished] = []
     parts = [
-        _frames(state, body, request, caller, Chunks(wire, index), ends)
+        _frames(state, body, request, caller, encoder, index, ends)
         for index, request in enumerate(requests)
     ]
     async with aclosing(_merged(parts)) as frames:
         async for frame in frames:
             yield frame
     if body.includes_usage and len(ends) == len(requests):
-        yield wire.final([], usage(*ends))
+        yield encoder.last_chunk([], total_usage(*ends))
     yield sse.DONE
 
 
-async def _frames(
+def _frames(
     state: AppState,
     body: CompletionRequest,
     request: GenerateRequest,
     caller: Caller,
-    chunks: "Chunks",
+    encoder: "ChunkEncoder",
+    index: int,
     ends: list[Finished],
 ) -> Frames:
-    """Adds to `ends` when it has ended well."""
-    special = extras(body, add_special_tokens=True)
-    running = running_usage(state.engine.tokenizer, body, request, special)
-    try:
-        stream = state.inference.stream(request, caller, special, logprobs=False)
-        async with aclosing(stream):
-            async for events in stream:
-                if running is not None:
-                    await running.begin()
-                outputs, end = split_end(events)
-                tokens = outputs if end is None else outputs[:-1]
-                frames = [chunks.token(output, running) for output in tokens]
-                if end is not None:
-                    frames.append(chunks.last(outputs[-1], end))
-                    ends.append(end)
-                yield b"".join(frames)
-    except REQUEST_ERRORS as problem:
-        yield error_event(problem)
+    """Generate the completion of one prompt. Its end is added to `ends`, unless it fails."""
+    running = RunningUsage() if body.has_usage_in_every_chunk else None
+    stream = state.inference.stream(
+        request,
+        caller,
+        extras(body, add_special_tokens=True),
+        logprobs=False,
+        on_validated=None if running is None else running.begin,
+    )
+    return stream_frames(stream, CompletionFrameWriter(encoder, index, running, ends))
 
 
 async def _merged(parts: Sequence[Frames]) -> Frames:
-    """What any of `parts` yields; what waits together is yielded together."""
+    """Run all `parts` at the same time and yield their frames. Frames that are pending at the same
+    time are yielded in one piece.
+    """
     if len(parts) == 1:
         async with aclosing(parts[0]) as frames:
             async for frame in frames:
@@ -99,7 +93,7 @@ async def _merged(parts: Sequence[Frames]) -> Frames:
 
 
 async def _pump(part: Frames, arrived: "asyncio.Queue[bytes | None]") -> None:
-    """None is put behind the last."""
+    """Put the frames of `part` into `arrived`, and None after the last one."""
     try:
         async with aclosing(part) as frames:
             async for frame in frames:
@@ -108,40 +102,56 @@ async def _pump(part: Frames, arrived: "asyncio.Queue[bytes | None]") -> None:
         arrived.put_nowait(None)
 
 
-class Wire:
-    """What every chunk of the stream repeats, made once, in TGI's two orders of keys."""
+class ChunkEncoder:
+    """Encodes the chunks of all prompts. The parts that all of them repeat are encoded once.
+
+    TGI has the keys of the last chunk in another order than those of the others.
+    """
 
     def __init__(self, state: AppState) -> None:
-        created, model = envelope(state)
+        created, model = created_and_model(state)
         first = {"object": "text_completion", "id": "", "created": created}
         second = {"model": model, "system_fingerprint": SYSTEM_FINGERPRINT}
         self._head = b"data: " + orjson.dumps(first)[:-1]
         self._model = b"," + orjson.dumps(second)[1:-1]
 
     def chunk(self, choice: CompletionChoice, usage: Usage | None) -> bytes:
-        counted = b"" if usage is None else b',"usage":' + orjson.dumps(usage)
+        usage_json = b"" if usage is None else b',"usage":' + orjson.dumps(usage)
         choices = b',"choices":' + orjson.dumps([choice])
-        return self._head + choices + self._model + counted + b"}\n\n"
+        return self._head + choices + self._model + usage_json + b"}\n\n"
 
-    def final(self, choices: list[CompletionChoice], usage: Usage) -> bytes:
-        told = {"choices": choices, "usage": usage}
-        return self._head + self._model + b"," + orjson.dumps(told)[1:] + b"\n\n"
+    def last_chunk(self, choices: list[CompletionChoice], usage: Usage) -> bytes:
+        rest = {"choices": choices, "usage": usage}
+        return self._head + self._model + b"," + orjson.dumps(rest)[1:] + b"\n\n"
 
 
-class Chunks:
-    """Makes the frames of one prompt."""
+class CompletionFrameWriter:
+    """Writes the chunks of one prompt, and adds its end to `ends`."""
 
-    def __init__(self, wire: Wire, index: int) -> None:
-        self._wire = wire
+    def __init__(
+        self,
+        encoder: ChunkEncoder,
+        index: int,
+        running: RunningUsage | None,
+        ends: list[Finished],
+    ) -> None:
+        self._encoder = encoder
         self._index = index
+        self._running = running
+        self._ends = ends
 
-    def token(self, output: TokenOutput, running: RunningUsage | None) -> bytes:
-        usage = None if running is None else running.push()
-        return self._wire.chunk(self._choice(output, ""), usage)
+    def token(self, output: TokenOutput) -> bytes:
+        usage = None if self._running is None else self._running.add_token()
+        return self._encoder.chunk(self._choice(output, ""), usage)
 
     def last(self, output: TokenOutput, end: Finished) -> bytes:
-        """The reason in TGI's own words here, not in OpenAI's."""
-        return self._wire.final([self._choice(output, end.reason.value)], usage(end))
+        """Return the chunk with the finish reason, which TGI gives in its own words here."""
+        self._ends.append(end)
+        choice = self._choice(output, end.reason.value)
+        return self._encoder.last_chunk([choice], total_usage(end))
+
+    def error(self, problem: Exception) -> bytes:
+        return error_event(problem)
 
     def _choice(self, output: TokenOutput, reason: str) -> CompletionChoice:
         return {

@@ -1,4 +1,4 @@
-"""Completions of one prompt or several, each a generation of its own."""
+"""The answer to a completion of one or several prompts, each a generation of its own."""
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -16,8 +16,8 @@ from api.openai.parameters import extras, generate_parameters
 from api.openai.payloads import (
     FINISH_REASONS,
     SYSTEM_FINGERPRINT,
-    envelope,
-    usage,
+    created_and_model,
+    total_usage,
 )
 from api.openai.requests import CompletionRequest
 from api.openai.responses import Completion
@@ -25,7 +25,10 @@ from api.telemetry.observation import Caller
 
 
 async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Response:
-    """Raises Refused for what is looked at before any generation begins."""
+    """Answer a completion that came by any route.
+
+    Raises Refused for a body that is refused before any generation begins.
+    """
     state = state_of(http)
     state.observer.arrived()
     _check(body, state.settings.max_client_batch_size)
@@ -62,7 +65,7 @@ def _requests(body: CompletionRequest) -> list[GenerateRequest]:
 async def _answers(
     state: AppState, body: CompletionRequest, requests: list[GenerateRequest], caller: Caller
 ) -> list[Answer]:
-    """In the order of the prompts, where TGI has them in that of their ends."""
+    """Return the answers in the order of the prompts. TGI has them in the order of their ends."""
     special = extras(body, add_special_tokens=True)
     return await all_together(
         state.inference.complete(request, caller, special, logprobs=False) for request in requests
@@ -70,7 +73,7 @@ async def _answers(
 
 
 def _completion(state: AppState, answers: list[Answer]) -> Completion:
-    created, model = envelope(state)
+    created, model = created_and_model(state)
     ends = [answer.best.end for answer in answers]
     return {
         "object": "text_completion",
@@ -87,5 +90,5 @@ def _completion(state: AppState, answers: list[Answer]) -> Completion:
             }
             for index, end in enumerate(ends)
         ],
-        "usage": usage(*ends),
+        "usage": total_usage(*ends),
     }

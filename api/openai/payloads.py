@@ -1,55 +1,75 @@
-"""What the JSON of all OpenAI routes has in common: reasons, usage, logprobs, errors."""
+"""The JSON that all OpenAI routes have in common: finish reasons, usage, logprobs, errors."""
 
 import time
-from typing import NamedTuple
 
 from api.generation.contract import TGI_VERSION, f32
 from api.generation.state import AppState
 from api.http import sse
 from api.http.errors import wire_error
-from api.openai.parameters import SERVED_MODEL
 from api.openai.responses import Logprobs, TokenLogprob, Usage
-from engine.core.request import Finished, FinishReason, TokenOutput
+from engine.core.request import Finished, FinishReason, Request, TokenOutput
 
 SYSTEM_FINGERPRINT = f"{TGI_VERSION}-native"
+
+_ANY_MODEL = "tgi"
+"""The model's name that clients send if they must send one and do not know it."""
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop_sequence",
 }
-"""TGI's. OpenAI's would have a stop sequence end with `stop`, and a call with `tool_calls`."""
+"""TGI's finish reasons. OpenAI itself has `stop` for a stop sequence, `tool_calls` for a call."""
 
 
-class Envelope(NamedTuple):
-    """What every answer and every chunk of a stream repeats."""
+class RunningUsage:
+    """Counts the usage so far, for streams that report it in every chunk as vLLM does."""
 
-    created: int
-    model: str
+    def __init__(self) -> None:
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    def begin(self, request: Request) -> None:
+        """Take the length of the prompt, which the engine reports with the last token only."""
+        self._num_prompt_tokens = len(request.prompt_ids)
+
+    def add_token(self) -> Usage:
+        """Count one more token and return the usage with it."""
+        self._num_generated_tokens += 1
+        return _usage(self._num_prompt_tokens, self._num_generated_tokens)
 
 
-def envelope(state: AppState, model: str | None = None) -> Envelope:
-    """`model` as the request named it, where the answer repeats that."""
+def created_and_model(state: AppState, model: str | None = None) -> tuple[int, str]:
+    """Return the time and the model's name, which a response repeats in all its chunks.
+
+    The name is `model`, as the request gave it, or that of the served model.
+    """
     served = state.engine.model.model_id
-    return Envelope(int(time.time()), served if model in (None, SERVED_MODEL) else model)
+    return int(time.time()), served if model in (None, _ANY_MODEL) else model
 
 
-def usage(*ends: Finished) -> Usage:
-    return usage_of(
+def total_usage(*ends: Finished) -> Usage:
+    """Return the usage of all generations of a request."""
+    return _usage(
         sum(end.num_prompt_tokens for end in ends), sum(end.num_generated_tokens for end in ends)
     )
 
 
-def usage_of(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
+def logprobs(outputs: list[TokenOutput]) -> Logprobs:
+    return {"content": [_token_logprob(output) for output in outputs]}
+
+
+def error_event(problem: Exception) -> bytes:
+    """Return the event that reports an error in a stream. Its status is always TGI's 422."""
+    return sse.event({"error": {"message": wire_error(problem).error, "http_status_code": 422}})
+
+
+def _usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
     }
-
-
-def logprobs(outputs: list[TokenOutput]) -> Logprobs:
-    return {"content": [_token_logprob(output) for output in outputs]}
 
 
 def _token_logprob(output: TokenOutput) -> TokenLogprob:
@@ -60,8 +80,3 @@ def _token_logprob(output: TokenOutput) -> TokenLogprob:
             {"token": top.text, "logprob": f32(top.logprob)} for top in output.top_tokens
         ],
     }
-
-
-def error_event(problem: Exception) -> bytes:
-    """In a stream, whatever went wrong is a 422 to TGI."""
-    return sse.event({"error": {"message": wire_error(problem).error, "http_status_code": 422}})

@@ -1,8 +1,8 @@
-"""What the OpenAI routes take: TGI's models, and what OpenAI's own clients send besides.
+"""The request bodies of the OpenAI routes: TGI's, and what OpenAI's own clients send in addition.
 
-Wider than TGI: null is as good as absent for every optional field, `stop` may be one
-string, `response_format` comes in either's shape. What is not named here is ignored,
-`logit_bias` and `user` among it.
+They accept more than TGI: null equals absent for every optional field, `stop` may be one string,
+and `response_format` may have TGI's shape or OpenAI's. Unknown fields are ignored, `logit_bias`
+and `user` among them.
 """
 
 from typing import Annotated, Any, Literal
@@ -44,16 +44,16 @@ def _list_of_prompts(value: object) -> object:
 class StreamOptions(WireRequest):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """A usage in every chunk, as vLLM has it."""
+    """Whether every chunk has the usage so far, as in vLLM."""
 
 
 class OpenAIRequest(WireRequest):
-    """What chats and completions have in common."""
+    """The fields that chats and completions have in common."""
 
     model: str | None = None
     max_tokens: U32 | None = None
     max_completion_tokens: U32 | None = None
-    """The newer name of `max_tokens`, and the stronger one."""
+    """The newer name of `max_tokens`. If both are given, this one counts."""
     temperature: F32 | None = None
     top_p: F32 | None = None
     frequency_penalty: F32 | None = None
@@ -74,7 +74,7 @@ class OpenAIRequest(WireRequest):
 
 
 class FunctionDefinition(WireRequest):
-    """Of a tool, whose `arguments` are a schema, or of a call, which has them as such."""
+    """The function of a tool or of a call. The `arguments` of a tool are their JSON schema."""
 
     description: str | None = None
     name: str
@@ -112,7 +112,7 @@ Chunk = Annotated[TextChunk | ImageChunk, Field(discriminator="type")]
 
 
 class Message(WireRequest):
-    """`content` may be null, but is absent only where there are calls."""
+    """A message of a chat. Its `content` may be null, but may be absent only if there are calls."""
 
     role: str
     content: str | list[Chunk] | None = None
@@ -148,7 +148,9 @@ class OpenAISchema(WireRequest):
 
 
 class ResponseFormat(WireRequest):
-    """TGI's has a `value`, OpenAI's a `json_schema` or nothing: any object."""
+    """TGI's format, which has a `value`, or OpenAI's, which has a `json_schema` or neither. A
+    `json_object` that has neither means any object.
+    """
 
     type: Literal["json", "json_object", "regex", "json_schema", "text"]
     value: JsonValue = None

@@ -1,4 +1,4 @@
-"""What the OpenAI routes answer: typed dicts, in the order of TGI's keys."""
+"""The JSON of the OpenAI routes' responses: typed dicts in the order of TGI's keys."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes, as TGI answers them: chats, completions and the one model."""
+"""The OpenAI routes as TGI answers them: chats, completions and the list of the one model."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
@@ -46,7 +46,7 @@ async def completions(http: HttpRequest) -> Response:
 
 
 async def models(http: HttpRequest) -> Response:
-    """The model that is served."""
+    """List the model that is served."""
     served = state_of(http).engine.model.model_id
     model = {"id": served, "object": "model", "created": 0, "owned_by": served}
     return json_response({"object": "list", "data": [model]})

@@ -1,21 +1,25 @@
-"""Tools: which are offered, the grammar that makes the model call one, and the call it made.
+"""Tools: the offered ones, the grammar that makes the model call one, and the call it made.
 
-What is generated is `{"function": {"_name": "f", "a": 1}}`: the name in a property of its
-own, first, so that a stream can tell early which tool it is. Where the choice is the
-model's, one more tool stands for an answer in words.
+The model generates `{"function": {"_name": "f", "a": 1}}`. The name is a property of its own and
+comes first, so that a stream can tell early which tool is called. If the model may choose not to
+call a tool, it is offered one more, `no_tool`, which stands for an answer in words.
 """
 
+import re
+import uuid
 from typing import Any, NamedTuple
 
+import orjson
 import pydantic_core
 from pydantic import JsonValue
 
 from api.generation.request import GrammarType
 from api.http.errors import ToolError
 from api.http.serde import json_text
-from api.openai.messages import function_json
-from api.openai.parameters import ANY_OBJECT
-from api.openai.requests import FunctionDefinition, NamedTool, Tool
+from api.openai.requests import FunctionDefinition, Message, NamedTool, Tool
+
+ANY_OBJECT: dict[str, JsonValue] = {"type": "object"}
+"""The JSON schema of an object with any properties."""
 
 NO_TOOL = "no_tool"
 _NO_TOOL = Tool(
@@ -31,15 +35,21 @@ DEFAULT_PROMPT = (
 )
 
 
+_NAME = re.compile(r'\s*\{\s*"function"\s*:\s*\{\s*"_name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+
+
 class Call(NamedTuple):
-    """`arguments` are JSON."""
+    """The call of a tool. `arguments` is a string of JSON."""
 
     name: str
     arguments: str
 
 
-def offered(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
-    """Those that the model may choose of; none at all means plain text. Raises ToolError."""
+def offered_tools(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
+    """Return the tools that the model may choose from. If there is none, it answers in words.
+
+    Raises ToolError if `choice` names a tool that is not there.
+    """
     if not tools:
         return []
     match choice:
@@ -56,15 +66,26 @@ def offered(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
 
 
 def template_tools(tools: list[Tool]) -> list[dict[str, Any]]:
-    """As TGI describes them to the model."""
+    """Describe `tools` to a chat template as TGI does."""
     return [
         {"type": tool.type, "function": function_json(tool.function, _schema(tool))}
         for tool in tools
     ]
 
 
+def function_json(function: FunctionDefinition, arguments: object) -> dict[str, Any]:
+    """Return TGI's JSON of a function. Its `arguments` are encoded as a string of JSON, even if
+    they are a string already.
+    """
+    return {
+        "description": function.description,
+        "name": function.name,
+        "arguments": json_text(arguments),
+    }
+
+
 def tool_grammar(tools: list[Tool]) -> GrammarType:
-    """A JSON schema of calls of any of `tools`."""
+    """Return the JSON schema of a call of any of `tools`."""
     functions: dict[str, JsonValue] = {
         str(n): _call_schema(tool, f"#/$defs/{n}") for n, tool in enumerate(tools)
     }
@@ -79,7 +100,7 @@ def tool_grammar(tools: list[Tool]) -> GrammarType:
 
 
 def parse_call(text: str) -> Call:
-    """Raises ToolError where the text was cut short."""
+    """Read a generated call. Raises ToolError if the text was cut short."""
     try:
         call = pydantic_core.from_json(text, allow_inf_nan=False)
         function = call["function"]
@@ -91,6 +112,60 @@ def parse_call(text: str) -> Call:
         raise _unparsable("missing field `function`", text) from None
 
 
+def next_call_id(messages: list[Message]) -> str:
+    """Return one more than the highest id of the calls so far, or a UUID if one is no number."""
+    ids = [call.id for message in messages for call in message.tool_calls or ()]
+    if not all(id.isascii() and id.isdigit() for id in ids):
+        return str(uuid.uuid4())
+    return str(max((int(id) + 1 for id in ids), default=0))
+
+
+class CallReader:
+    """Reads a generated call, `{"function": {"_name": "f", "a": 1}}`, token by token.
+
+    It returns the text of the arguments, `{"a": 1}`, as they arrive: nothing until the `name` is
+    known, and nothing once the call `is_complete`.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.is_complete = False
+        self._pieces: list[str] = []
+        self._is_at_first_argument = False
+
+    def read(self, text: str) -> str | None:
+        """Return the part of the arguments that `text` completes, or None."""
+        if self.is_complete:
+            return None
+        self._pieces.append(text)
+        if self.name is not None:
+            return self._arguments(text)
+        whole = "".join(self._pieces)
+        found = _NAME.match(whole)
+        if found is None:
+            return None
+        self.name = orjson.loads(found[1])
+        self._is_at_first_argument = True
+        return "{" + self._arguments(whole[found.end() :])
+
+    def _arguments(self, text: str) -> str:
+        if "}" in text and self._is_json():
+            self.is_complete = True
+            text = text.rstrip().removesuffix("}")
+        if self._is_at_first_argument:
+            text = text.lstrip()
+            self._is_at_first_argument = not text
+            text = text.removeprefix(",")
+        return text
+
+    def _is_json(self) -> bool:
+        try:
+            orjson.loads("".join(self._pieces))
+        except orjson.JSONDecodeError:
+            return False
+        return True
+
+
 def _named(tools: list[Tool], name: str) -> Tool:
     for tool in tools:
         if tool.function.name == name:
@@ -99,13 +174,15 @@ def _named(tools: list[Tool], name: str) -> Tool:
 
 
 def _schema(tool: Tool) -> JsonValue:
-    """OpenAI lets a tool without arguments say nothing of them."""
+    """Return the schema of a tool's arguments, which OpenAI allows to be absent."""
     arguments = tool.function.arguments
     return ANY_OBJECT if arguments is None else arguments
 
 
 def _call_schema(tool: Tool, place: str) -> JsonValue:
-    """The tool's schema with its name in front, at `place` within the grammar's."""
+    """Return a tool's schema with its name as first property, to stand at `place` in the grammar's
+    schema.
+    """
     schema = _schema(tool)
     own = schema if isinstance(schema, dict) else {}
     properties, required = own.get("properties"), own.get("required")
@@ -123,7 +200,9 @@ def _call_schema(tool: Tool, place: str) -> JsonValue:
 
 
 def _moved(schema: JsonValue, place: str) -> JsonValue:
-    """References are from the root, which is no longer the tool's own."""
+    """Let the references of `schema` start at `place`: they are relative to the root, which is no
+    longer the tool's own schema.
+    """
     if isinstance(schema, list):
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, dict):

@@ -1,8 +1,10 @@
-"""The engine's events as TGI's JSON: a finished request's answer, and each streamed token."""
+"""TGI's JSON of a finished request, and TGI's event of each streamed token."""
 
 from api.generation.contract import f32
-from api.generation.inference import Answer, Completion
+from api.generation.inference import Answer, CompletionOutput
 from api.generation.request import GenerateRequest
+from api.http import sse
+from api.http.errors import wire_error
 from api.tgi.schemas import (
     BestOfSequence,
     Details,
@@ -20,34 +22,48 @@ def wants_details(body: GenerateRequest) -> bool:
 
 
 def generate_response(body: GenerateRequest, answer: Answer) -> GenerateResponse:
-    """The first completion is the answer, the others are its `best_of_sequences`."""
+    """Return the best completion as the answer, with the others as its `best_of_sequences`."""
     response: GenerateResponse = {"generated_text": _full_text(body, answer.best.end)}
     if wants_details(body):
         response["details"] = _details(body, answer)
     return response
 
 
-def stream_response(
+class GenerateFrameWriter:
+    """Writes the frames of a stream: one for each token, numbered from 1."""
+
+    def __init__(self, body: GenerateRequest) -> None:
+        self._body = body
+        self._index = 0
+
+    def token(self, output: TokenOutput) -> bytes:
+        self._index += 1
+        return sse.event(_stream_response(self._index, output))
+
+    def last(self, output: TokenOutput, end: Finished) -> bytes:
+        self._index += 1
+        details = _stream_details(end) if self._body.parameters.details else None
+        text = _full_text(self._body, end)
+        return sse.event(_stream_response(self._index, output, text, details))
+
+    def error(self, problem: Exception) -> bytes:
+        return sse.event(wire_error(problem).json())
+
+
+def _stream_response(
     index: int, output: TokenOutput, text: str | None = None, details: StreamDetails | None = None
 ) -> StreamResponse:
-    """One token; `text` and `details` belong to the last one."""
-    token = token_json(output.token)
+    """Return the event of one token. Only the last one has a `text` and may have `details`."""
+    token = _token_json(output.token)
     if not output.top_tokens:
         return {"index": index, "token": token, "generated_text": text, "details": details}
     return {
         "index": index,
         "token": token,
-        "top_tokens": [token_json(top) for top in output.top_tokens],
+        "top_tokens": [_token_json(top) for top in output.top_tokens],
         "generated_text": text,
         "details": details,
     }
-
-
-def last_stream_response(
-    body: GenerateRequest, index: int, output: TokenOutput, end: Finished
-) -> StreamResponse:
-    details = _stream_details(end) if body.parameters.details else None
-    return stream_response(index, output, _full_text(body, end), details)
 
 
 def _full_text(body: GenerateRequest, end: Finished) -> str:
@@ -73,7 +89,7 @@ def _details(body: GenerateRequest, answer: Answer) -> Details:
 
 
 def _best_of_sequence(
-    body: GenerateRequest, other: Completion, prefill: list[PrefillTokenJson]
+    body: GenerateRequest, other: CompletionOutput, prefill: list[PrefillTokenJson]
 ) -> BestOfSequence:
     sequence: BestOfSequence = {
         "generated_text": _full_text(body, other.end),
@@ -97,18 +113,18 @@ def _stream_details(end: Finished) -> StreamDetails:
     }
 
 
-def _tokens(completion: Completion) -> list[TokenJson]:
-    return [token_json(output.token) for output in completion.outputs]
+def _tokens(completion: CompletionOutput) -> list[TokenJson]:
+    return [_token_json(output.token) for output in completion.tokens]
 
 
-def _top_tokens(completion: Completion) -> list[list[TokenJson]]:
-    return [[token_json(token) for token in output.top_tokens] for output in completion.outputs]
+def _top_tokens(completion: CompletionOutput) -> list[list[TokenJson]]:
+    return [[_token_json(token) for token in output.top_tokens] for output in completion.tokens]
 
 
 def _prefill_token(token: Token) -> PrefillTokenJson:
     return {"id": token.id, "text": token.text, "logprob": f32(token.logprob)}
 
 
-def token_json(token: Token) -> TokenJson:
+def _token_json(token: Token) -> TokenJson:
     id, text, logprob, special = token
     return {"id": id, "text": text, "logprob": f32(logprob), "special": special}

@@ -1,7 +1,7 @@
 """GET /metrics: the text format of Prometheus as TGI's exporter writes it.
 
-prometheus_client's own writer ends a counter's name with `_total` and adds when it was
-created, which TGI's dashboards do not ask for.
+prometheus_client's own writer appends `_total` to the names of counters and adds the time of their
+creation; TGI's dashboards expect neither.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from api.generation.state import state_of
 router = APIRouter()
 
 
-# Not `async`: a scrape takes milliseconds, and so takes them in a thread.
+# Not `async`: a scrape takes milliseconds, so it runs in a thread.
 def metrics(http: HttpRequest) -> PlainTextResponse:
     """Prometheus metrics."""
     return PlainTextResponse(exposition(state_of(http).observer.metrics.registry))
@@ -29,6 +29,7 @@ router.add_api_route("/metrics", metrics, methods=["HEAD"], include_in_schema=Fa
 
 
 def exposition(registry: CollectorRegistry) -> str:
+    """Return all metrics of `registry` in the text format."""
     return "".join(line for metric in registry.collect() for line in _lines(metric))
 
 
@@ -46,7 +47,7 @@ def _name(metric: Metric, sample: Sample) -> str:
 
 
 def _labels(sample: Sample) -> str:
-    """Every value is one of ours, so none needs to be escaped."""
+    """Return the labels. Their values are constants of this program and need no escaping."""
     if not sample.labels:
         return ""
     labels = (
@@ -57,7 +58,7 @@ def _labels(sample: Sample) -> str:
 
 
 def _bound(text: str) -> str:
-    """prometheus_client writes 1.0 and 1.234567e+06 where TGI has 1 and 1234567."""
+    """Return a bucket's bound as TGI writes it: 1 and 1234567 instead of 1.0 and 1.234567e+06."""
     return text if text == "+Inf" else _number(float(text))
 
 

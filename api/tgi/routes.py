@@ -1,12 +1,9 @@
 """TGI's own routes: /generate, /generate_stream, / (either), /health, /ping and /info.
 
-Follows the router of Text Generation Inference 3 to the byte. A plain route tells
-errors by status; a stream has answered 200 before it looks at its request, and tells
-them as its last event.
+The routes follow the router of Text Generation Inference 3 to the byte. A plain route reports
+an error by its status. A stream has answered 200 before it validates its request, and reports
+an error as its last event.
 """
-
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import orjson
 from fastapi import APIRouter
@@ -16,21 +13,15 @@ from starlette.responses import Response
 
 from api.generation.contract import ERRORS, TGI_VERSION
 from api.generation.headers import answer_headers, caller_of, stream_headers
-from api.generation.inference import Answer, split_end
+from api.generation.inference import Answer
 from api.generation.request import CompatGenerateRequest, GenerateRequest
 from api.generation.state import AppState, state_of
+from api.generation.streaming import stream_frames
 from api.http import sse
 from api.http.body import read_body
 from api.http.disconnect import until_disconnect
-from api.http.errors import REQUEST_ERRORS, wire_error
 from api.http.responses import json_response
-from api.telemetry.observation import Caller
-from api.tgi.payloads import (
-    generate_response,
-    last_stream_response,
-    stream_response,
-    wants_details,
-)
+from api.tgi.payloads import GenerateFrameWriter, generate_response, wants_details
 from api.tgi.schemas import GenerateResponse, Info, StreamResponse
 
 BODIES: dict[str, type[BaseModel]] = {
@@ -38,7 +29,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/generate_stream": GenerateRequest,
     "/": CompatGenerateRequest,
 }
-"""What each POST route takes, for the OpenAPI document."""
+"""The body that each POST route takes, for the OpenAPI document."""
 
 router = APIRouter()
 
@@ -62,12 +53,13 @@ async def generate_stream(http: HttpRequest) -> Response:
 
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
 async def compat_generate(http: HttpRequest) -> Response:
-    """As /generate_stream if `stream` is true, else as /generate with the answer in a list."""
+    """Answer like /generate_stream if `stream` is true, else like /generate with a list of one."""
     limit = state_of(http).settings.payload_limit
     return await answer_compat(http, await read_body(http, CompatGenerateRequest, limit))
 
 
 async def answer_compat(http: HttpRequest, body: CompatGenerateRequest) -> Response:
+    """Answer a request of `/`, whatever route it came by."""
     state = state_of(http)
     body = _with_default_full_text(body, state.engine.model.pipeline_tag)
     if body.stream:
@@ -77,16 +69,17 @@ async def answer_compat(http: HttpRequest, body: CompatGenerateRequest) -> Respo
 
 
 async def health(http: HttpRequest) -> Response:
-    """200 while tokens can be made; else 503, and why. `reason` is ours, the rest is TGI's."""
+    """Answer 200 while tokens can be generated, else 503 and why."""
     status = state_of(http).engine.status()
     if status.healthy:
         return Response()
+    # TGI's body, but for `reason`.
     down = {"error": "unhealthy", "error_type": "healthcheck", "reason": status.reason}
     return Response(orjson.dumps(down), 503, media_type="application/json")
 
 
 async def info(http: HttpRequest) -> Response:
-    """The model, and the limits of a request."""
+    """Return the model and the limits of a request."""
     return json_response(_info(state_of(http)))
 
 
@@ -104,34 +97,18 @@ async def _complete(http: HttpRequest, body: GenerateRequest) -> Answer:
 
 def _event_stream(http: HttpRequest, body: GenerateRequest) -> Response:
     state = state_of(http)
-    return sse.EventStream(
-        _frames(state, body, caller_of(http, "generate_stream")), stream_headers(state, body)
-    )
-
-
-async def _frames(
-    state: AppState, body: GenerateRequest, caller: Caller
-) -> AsyncGenerator[bytes, None]:
-    """Whatever is pending becomes one write; an error is the last event."""
-    index = 1
-    try:
-        async with aclosing(state.inference.stream(body, caller, logprobs=True)) as stream:
-            async for events in stream:
-                outputs, end = split_end(events)
-                frames = [sse.event(stream_response(n, o)) for n, o in enumerate(outputs, index)]
-                index += len(outputs)
-                if end is not None:
-                    last = last_stream_response(body, index - 1, outputs[-1], end)
-                    frames[-1] = sse.event(last)
-                yield b"".join(frames)
-    except REQUEST_ERRORS as problem:
-        yield sse.event(wire_error(problem).json())
+    stream = state.inference.stream(body, caller_of(http, "generate_stream"), logprobs=True)
+    frames = stream_frames(stream, GenerateFrameWriter(body))
+    return sse.EventStream(frames, stream_headers(state, body))
 
 
 def _with_default_full_text(
     body: CompatGenerateRequest, pipeline_tag: str | None
 ) -> CompatGenerateRequest:
-    """On this route a text generation model, or an unknown one, repeats the prompt."""
+    """Set `return_full_text` if it is absent.
+
+    On this route TGI repeats the prompt if the model is for text generation or of an unknown kind.
+    """
     if body.parameters.return_full_text is not None:
         return body
     full_text = pipeline_tag in (None, "text-generation")

@@ -20,12 +20,11 @@ from pathlib import Path
 from api.generation.state import AppState
 from engine.async_engine import AsyncEngine
 from engine.core.request import (
-    Event,
+    Delivery,
     Failed,
     Request,
     SamplingParams,
     StoppingParams,
-    TokenOutput,
 )
 
 _RUNS = 8
@@ -123,7 +122,7 @@ async def _run(engine: AsyncEngine, run: int, concurrency: int, seconds: float) 
     with ExitStack() as running:
         running.enter_context(engine.admit(concurrency))
         generations = [running.enter_context(engine.submit(request)) for request in requests]
-        readers = (_count(g.events(), counts, n) for n, g in enumerate(generations))
+        readers = (_count(g.deliveries(), counts, n) for n, g in enumerate(generations))
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.gather(*readers)
@@ -136,11 +135,11 @@ async def _run(engine: AsyncEngine, run: int, concurrency: int, seconds: float) 
     return sum(counts) / elapsed
 
 
-async def _count(events: AsyncIterator[list[Event]], counts: list[int], n: int) -> None:
-    async for arrived in events:
-        if isinstance(arrived[-1], Failed):
-            raise BenchmarkFailed(arrived[-1].message)
-        counts[n] += sum(isinstance(event, TokenOutput) for event in arrived)
+async def _count(deliveries: AsyncIterator[Delivery], counts: list[int], n: int) -> None:
+    async for tokens, end in deliveries:
+        if isinstance(end, Failed):
+            raise BenchmarkFailed(end.message)
+        counts[n] += len(tokens)
 
 
 def _request(engine: AsyncEngine, request_id: str) -> Request:

@@ -155,3 +155,13 @@ class Failed:
 
 
 Event = TokenOutput | Finished | Failed
+
+
+class Delivery(NamedTuple):
+    """What a request receives at one time: its next tokens, and its end once that is reached.
+
+    A delivery is never empty, and a `Finished` comes together with the last token.
+    """
+
+    tokens: list[TokenOutput]
+    end: Finished | Failed | None

@@ -1,4 +1,4 @@
-"""Two ways to call the application in its own process, without a socket."""
+"""Two ways to call the application in the same process, without a socket."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -33,9 +33,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Connection:
-    """One request over bare ASGI, which can go away at any moment.
+    """A client with one request over bare ASGI, which can go away at any moment.
 
-    With `partial` its body never ends; it reads `num_reads` messages and no more.
+    With `partial` its body never ends. It reads only the first `num_reads` messages, if given.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Connection:
         self._call = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def go_away(self) -> None:
-        """Returns when the application has let go of the request."""
+        """Close the connection, and return when the application has dropped the request."""
         self._gone.set()
         await self.finished()
 

@@ -1,4 +1,4 @@
-"""What every test of the HTTP side gets: a bare environment and a leak detector."""
+"""Fixtures for all tests of the HTTP server: a bare environment and a leak detector."""
 
 from collections.abc import Iterator
 
@@ -20,8 +20,8 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _everything_given_back() -> Iterator[None]:
-    """Whatever a test does, no permit and no generation outlives it."""
+def _leak_detector() -> Iterator[None]:
+    """Check after each test that every permit was given back and every generation closed."""
     ScriptedEngine.made.clear()
     yield
     for engine in ScriptedEngine.made:

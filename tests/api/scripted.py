@@ -1,7 +1,7 @@
-"""A test double of the async engine: it says what its script says, and counts.
+"""A test double of the async engine, which plays a script and counts its use.
 
-A script is a list of event lists, one for each step; `HOLD` in their place keeps the
-generation waiting for ever. Prompts are tokenised by words, with one token in front.
+A script is a list of steps, each a list of events. The step `HOLD` lets the generation wait until
+the engine gives up. Prompts are tokenised by words, with a BOS token in front.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from engine.core.metrics import (
     StepFigures,
 )
 from engine.core.request import (
+    Delivery,
     Event,
     Failed,
     Finished,
@@ -52,7 +53,7 @@ def finished(
     reason: FinishReason = FinishReason.LENGTH,
     seed: int | None = None,
 ) -> Finished:
-    """The engine fills in the length of the prompt."""
+    """Return the end of a generation. The engine fills in the length of the prompt."""
     return Finished(reason, text, 0, count, seed, queue_s=0.25, inference_s=0.5)
 
 
@@ -61,7 +62,7 @@ def two_tokens(_: Request) -> Sequence[list[Event]]:
 
 
 class WordTokenizer:
-    """`gate` holds every encoding back while it is clear."""
+    """Tokenises by words. Encoding waits while `gate` is clear, and raises `error` if it is set."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -69,19 +70,19 @@ class WordTokenizer:
         self.error: Exception | None = None
         self.chat_uses_tools = False
         self.template_error: Exception | None = None
-        self.chats: list[tuple[list[dict[str, str]], list[dict[str, Any]] | None]] = []
+        self.chats: list[tuple[Sequence[dict[str, str]], Sequence[dict[str, Any]] | None]] = []
 
     def render_chat(
-        self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None
+        self, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
-        """`role: content` of each message, joined by bars."""
+        """Return `role: content` of each message, joined by bars."""
         self.chats.append((messages, tools))
         if self.template_error is not None:
             raise self.template_error
         return "|".join(f"{message['role']}: {message['content']}" for message in messages)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
-        """Three bytes to a token."""
+        """Return tokens of three bytes each."""
         if self.error is not None:
             raise self.error
         size = len(text.encode())
@@ -106,8 +107,13 @@ class ScriptedGrammar(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+def grammar_of(request: Request) -> object:
+    """Return the grammar of a request, which is a `ScriptedGrammar` in tests."""
+    return request.grammar
+
+
 class ScriptedGrammars:
-    """Compiles to what it was given; warns of every `not`."""
+    """Compiles a grammar to itself, with a warning for every `not`."""
 
     def json_schema(self, schema: dict[str, object]) -> ScriptedGrammar:
         return ScriptedGrammar("json", schema, tuple("not: ignored" for _ in {"not"} & set(schema)))
@@ -151,17 +157,24 @@ class ScriptedGeneration:
         self._ended = True
         self._engine.num_aborts += 1
 
-    async def events(self) -> AsyncIterator[list[Event]]:
+    async def deliveries(self) -> AsyncIterator[Delivery]:
         for events in self._steps:
             if events is HOLD:
                 self._engine.holding.set()
                 await self._engine.gave_up.wait()
                 self._ended = True
-                yield [Failed(self._engine.reason or "")]
+                yield Delivery([], Failed(self._engine.reason or ""))
                 return
             await asyncio.sleep(0)
-            self._ended = isinstance(events[-1], Finished | Failed)
-            yield events
+            delivery = _delivery(events)
+            self._ended = delivery.end is not None
+            yield delivery
+
+
+def _delivery(events: list[Event]) -> Delivery:
+    tokens = [event for event in events if isinstance(event, TokenOutput)]
+    end = events[-1]
+    return Delivery(tokens, None if isinstance(end, TokenOutput) else end)
 
 
 def _of_request(request: Request, events: list[Event]) -> list[Event]:
@@ -171,7 +184,7 @@ def _of_request(request: Request, events: list[Event]) -> list[Event]:
 
 
 class ScriptedEngine:
-    """`made` lists every one of a test, for the leak detector that runs after it."""
+    """The double of `AsyncEngine`. `made` has all engines of a test, for the leak detector."""
 
     max_total_tokens = 2048
     made: ClassVar[list["ScriptedEngine"]] = []

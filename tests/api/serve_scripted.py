@@ -1,4 +1,4 @@
-"""`python -m api` in a process of its own, with a scripted engine: 20 tokens in a second."""
+"""Runs `python -m api` with a scripted engine that generates 20 tokens in a second."""
 
 import asyncio
 import sys
@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator
 
 from api import __main__ as server
 from engine.core.config import LoadConfig
-from engine.core.request import Event, Request
+from engine.core.request import Delivery, Event, Request
 from tests.api import scripted
 
 
 class SlowGeneration(scripted.ScriptedGeneration):
-    async def events(self) -> AsyncIterator[list[Event]]:
-        async for events in super().events():
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        async for delivery in super().deliveries():
             await asyncio.sleep(0.05)
-            yield events
+            yield delivery
 
 
 class Engine:
@@ -32,7 +32,7 @@ class Engine:
 
 
 def twenty_tokens(request: Request) -> list[list[Event]]:
-    """With a prompt of more than one word, a token and then nothing, for ever."""
+    """Generate 20 tokens, or one and then nothing if the prompt has more than one word."""
     if len(request.prompt_ids) > 2:
         return [[scripted.output("a")], scripted.HOLD]
     steps: list[list[Event]] = [[scripted.output("a")] for _ in range(20)]

@@ -1,4 +1,4 @@
-"""/invocations answers as three other routes do; /vertex takes several at once."""
+"""/invocations answers like one of three other routes; /vertex takes several requests at once."""
 
 import time
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ async def test_an_invocation_is_answered_as_the_route_of_its_body(
 @pytest.mark.parametrize(
     "body", [{"text": "x"}, {}, [], {"inputs": "x", "parameters": {"top_k": "a"}}]
 )
-async def test_an_invocation_of_no_known_shape(body: object) -> None:
+async def test_an_invocation_of_unknown_shape_is_rejected(body: object) -> None:
     answer = await post("/invocations", body)
     assert answer.status_code == 422
     assert answer.text == f"{SHAPE}data did not match any variant of untagged enum SagemakerRequest"
@@ -63,7 +63,7 @@ def by_length(request: Request) -> Sequence[list[Event]]:
     return [[output(text), finished(text, 1)]]
 
 
-async def test_predictions_in_the_order_of_instances() -> None:
+async def test_predictions_are_in_the_order_of_the_instances() -> None:
     engine = ScriptedEngine(by_length)
     instances = [{"inputs": "a b c"}, CHAT, {"inputs": "a", "parameters": None}]
     answer = await post("/vertex", {"instances": instances}, engine)
@@ -72,7 +72,7 @@ async def test_predictions_in_the_order_of_instances() -> None:
     assert not [name for name in answer.headers if name.startswith("x-")]
 
 
-async def test_of_an_instances_parameters_two_are_heeded() -> None:
+async def test_only_two_parameters_of_an_instance_are_used() -> None:
     engine = ScriptedEngine()
     parameters = {"max_new_tokens": 3, "seed": 7, "temperature": 0.5, "stop": ["a"], "top_k": -1}
     await post("/vertex", {"instances": [{"inputs": "x", "parameters": parameters}]}, engine)
@@ -84,7 +84,7 @@ async def test_of_an_instances_parameters_two_are_heeded() -> None:
     assert request.sampling.temperature == 1.0
 
 
-async def test_a_call_is_told_as_it_was_generated() -> None:
+async def test_the_prediction_of_a_call_is_the_generated_text() -> None:
     text = '{"function": {"_name": "clock"}}'
     engine = ScriptedEngine(lambda _: [[output(text), finished(text, 1)]])
     tools = [{"type": "function", "function": {"name": "clock"}}]
@@ -92,7 +92,7 @@ async def test_a_call_is_told_as_it_was_generated() -> None:
     assert answer.json() == {"predictions": [text]}
 
 
-async def test_no_instances_are_refused() -> None:
+async def test_a_request_without_instances_is_refused() -> None:
     answer = await post("/vertex", {"instances": []})
     assert answer.status_code == 422
     assert answer.content == (
@@ -112,13 +112,13 @@ INCOMPLETE = b'{"error":"Incomplete generation","error_type":"Incomplete generat
         (lambda: ScriptedEngine(), CHAT | {"max_tokens": 0}),
     ],
 )
-async def test_a_failure_of_one_is_one_of_all(engine: Any, instance: object) -> None:
+async def test_the_request_fails_if_one_instance_fails(engine: Any, instance: object) -> None:
     answer = await post("/vertex", {"instances": [{"inputs": "y"}, instance]}, engine())
     assert answer.status_code == 500
     assert answer.content == INCOMPLETE
 
 
-async def test_a_chat_that_cannot_be_asked_is_refused_as_a_chat() -> None:
+async def test_a_chat_that_cannot_be_translated_is_refused_as_on_its_own_route() -> None:
     engine = ScriptedEngine()
     engine.tokenizer.template_error = TemplateError("template not found")
     answer = await post("/vertex", {"instances": [CHAT]}, engine)
@@ -126,7 +126,7 @@ async def test_a_chat_that_cannot_be_asked_is_refused_as_a_chat() -> None:
     assert answer.json()["error_type"] == "template_error"
 
 
-async def test_an_instance_of_no_known_shape() -> None:
+async def test_an_instance_of_unknown_shape_is_rejected() -> None:
     answer = await post("/vertex", {"instances": [{"inputs": "x"}, {"text": "x"}]})
     assert answer.status_code == 422
     assert answer.text.startswith(
@@ -143,7 +143,7 @@ async def test_an_instance_of_no_known_shape() -> None:
         ("/v1/completions", {"prompt": ["x", "y"]}, 2),
     ],
 )
-async def test_a_client_that_goes_away_ends_all_it_asked_for(
+async def test_a_client_that_goes_away_ends_all_its_generations(
     path: str, body: object, num_generations: int
 ) -> None:
     engine = ScriptedEngine(lambda _: [HOLD])

@@ -1,4 +1,4 @@
-"""The life of the process: ready when it serves, drained when it is told to stop."""
+"""The process of the server: how it starts, drains and ends, and how it reports failures."""
 
 import re
 import signal
@@ -25,7 +25,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts servers with these flags, and nothing else of the environment."""
+    """Start servers with the given flags in an environment without settings."""
     started = []
 
     def start(*flags: str) -> subprocess.Popen[str]:
@@ -57,7 +57,7 @@ def url_of(server: subprocess.Popen[str]) -> str:
     return f"http://{found[1]}"
 
 
-def test_it_says_when_it_is_ready_and_drains_on_sigterm(start: Start) -> None:
+def test_the_server_says_when_it_is_ready_and_drains_on_sigterm(start: Start) -> None:
     server = start()
     url = f"{url_of(server)}/generate_stream"
     with httpx2.stream("POST", url, json={"inputs": "x"}) as answer:
@@ -73,7 +73,9 @@ def test_it_says_when_it_is_ready_and_drains_on_sigterm(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_end_in_time_ends_with_an_error_and_the_exit_is_good(start: Start) -> None:
+def test_a_stream_that_does_not_drain_in_time_ends_with_an_error_and_exit_status_0(
+    start: Start,
+) -> None:
     server = start("--graceful-termination-timeout", "1")
     body = {"inputs": "never ends"}
     with httpx2.stream("POST", f"{url_of(server)}/generate_stream", json=body) as answer:
@@ -92,7 +94,7 @@ def test_what_does_not_end_in_time_ends_with_an_error_and_the_exit_is_good(start
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
-def test_it_can_be_told_to_stop_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
+def test_a_signal_ends_the_server_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
     server = start("--model-id", "slow")
     assert server.stdout is not None
     assert server.stderr is not None
@@ -147,7 +149,7 @@ def failing_engine(monkeypatch: pytest.MonkeyPatch) -> type[FailingEngine]:
         (DownloadFailed("no such model; try another"), "DownloadError"),
     ],
 )
-def test_a_model_that_does_not_load_is_told_in_our_words_and_tgis(
+def test_a_model_that_does_not_load_is_reported_in_our_words_and_tgis(
     error: Exception,
     name: str,
     failing_engine: type[FailingEngine],
@@ -159,7 +161,9 @@ def test_a_model_that_does_not_load_is_told_in_our_words_and_tgis(
 
 
 @pytest.mark.usefixtures("failing_engine")
-def test_a_taken_port_is_told_before_the_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_reported_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--hostname", "127.0.0.1", "--port", str(port)]) == 1
@@ -169,7 +173,9 @@ def test_a_taken_port_is_told_before_the_model_loads(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("failing_engine")
-def test_a_bad_setting_is_told_before_the_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_setting_is_reported_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["--max-batch-size", "0"]) == 1
     assert capsys.readouterr().err == (
         'Error: ArgumentValidation("--max-batch-size (MAX_BATCH_SIZE): '
@@ -177,7 +183,7 @@ def test_a_bad_setting_is_told_before_the_model_loads(capsys: pytest.CaptureFixt
     )
 
 
-def test_env_prints_what_is_installed_and_goes_on(
+def test_env_prints_the_installed_versions_and_the_server_starts(
     failing_engine: type[FailingEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing_engine.error = LoadError("it went on")
@@ -189,7 +195,7 @@ def test_env_prints_what_is_installed_and_goes_on(
     assert "it went on" in said.err
 
 
-def test_what_changes_nothing_is_told_at_start(
+def test_settings_without_effect_are_reported_at_start(
     failing_engine: type[FailingEngine], caplog: pytest.LogCaptureFixture
 ) -> None:
     failing_engine.error = LoadError("it went on")

@@ -1,4 +1,4 @@
-"""/health, /info, the OpenAPI document, and the engine's life around the application."""
+"""/health, /info, the OpenAPI document, and the start and the stop of the engine."""
 
 import pytest
 
@@ -29,7 +29,7 @@ async def test_health_is_503_with_the_reason(state: EngineState) -> None:
     )
 
 
-async def test_info_tells_model_and_limits() -> None:
+async def test_info_has_the_model_and_the_limits() -> None:
     async with client(ScriptedEngine(), max_input_tokens=1000) as http:
         answer = await http.get("/info")
     assert answer.content == (

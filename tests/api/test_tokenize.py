@@ -1,4 +1,4 @@
-"""/tokenize and /chat_tokenize: bytes of the text, not its characters."""
+"""/tokenize and /chat_tokenize, whose spans count bytes of the text and not characters."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "é"}]}
 
 
-async def test_tokens_with_the_bytes_they_stand_for() -> None:
+async def test_tokens_have_the_bytes_that_they_stand_for() -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post("/tokenize", json={"inputs": "aé🙂"})
     assert answer.status_code == 200
@@ -22,14 +22,14 @@ async def test_tokens_with_the_bytes_they_stand_for() -> None:
     assert not [name for name in answer.headers if name.startswith("x-")]
 
 
-async def test_neither_emptiness_nor_parameters_matter() -> None:
+async def test_an_empty_text_and_bad_parameters_are_accepted() -> None:
     body = {"inputs": "", "parameters": {"truncate": 0, "max_new_tokens": 0}}
     async with client(ScriptedEngine(permits=0)) as http:
         answer = await http.post("/tokenize", json=body)
     assert answer.json() == [{"id": 1, "text": "", "start": 0, "stop": 0}]
 
 
-async def test_a_chat_is_told_as_its_prompt_without_special_tokens() -> None:
+async def test_a_chat_is_tokenized_as_its_prompt_without_special_tokens() -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post("/chat_tokenize", json=CHAT)
     assert answer.content.decode() == (

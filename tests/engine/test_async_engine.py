@@ -1,4 +1,4 @@
-"""The engine behind an event loop: one last event each, aborts, permits, honest status."""
+"""The engine behind an event loop: the end of every request, aborts, permits and the status."""
 
 import asyncio
 import threading
@@ -38,7 +38,12 @@ async def serving(engine: Engine, **options: float) -> AsyncIterator[AsyncEngine
 
 async def answer(served: AsyncEngine, request: Request) -> list[Event]:
     with served.submit(request) as generation:
-        return [event async for events in generation.events() for event in events]
+        events: list[Event] = []
+        async for tokens, end in generation.deliveries():
+            events += tokens
+            if end is not None:
+                events.append(end)
+        return events
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -51,7 +56,7 @@ def idle(engine: Engine) -> Callable[[], bool]:
     return lambda: not engine.has_work and engine.figures().num_used_blocks == 0
 
 
-async def test_many_at_once_get_their_own_tokens_and_one_last_event() -> None:
+async def test_concurrent_requests_get_their_own_tokens_and_one_end() -> None:
     engine = make_engine(family("llama"), max_sequences=4)
     async with serving(engine) as served:
         requests = [greedy([i, i + 1], 10) for i in range(12)]
@@ -69,12 +74,12 @@ async def test_leaving_early_frees_the_sequence(seen: int) -> None:
     async with serving(engine) as served:
         with served.submit(greedy(range(40), 150)) as generation:
             for _ in range(seen):
-                await anext(generation.events())
+                await anext(generation.deliveries())
         await eventually(idle(engine))
         assert (await answer(served, greedy([1], 2)))[-1].__class__ is Finished
 
 
-async def test_giving_up_fails_what_runs_and_nothing_that_comes_after() -> None:
+async def test_giving_up_fails_running_requests_and_no_later_ones() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
         running = [asyncio.create_task(answer(served, greedy([i], 200))) for i in range(3)]
@@ -86,7 +91,7 @@ async def test_giving_up_fails_what_runs_and_nothing_that_comes_after() -> None:
         assert isinstance((await answer(served, greedy([1], 2)))[-1], Finished)
 
 
-async def test_each_step_is_told_once_on_the_event_loop() -> None:
+async def test_each_step_is_reported_once_on_the_event_loop() -> None:
     engine, told = make_engine(family("llama")), []
     loop_thread = threading.get_ident()
     async with serving(engine) as served:
@@ -141,7 +146,7 @@ async def test_status_turns_stalled_while_a_step_hangs_and_recovers() -> None:
         assert served.status().healthy
 
 
-async def test_a_dead_engine_fails_everyone_and_says_why() -> None:
+async def test_a_dead_engine_fails_every_request_with_the_reason() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
 
@@ -160,7 +165,7 @@ async def test_a_dead_engine_fails_everyone_and_says_why() -> None:
             served.submit(greedy([1], 1))
 
 
-async def test_stopping_fails_what_is_unfinished() -> None:
+async def test_stopping_fails_unfinished_requests() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
         task = asyncio.create_task(answer(served, greedy([1], 200)))
@@ -168,7 +173,7 @@ async def test_stopping_fails_what_is_unfinished() -> None:
     assert isinstance((await task)[-1], Failed)
 
 
-async def test_one_crossing_per_step() -> None:
+async def test_a_step_calls_the_event_loop_at_most_once() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
         crossings, call = [], served._loop.call_soon_threadsafe

@@ -1,4 +1,4 @@
-"""What a request's grammar becomes, and who waits for it."""
+"""The grammar and the prompt logprobs of a request: what the engine and the client get."""
 
 import asyncio
 import threading
@@ -39,7 +39,7 @@ async def test_a_grammar_is_compiled_for_the_engine(
     assert engine.requests[0].grammar == compiled
 
 
-async def test_what_of_a_grammar_is_ignored_is_told_in_a_header() -> None:
+async def test_a_header_names_the_parts_of_a_grammar_that_are_ignored() -> None:
     async with client(ScriptedEngine()) as http:
         for schema, told in ((SCHEMA, None), (SCHEMA | {"not": {}}, "not: ignored")):
             body = {"inputs": "x", "parameters": {"grammar": {"type": "json", "value": schema}}}
@@ -47,7 +47,7 @@ async def test_what_of_a_grammar_is_ignored_is_told_in_a_header() -> None:
             assert answer.headers.get("x-grammar-warnings") == told
 
 
-async def test_a_slow_grammar_holds_up_nobody_else() -> None:
+async def test_a_slow_grammar_does_not_delay_other_requests() -> None:
     engine, gate = ScriptedEngine(), threading.Event()
     compile = engine.grammars.regex
 
@@ -66,10 +66,17 @@ async def test_a_slow_grammar_holds_up_nobody_else() -> None:
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 4
 
 
-async def test_one_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grammar_that_takes_too_long_to_compile_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("api.generation.grammar._TIMEOUT_S", 0.01)
     engine, gate = ScriptedEngine(), threading.Event()
-    engine.grammars.regex = lambda _: gate.wait(5)  # type: ignore[assignment]
+
+    def compile_slowly(pattern: str) -> ScriptedGrammar:
+        gate.wait(5)
+        return ScriptedGrammar("regex", pattern)
+
+    engine.grammars.regex = compile_slowly  # type: ignore[method-assign]
     async with client(engine) as http:
         body = {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "a"}}}
         answer = await http.post("/generate", json=body)
@@ -78,17 +85,17 @@ async def test_one_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
     assert answer.json()["error"].endswith("grammar is not valid: it takes too long to compile")
 
 
-async def test_prefill_is_told_only_where_the_server_may() -> None:
+async def test_prefill_logprobs_need_the_servers_permission() -> None:
     body = {"inputs": "x", "parameters": {"decoder_input_details": True}}
     for enabled in (False, True):
         engine = ScriptedEngine()
         async with client(engine, enable_prefill_logprobs=enabled) as http:
             answer = await http.post("/generate", json=body)
         assert engine.requests[0].prompt_logprobs is enabled
-        assert answer.json()["details"]["prefill"] == []  # the script says none
+        assert answer.json()["details"]["prefill"] == []  # the script has no prompt tokens
 
 
-async def test_one_of_several_sequences_tells_the_prompt() -> None:
+async def test_only_the_first_of_several_sequences_computes_prompt_logprobs() -> None:
     engine = ScriptedEngine()
     parameters = {"decoder_input_details": True, "best_of": 2, "do_sample": True}
     async with client(engine, enable_prefill_logprobs=True) as http:

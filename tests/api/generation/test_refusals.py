@@ -1,4 +1,4 @@
-"""Every refusal a client can meet: status, text and order of TGI's router."""
+"""Refusals have the status, the text and the order of TGI's router."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ VALIDATION_ERRORS = [
 
 
 @pytest.mark.parametrize(("body", "text"), VALIDATION_ERRORS)
-async def test_validation_errors(body: object, text: str) -> None:
+async def test_a_validation_error_has_tgis_text(body: object, text: str) -> None:
     engine = ScriptedEngine()
     async with client(engine, max_input_tokens=30) as http:
         answer = await http.post("/generate", json=body)
@@ -105,7 +105,7 @@ FAULTS_IN_ORDER: list[tuple[str, object, str]] = [
 
 
 @pytest.mark.parametrize("first", range(len(FAULTS_IN_ORDER)))
-async def test_the_first_fault_in_tgis_order_is_told(first: int) -> None:
+async def test_the_first_fault_in_tgis_order_is_reported(first: int) -> None:
     faults = FAULTS_IN_ORDER[first:]
     parameters = {name: value for name, value, _ in faults} | {"best_of": 2, "do_sample": True}
     async with client(ScriptedEngine()) as http:
@@ -113,7 +113,7 @@ async def test_the_first_fault_in_tgis_order_is_told(first: int) -> None:
     assert answer.json()["error"].startswith("Input validation error: " + faults[0][2])
 
 
-async def test_best_of_is_not_allowed_where_the_limit_is_one() -> None:
+async def test_best_of_is_not_allowed_if_the_limit_is_one() -> None:
     async with client(ScriptedEngine(), max_best_of=1) as http:
         answer = await http.post("/generate", json=asking(best_of=2, do_sample=True))
     assert answer.json()["error"] == (
@@ -130,21 +130,21 @@ async def test_a_tokenizer_that_fails_is_a_validation_error() -> None:
     assert answer.json()["error"] == "Input validation error: tokenizer error bad bytes"
 
 
-async def test_truncate_comes_before_the_length_is_judged() -> None:
+async def test_a_prompt_is_truncated_before_its_length_is_checked() -> None:
     async with client(ScriptedEngine(), max_input_tokens=30) as http:
         body = {"inputs": "w " * 100, "parameters": {"truncate": 30}}
         answer = await http.post("/generate", json=body)
     assert answer.headers["x-prompt-tokens"] == "30"
 
 
-async def test_overload_is_told_before_faults_of_the_request() -> None:
+async def test_overload_is_reported_before_faults_of_the_request() -> None:
     async with client(ScriptedEngine(permits=0)) as http:
         answer = await http.post("/generate", json={"inputs": ""})
     assert answer.status_code == 429
     assert answer.content == b'{"error":"Model is overloaded","error_type":"overloaded"}'
 
 
-async def test_the_limit_of_best_of_is_told_before_overload() -> None:
+async def test_the_limit_of_best_of_is_checked_before_overload() -> None:
     async with client(ScriptedEngine(permits=0)) as http:
         answer = await http.post("/generate", json=asking(best_of=3))
     assert answer.status_code == 422
@@ -247,13 +247,13 @@ async def test_a_parameter_of_the_wrong_type_is_named_in_text(parameter: bytes, 
     assert answer.text == f"{SHAPE}parameters.{text} at line 1 column {len(raw)}"
 
 
-async def test_what_follows_the_first_json_value_is_ignored() -> None:
+async def test_bytes_after_the_first_json_value_are_ignored() -> None:
     answer = await _post_raw(b' {"inputs":"a"} trailing \xff')
     assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/x+json"])
-async def test_json_content_types(kind: str) -> None:
+async def test_json_content_types_are_accepted(kind: str) -> None:
     assert (await _post_raw(b'{"inputs":"a"}', kind)).status_code == 200
 
 

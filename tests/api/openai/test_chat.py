@@ -1,4 +1,4 @@
-"""/v1/chat/completions without a stream: the body to the byte, what becomes of a request."""
+"""/v1/chat/completions without a stream: its answer to the byte, and what the engine gets."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,14 @@ from engine.core.request import (
     SamplingParams,
 )
 from tests.api.client import client
-from tests.api.scripted import ScriptedEngine, ScriptedGrammar, finished, output, token
+from tests.api.scripted import (
+    ScriptedEngine,
+    ScriptedGrammar,
+    finished,
+    grammar_of,
+    output,
+    token,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -48,7 +55,7 @@ async def asked(**body: Any) -> Request:
     return engine.requests[0]
 
 
-async def test_an_answer_to_the_byte() -> None:
+async def test_an_answer_is_tgis_to_the_byte() -> None:
     answer = await ask()
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
@@ -79,7 +86,7 @@ async def test_headers_are_those_of_generate() -> None:
     assert answer.headers["x-prompt-tokens"] == "3"
 
 
-async def test_logprobs_are_of_every_token_with_the_best_beside_it() -> None:
+async def test_every_token_has_its_logprob_and_the_top_ones() -> None:
     def script(_: Request) -> Sequence[list[Event]]:
         top = (token(2, "a", -0.1), token(3, "b", None))
         end = output("</s>", -2.5839844)
@@ -95,7 +102,7 @@ async def test_logprobs_are_of_every_token_with_the_best_beside_it() -> None:
     assert engine.requests[0].sampling.top_n_tokens == 2
 
 
-async def test_top_logprobs_alone_are_not_computed() -> None:
+async def test_top_logprobs_without_logprobs_are_not_computed() -> None:
     assert not (await asked(top_logprobs=2)).sampling.logprobs
 
 
@@ -107,7 +114,7 @@ async def test_top_logprobs_alone_are_not_computed() -> None:
         (FinishReason.STOP_SEQUENCE, "stop_sequence"),
     ],
 )
-async def test_finish_reasons(reason: FinishReason, told: str) -> None:
+async def test_finish_reasons_are_tgis(reason: FinishReason, told: str) -> None:
     answer = await ask(ScriptedEngine(one_token(reason)))
     assert answer.json()["choices"][0]["finish_reason"] == told
 
@@ -175,15 +182,15 @@ async def test_top_p_below_one_samples_even_at_a_temperature_of_zero() -> None:
         ({"max_tokens": 3, "max_completion_tokens": None}, 3),
     ],
 )
-async def test_the_limit_by_either_name(limits: dict[str, int], expected: int) -> None:
+async def test_the_limit_of_new_tokens_has_two_names(limits: dict[str, int], expected: int) -> None:
     assert (await asked(**limits)).stopping.max_new_tokens == expected
 
 
-async def test_one_stop_string_may_stand_alone() -> None:
+async def test_stop_may_be_one_string() -> None:
     assert (await asked(stop="end")).stopping.stop == ("end",)
 
 
-async def test_null_is_as_good_as_absent() -> None:
+async def test_null_equals_absent() -> None:
     names = (
         "model frequency_penalty logit_bias logprobs top_logprobs max_tokens "
         "max_completion_tokens n presence_penalty stop stream seed temperature top_p tools "
@@ -192,8 +199,13 @@ async def test_null_is_as_good_as_absent() -> None:
     assert (await ask(**dict.fromkeys(names.split()))).content == (await ask()).content
 
 
-async def test_what_is_not_known_is_ignored() -> None:
-    more = {"n": 2, "user": "me", "logit_bias": {"50256": -100}, "metadata": {"a": "b"}}
+async def test_unknown_fields_are_ignored() -> None:
+    more: dict[str, Any] = {
+        "n": 2,
+        "user": "me",
+        "logit_bias": {"50256": -100},
+        "metadata": {"a": "b"},
+    }
     assert (await ask(**more)).content == (await ask()).content
 
 
@@ -209,28 +221,28 @@ async def test_what_is_not_known_is_ignored() -> None:
         {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
     ],
 )
-async def test_a_schema_in_tgis_shapes_and_in_openais(response_format: object) -> None:
+async def test_a_schema_may_have_tgis_shapes_and_openais(response_format: object) -> None:
     request = await asked(response_format=response_format)
-    assert request.grammar == ScriptedGrammar("json", SCHEMA)
+    assert grammar_of(request) == ScriptedGrammar("json", SCHEMA)
 
 
-async def test_json_object_alone_is_any_object() -> None:
+async def test_json_object_without_a_schema_means_any_object() -> None:
     request = await asked(response_format={"type": "json_object"})
-    assert request.grammar == ScriptedGrammar("json", {"type": "object"})
+    assert grammar_of(request) == ScriptedGrammar("json", {"type": "object"})
 
 
 async def test_openais_schema_need_not_list_properties() -> None:
     schema = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert (await asked(response_format=wanted)).grammar == ScriptedGrammar("json", schema)
+    assert grammar_of(await asked(response_format=wanted)) == ScriptedGrammar("json", schema)
 
 
-async def test_a_regex() -> None:
+async def test_a_regex_is_compiled_for_the_engine() -> None:
     request = await asked(response_format={"type": "regex", "value": "[a-z]+"})
-    assert request.grammar == ScriptedGrammar("regex", "[a-z]+")
+    assert grammar_of(request) == ScriptedGrammar("regex", "[a-z]+")
 
 
-async def test_text_is_no_grammar() -> None:
+async def test_a_text_format_needs_no_grammar() -> None:
     assert (await asked(response_format={"type": "text"})).grammar is None
 
 
@@ -316,13 +328,13 @@ async def refused(**body: Any) -> tuple[int, dict[str, str]]:
         ),
     ],
 )
-async def test_validation_errors_are_tgis_own_even_here(body: dict[str, Any], text: str) -> None:
+async def test_validation_errors_of_a_chat_are_tgis(body: dict[str, Any], text: str) -> None:
     told = {"error": f"Input validation error: {text}", "error_type": "validation"}
     assert await refused(**body) == (422, told)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_the_template_refuses_is_told_by_status(stream: bool) -> None:
+async def test_a_chat_that_the_template_refuses_is_reported_by_status(stream: bool) -> None:
     engine = ScriptedEngine(permits=0)
     engine.tokenizer.template_error = TemplateError("template not found")
     answer = await ask(engine, stream=stream)

@@ -1,4 +1,4 @@
-"""/v1/chat/completions as a stream: every chunk to the byte, usage, errors, [DONE]."""
+"""Streams of /v1/chat/completions: every chunk to the byte, usage, errors, [DONE]."""
 
 import time
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ async def test_each_token_is_a_chunk_and_the_last_has_the_reason() -> None:
     assert answer.content == chunk(b" Hello") + chunk(b" you", b'"length"') + DONE
 
 
-async def test_headers_of_a_stream() -> None:
+async def test_a_stream_has_tgis_headers() -> None:
     assert dict((await ask()).headers) == {
         "content-type": "text/event-stream",
         "cache-control": "no-cache",
@@ -78,7 +78,7 @@ async def test_usage_comes_in_a_chunk_of_its_own() -> None:
     assert answer.content == chunk(b" Hello") + chunk(b" you", b'"length"') + last + DONE
 
 
-async def test_usage_so_far_in_every_chunk() -> None:
+async def test_every_chunk_has_the_usage_so_far_if_asked_for() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     answer = await ask(stream_options=options)
     assert answer.content == (
@@ -90,12 +90,12 @@ async def test_usage_so_far_in_every_chunk() -> None:
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": None}, {"include_usage": False}])
-async def test_no_usage_unless_asked_for(options: object) -> None:
+async def test_a_stream_has_no_usage_unless_asked_for(options: object) -> None:
     answer = await ask(stream_options=options)
     assert answer.content == chunk(b" Hello") + chunk(b" you", b'"length"') + DONE
 
 
-async def test_special_tokens_are_empty_but_their_logprobs_are_told() -> None:
+async def test_special_tokens_have_logprobs_but_no_text() -> None:
     def script(_: Request) -> Sequence[list[Event]]:
         top = (token(3, "b", -0.25),)
         eos = TokenOutput(token(2, "</s>", -0.5, special=True))
@@ -109,12 +109,12 @@ async def test_special_tokens_are_empty_but_their_logprobs_are_told() -> None:
     assert answer.content == chunk(b"a", logprobs=first) + chunk(b"", b'"stop"', second) + DONE
 
 
-async def test_the_model_asked_for_is_repeated() -> None:
+async def test_chunks_repeat_the_model_of_the_request() -> None:
     answer = await ask(model='"mine"')
     assert answer.content.count(b'"model":"\\"mine\\""') == 2
 
 
-async def test_tokens_that_wait_together_are_sent_together() -> None:
+async def test_tokens_that_are_pending_together_are_sent_together() -> None:
     def script(_: Request) -> Sequence[list[Event]]:
         return [[output("a"), output("b")], [output("c"), finished("abc", 3)]]
 
@@ -131,7 +131,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "text"), ERRORS)
-async def test_validation_errors_come_as_an_event(body: dict[str, Any], text: str) -> None:
+async def test_a_validation_error_is_an_event(body: dict[str, Any], text: str) -> None:
     answer = await ask(**body)
     assert answer.status_code == 200
     assert answer.text == (
@@ -139,7 +139,7 @@ async def test_validation_errors_come_as_an_event(body: dict[str, Any], text: st
     )
 
 
-async def test_overload_comes_as_an_event_with_that_very_status() -> None:
+async def test_overload_is_an_event_with_status_422() -> None:
     answer = await ask(ScriptedEngine(permits=0))
     assert answer.status_code == 200
     assert answer.content == (
@@ -155,7 +155,7 @@ async def test_a_failure_follows_the_tokens_before_it() -> None:
     )
 
 
-async def test_a_stream_without_its_end_says_so() -> None:
+async def test_a_stream_without_its_end_reports_an_error() -> None:
     answer = await ask(ScriptedEngine(lambda _: [[output("a")]]))
     assert answer.content == chunk(b"a") + (
         b'data: {"error":{"message":"Incomplete generation stream","http_status_code":422}}\n\n'

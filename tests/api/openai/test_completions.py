@@ -1,4 +1,4 @@
-"""/v1/completions: one prompt and several, streamed or not, to the byte; /v1/models."""
+"""/v1/completions with one prompt and several, streamed or not, to the byte; /v1/models."""
 
 import time
 from collections.abc import Sequence
@@ -70,13 +70,13 @@ def last(text: bytes, reason: bytes, counted: bytes, index: int = 0) -> bytes:
 
 
 def echo(request: Request) -> Sequence[list[Event]]:
-    """One prompt says its number of tokens; one of more than two words goes on longer."""
+    """Generate as many tokens as the prompt has, each with that number in its text."""
     count = len(request.prompt_ids)
     steps: list[list[Event]] = [[output(f"a{count}")] for _ in range(count - 1)]
     return [*steps, [output(f"b{count}"), finished(f"t{count}", count)]]
 
 
-async def test_an_answer_to_the_byte() -> None:
+async def test_an_answer_is_tgis_to_the_byte() -> None:
     answer = await ask()
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
@@ -88,7 +88,7 @@ async def test_an_answer_to_the_byte() -> None:
     ("reason", "told"),
     [(FinishReason.EOS_TOKEN, "stop"), (FinishReason.STOP_SEQUENCE, "stop_sequence")],
 )
-async def test_finish_reasons(reason: FinishReason, told: str) -> None:
+async def test_finish_reasons_are_tgis(reason: FinishReason, told: str) -> None:
     engine = ScriptedEngine(lambda _: [[output("a"), finished("a", 1, reason)]])
     assert (await ask(engine)).json()["choices"][0]["finish_reason"] == told
 
@@ -150,7 +150,7 @@ async def test_a_temperature_of_zero_is_greedy() -> None:
     assert not (await asked(temperature=0, top_p=1)).sampling.do_sample
 
 
-async def test_null_is_as_good_as_absent_and_what_is_unknown_ignored() -> None:
+async def test_null_equals_absent_and_unknown_fields_are_ignored() -> None:
     names = (
         "model max_tokens temperature top_p stream seed suffix stop stream_options best_of "
         "repetition_penalty frequency_penalty presence_penalty echo logprobs n user logit_bias"
@@ -175,7 +175,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("body", "error", "error_type"), REFUSED)
-async def test_what_is_refused_before_anything_else(
+async def test_suffixes_and_too_many_prompts_are_refused_first(
     body: dict[str, Any], error: str, error_type: str, stream: bool
 ) -> None:
     answer = await ask(ScriptedEngine(permits=0), stream=stream, **body)
@@ -221,7 +221,7 @@ async def test_each_prompt_takes_a_permit() -> None:
 # Streams.
 
 
-async def test_a_stream_to_the_byte() -> None:
+async def test_a_stream_is_tgis_to_the_byte() -> None:
     answer = await ask(stream=True)
     assert answer.content == chunk(b" Hello") + last(b" you", b"length", usage(3, 2)) + DONE
     assert dict(answer.headers) == {
@@ -260,7 +260,7 @@ async def test_each_prompt_has_its_chunks_and_done_comes_once() -> None:
     assert answer.headers["x-compute-characters"] == "4"
 
 
-async def test_a_slow_prompt_holds_up_no_other() -> None:
+async def test_a_slow_prompt_does_not_delay_the_others() -> None:
     def script(request: Request) -> Sequence[list[Event]]:
         return echo(request) if len(request.prompt_ids) == 2 else [[output("a")], HOLD]
 
@@ -272,7 +272,7 @@ async def test_a_slow_prompt_holds_up_no_other() -> None:
     assert engine.num_aborts == 1
 
 
-async def test_usage_of_all_prompts_comes_last_where_it_is_asked_for() -> None:
+async def test_usage_of_all_prompts_comes_last_if_asked_for() -> None:
     options = {"include_usage": True}
     answer = await ask(
         ScriptedEngine(echo), prompt=["a b", "a"], stream=True, stream_options=options
@@ -281,7 +281,7 @@ async def test_usage_of_all_prompts_comes_last_where_it_is_asked_for() -> None:
     assert answer.content.endswith(b"data: " + HEAD + MODEL + counted + DONE)
 
 
-async def test_usage_so_far_in_every_chunk() -> None:
+async def test_every_chunk_has_the_usage_so_far_if_asked_for() -> None:
     answer = await ask(stream=True, stream_options={"continuous_usage_stats": True})
     first = chunk(b" Hello").replace(b"}\n\n", b',"usage":' + usage(3, 1) + b"}\n\n")
     assert answer.content == first + last(b" you", b"length", usage(3, 2)) + DONE
@@ -291,7 +291,7 @@ def error(text: bytes) -> bytes:
     return b'data: {"error":{"message":"' + text + b'","http_status_code":422}}\n\n'
 
 
-async def test_validation_errors_come_as_an_event() -> None:
+async def test_a_validation_error_is_an_event() -> None:
     answer = await ask(stream=True, prompt="", stream_options={"include_usage": True})
     assert answer.status_code == 200
     assert answer.content == error(b"Input validation error: `inputs` cannot be empty") + DONE
@@ -313,7 +313,7 @@ async def test_an_error_ends_the_part_of_its_own_prompt() -> None:
     assert answer.content.count(b"data: ") == 6
 
 
-async def test_what_waits_together_is_sent_together() -> None:
+async def test_chunks_of_several_prompts_that_are_pending_are_sent_together() -> None:
     def script(_: Request) -> Sequence[list[Event]]:
         return [[output("a"), output("b")], [output("c"), finished("abc", 3)]]
 

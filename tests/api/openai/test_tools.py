@@ -1,4 +1,4 @@
-"""Tools: what the model is told, what it may say, and the call that a client sees."""
+"""Tools: the prompt that lists them, the grammar of a call, and the call that a client gets."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.openai.tool_stream import CallReader
+from api.openai.tools import CallReader
 from engine.core.request import (
     Event,
     FinishReason,
@@ -16,7 +16,14 @@ from engine.core.request import (
     TokenOutput,
 )
 from tests.api.client import client
-from tests.api.scripted import ScriptedEngine, ScriptedGrammar, finished, output, token
+from tests.api.scripted import (
+    ScriptedEngine,
+    ScriptedGrammar,
+    finished,
+    grammar_of,
+    output,
+    token,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +46,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps(pieces: Sequence[str], reason: FinishReason = FinishReason.EOS_TOKEN) -> Any:
-    """A token for each piece, and an end of sequence where that is the reason."""
+    """Return a step for each piece of text, and one for the EOS token if that is the reason."""
     outputs = [output(piece) for piece in pieces]
     if reason is FinishReason.EOS_TOKEN:
         outputs.append(EOS)
@@ -48,7 +55,7 @@ def steps(pieces: Sequence[str], reason: FinishReason = FinishReason.EOS_TOKEN) 
 
 
 def saying(*pieces: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> ScriptedEngine:
-    """Under a grammar; without, it says hello and is cut short."""
+    """Return an engine that generates `pieces` under a grammar, and two tokens without one."""
 
     def script(request: Request) -> Sequence[list[Event]]:
         if request.grammar is None:
@@ -65,7 +72,7 @@ async def ask(engine: ScriptedEngine, **body: Any) -> httpx2.Response:
 
 
 def call_schema(name: str) -> dict[str, Any]:
-    own = CITY if name == "weather" else {"properties": {}, "required": []}
+    own: dict[str, Any] = CITY if name == "weather" else {"properties": {}, "required": []}
     return {
         "type": "object",
         "properties": {"_name": {"type": "string", "const": name}, **own["properties"]},
@@ -101,10 +108,12 @@ async def test_the_grammar_is_a_call_of_one_of_the_tools(
 ) -> None:
     engine = saying(*CALL)
     assert (await ask(engine, tool_choice=choice)).status_code == 200
-    assert engine.requests[0].grammar == ScriptedGrammar("json", schema(*names))
-    grammar = engine.requests[0].grammar
-    assert grammar is not None
-    first = json.dumps(grammar.source["$defs"]["0"])  # type: ignore[attr-defined]
+    expected = schema(*names)
+    grammar = grammar_of(engine.requests[0])
+    assert isinstance(grammar, ScriptedGrammar)
+    assert grammar == ScriptedGrammar("json", expected)
+    assert isinstance(grammar.source, dict)
+    first = json.dumps(grammar.source["$defs"]["0"])
     assert first.index("_name") < first.index("city" if "weather" in names else "required")
 
 
@@ -141,7 +150,7 @@ PROMPT = (
         (True, "Call one.", "\n---\nCall one."),
     ],
 )
-async def test_the_last_message_tells_the_model_of_its_tools(
+async def test_the_last_message_lists_the_tools_for_the_model(
     template_knows_tools: bool, tool_prompt: str | None, appendix: str
 ) -> None:
     engine = saying(*CALL)
@@ -159,7 +168,7 @@ async def test_a_last_message_of_calls_is_left_alone() -> None:
     assert "---" not in engine.tokenizer.chats[0][0][0]["content"]
 
 
-async def test_a_call_to_the_byte() -> None:
+async def test_a_call_is_tgis_to_the_byte() -> None:
     answer = await ask(saying(*CALL))
     assert answer.status_code == 200
     assert answer.content == (
@@ -197,7 +206,7 @@ async def test_a_call_cut_short_is_a_tool_error(text: str, detail: str) -> None:
     assert told.endswith(" " + json.dumps(text))
 
 
-async def test_where_no_tool_is_wanted_all_is_of_a_second_generation() -> None:
+async def test_an_answer_in_words_is_that_of_a_second_generation() -> None:
     engine = saying(*NO_TOOL)
     answer = await ask(engine, logprobs=True)
     told = answer.json()
@@ -228,9 +237,9 @@ async def test_without_tools_an_answer_is_plain_text(body: dict[str, Any]) -> No
     assert engine.tokenizer.chats == [(ASKED["messages"], None)]
 
 
-async def test_no_tools_at_all_may_go_with_a_format() -> None:
+async def test_an_empty_list_of_tools_may_have_a_response_format() -> None:
     engine = saying("{}")
-    value = {"properties": {}}
+    value: dict[str, Any] = {"properties": {}}
     body = {"tools": [], "response_format": {"type": "json", "value": value}}
     assert (await ask(engine, **body)).json()["choices"][0]["message"]["content"] == "{}"
 
@@ -250,7 +259,9 @@ async def test_no_tools_at_all_may_go_with_a_format() -> None:
         ),
     ],
 )
-async def test_tools_that_cannot_be_offered(body: dict[str, Any], text: str, stream: bool) -> None:
+async def test_tools_that_cannot_be_offered_are_refused(
+    body: dict[str, Any], text: str, stream: bool
+) -> None:
     answer = await ask(saying(), stream=stream, **body)
     assert answer.status_code == 422
     assert answer.json() == {"error": f"Tool error: {text}", "error_type": "tool_error"}
@@ -287,7 +298,7 @@ async def test_a_streamed_call_begins_with_its_name_and_ends_with_the_reason() -
     ]
 
 
-async def test_the_first_chunk_of_a_call_to_the_byte() -> None:
+async def test_the_first_chunk_of_a_call_is_tgis_to_the_byte() -> None:
     answer = await ask(saying(*CALL), stream=True)
     assert answer.content.split(b"\n\n")[0] == (
         b'data: {"object":"chat.completion.chunk","id":"","created":1700000000,'
@@ -304,7 +315,7 @@ async def test_a_call_whose_last_token_ends_it_has_the_reason_there() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 6])
-async def test_a_streamed_call_cut_short_says_so(length: int) -> None:
+async def test_a_streamed_call_that_is_cut_short_has_the_reason_length(length: int) -> None:
     *_, (delta, reason) = await deltas(saying(*CALL[:length], reason=FinishReason.LENGTH))
     assert reason == "length"
     assert delta == (arguments(' "Oslo') if length == 6 else EMPTY)
@@ -319,7 +330,7 @@ async def test_a_streamed_answer_in_words_is_a_second_stream() -> None:
     assert engine.num_aborts == 1
 
 
-async def test_usage_of_a_streamed_answer_in_words_is_the_second_ones() -> None:
+async def test_usage_of_a_streamed_answer_in_words_is_that_of_the_second_generation() -> None:
     options = {"include_usage": True}
     answer = await ask(saying(*NO_TOOL), stream=True, stream_options=options)
     *_, last, _, _ = answer.text.split("\n\n")
@@ -348,12 +359,12 @@ TEXTS = [
 
 @pytest.mark.parametrize(("text", "name", "expected"), TEXTS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 100])
-def test_a_call_in_pieces_of_any_size_is_the_whole_call(
+def test_a_call_read_in_pieces_of_any_size_is_the_whole_call(
     text: str, name: str, expected: object, size: int
 ) -> None:
     reader = CallReader()
-    pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)]
+    pieces = [reader.read(text[i : i + size]) for i in range(0, len(text), size)]
     assert reader.name == name
     assert reader.is_complete
     assert json.loads("".join(piece for piece in pieces if piece)) == expected
-    assert reader.push("more") is None
+    assert reader.read("more") is None

@@ -1,4 +1,4 @@
-"""Non-stream answers: shapes and key order to the byte, headers, best_of."""
+"""TGI's answers without a stream: their shape and key order to the byte, headers, best_of."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -84,7 +84,7 @@ async def test_full_text_begins_with_the_prompt() -> None:
     assert answer.json()["generated_text"] == "Say hello Hello you"
 
 
-async def test_headers_tell_times_and_counts() -> None:
+async def test_headers_have_times_and_counts() -> None:
     async with client(ScriptedEngine(), compute_type=None) as http:
         answer = await http.post("/generate", json={"inputs": "é x", "parameters": {}})
     headers = {key: value for key, value in answer.headers.items() if key.startswith("x-")}
@@ -107,7 +107,7 @@ async def test_compute_type_can_be_set() -> None:
     assert answer.headers["x-compute-type"] == "1-a100"
 
 
-async def test_errors_carry_no_measurements() -> None:
+async def test_errors_have_no_headers_with_times() -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post("/generate", json={"inputs": ""})
     assert not [key for key in answer.headers if key.startswith("x-")]
@@ -160,14 +160,14 @@ async def test_generate_ignores_stream() -> None:
         (True, {"inputs": "x", "parameters": {"typical_p": 0.9}}),
     ],
 )
-async def test_when_a_request_samples(means: bool, body: object) -> None:
+async def test_a_request_samples_if_its_parameters_ask_for_it(means: bool, body: object) -> None:
     engine = ScriptedEngine()
     async with client(engine) as http:
         await http.post("/generate", json=body)
     assert engine.requests[0].sampling.do_sample is means
 
 
-async def test_the_engine_gets_what_was_asked() -> None:
+async def test_the_engine_gets_the_parameters_of_the_request() -> None:
     engine = ScriptedEngine()
     parameters = {
         "temperature": 0.5, "top_k": 3, "top_p": 0.5, "typical_p": 0.25, "seed": 2**64 - 1,
@@ -197,7 +197,7 @@ async def test_logprobs_are_not_computed_for_an_answer_without_details() -> None
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 2046), (20, 20), (5000, 2046)])
-async def test_output_ends_where_the_context_does(asked: int | None, given: int) -> None:
+async def test_output_ends_at_the_end_of_the_context(asked: int | None, given: int) -> None:
     engine = ScriptedEngine()
     async with client(engine) as http:
         body = {"inputs": "x", "parameters": {"max_new_tokens": asked}}
@@ -221,7 +221,7 @@ async def test_every_parameter_of_tgis_python_client_is_accepted() -> None:
 
 
 def descending(*logprobs: float) -> ScriptedEngine:
-    """Each generation has one token, of the next of `logprobs`."""
+    """Return an engine whose generations have one token each, with the next of `logprobs`."""
     order = itertools.cycle(logprobs)
 
     def script(request: Request) -> Sequence[list[Event]]:
@@ -274,14 +274,14 @@ async def test_best_of_zero_is_one() -> None:
     assert len(engine.requests) == 1
 
 
-async def test_best_of_takes_a_permit_for_each() -> None:
+async def test_best_of_takes_a_permit_for_each_sequence() -> None:
     body = {"inputs": "x", "parameters": {"best_of": 2, "do_sample": True}}
     async with client(ScriptedEngine(permits=1)) as http:
         answer = await http.post("/generate", json=body)
     assert answer.status_code == 429
 
 
-async def test_best_of_fails_when_one_of_them_does() -> None:
+async def test_best_of_fails_if_one_sequence_fails() -> None:
     ends: Iterator[Event] = iter([finished("a", 1), Failed("out of luck")])
     engine = ScriptedEngine(lambda _: [[output("a"), next(ends)]])
     async with client(engine) as http:

@@ -1,13 +1,12 @@
-"""Streams: bytes of every event, headers, errors after 200, comments in silence."""
+"""TGI's streams: the bytes of every event, headers, errors after 200, keep-alive comments."""
 
-import asyncio
 from collections.abc import Sequence
 
 import pytest
 
 from api.http.sse import EventStream
 from engine.core.request import Event, Failed, Request
-from tests.api.client import Connection, client, make_app
+from tests.api.client import Connection, client, make_app, until
 from tests.api.scripted import HOLD, ScriptedEngine, finished, output, token
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +31,7 @@ async def test_each_token_is_an_event_and_the_last_has_the_text(
     assert answer.content == FIRST + LAST
 
 
-async def test_headers_of_a_stream() -> None:
+async def test_a_stream_has_tgis_headers() -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post("/generate_stream", json={"inputs": "x y"})
     assert dict(answer.headers) == {
@@ -81,7 +80,7 @@ async def test_newlines_and_emoji_stay_inside_their_event() -> None:
     assert '"text":"\\n\\n🙂\\r"'.encode() in answer.content
 
 
-async def test_tokens_that_wait_together_are_sent_together() -> None:
+async def test_tokens_that_are_pending_together_are_sent_together() -> None:
     def script(_: Request) -> Sequence[list[Event]]:
         return [[output("a"), output("b")], [output("c"), finished("abc", 3)]]
 
@@ -91,11 +90,11 @@ async def test_tokens_that_wait_together_are_sent_together() -> None:
     assert sizes == [2, 1, 0]
 
 
-async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EventStream, "keep_alive_s", 0.01)
     engine = ScriptedEngine(lambda _: [[output("a")], HOLD])
     connection = Connection(make_app(engine), "/generate_stream", {"inputs": "x"})
-    await asyncio.sleep(0.1)
+    await until(lambda: connection.body().count(b":\n\n") >= 2)
     await connection.go_away()
     event, first, second, *_ = connection.body().split(b"\n\n")
     assert event.startswith(b"data: {")
@@ -118,7 +117,7 @@ async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) 
         ({"temperature": 0}, "`temperature` must be strictly positive"),
     ],
 )
-async def test_validation_errors_come_as_the_only_event(
+async def test_a_validation_error_is_the_only_event(
     parameters: dict[str, object], text: str
 ) -> None:
     async with client(ScriptedEngine()) as http:
@@ -130,14 +129,14 @@ async def test_validation_errors_come_as_the_only_event(
     )
 
 
-async def test_best_of_one_streams() -> None:
+async def test_a_request_with_best_of_one_is_streamed() -> None:
     async with client(ScriptedEngine()) as http:
         body = {"inputs": "x", "parameters": {"best_of": 1}}
         answer = await http.post("/generate_stream", json=body)
     assert answer.content == FIRST + LAST
 
 
-async def test_overload_comes_as_the_only_event() -> None:
+async def test_overload_is_the_only_event() -> None:
     async with client(ScriptedEngine(permits=0)) as http:
         answer = await http.post("/generate_stream", json={"inputs": ""})
     assert answer.status_code == 200
@@ -159,7 +158,7 @@ async def test_a_failure_follows_the_tokens_before_it(together: bool) -> None:
     )
 
 
-async def test_a_dead_engine_is_told_as_an_event() -> None:
+async def test_a_dead_engine_is_reported_as_an_event() -> None:
     engine = ScriptedEngine()
     engine.state, engine.reason = "dead", "the device is gone"
     async with client(engine) as http:
@@ -170,7 +169,7 @@ async def test_a_dead_engine_is_told_as_an_event() -> None:
     )
 
 
-async def test_a_stream_without_its_end_says_so() -> None:
+async def test_a_stream_without_its_end_reports_an_error() -> None:
     async with client(ScriptedEngine(lambda _: [[output(" Hello")]])) as http:
         answer = await http.post("/generate_stream", json={"inputs": "x"})
     assert answer.content == FIRST + (
