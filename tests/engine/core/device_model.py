@@ -41,6 +41,7 @@ def next_token(tokens: Iterable[int], variant: int = 0) -> int:
 
 
 def num_blocks_for(num_tokens: int) -> int:
+    """Return how many blocks hold this many tokens."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
@@ -120,7 +121,10 @@ class Step:
 
 
 class Constraint:
-    """Allows every token. Forces the next `num_forced` tokens after the one sampled next."""
+    """A grammar that allows every token; implements `TokenConstraint` and `ConstraintState`.
+
+    It forces `num_forced` tokens after the token that is sampled next.
+    """
 
     warnings: tuple[str, ...] = ()
     is_finished = False
