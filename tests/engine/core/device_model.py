@@ -60,6 +60,11 @@ class ExpectedText:
             (seq.request.cache_salt, bytes(self.tokens[: i + 1])) for i in range(len(self.tokens))
         ]
 
+    def prompt_logprobs(self, start: int, num_rows: int) -> list[float]:
+        """Return the logprobs of the tokens after these positions, one number a prefix."""
+        prefixes = self.prefixes[start + 1 : start + 1 + num_rows]
+        return [-float(crc32(tokens)) for _, tokens in prefixes]
+
 
 @dataclass(frozen=True, slots=True)
 class KV:
@@ -110,10 +115,9 @@ class Step:
         if self.is_lost:
             raise StepLost
         samples = any(entry.samples for entry in self.batch.scheduled)
-        rows = [entry.num_prompt_rows for entry in self.batch.scheduled]
         return StepOutput(
             [SampledToken(token, None, []) for token in self._tokens] if samples else None,
-            [0.0] * sum(rows),
+            self._device.prompt_logprobs(self),
         )
 
     def wait(self) -> None:
@@ -216,6 +220,15 @@ class Device:
             drawn.append(-1 if row in unmasked else self.expected[entry.sequence].tokens[entry.end])
             self.tokens[entry.slot].append(drawn[-1])
         return drawn
+
+    def prompt_logprobs(self, step: Step) -> list[float]:
+        return [
+            logprob
+            for entry in step.batch.scheduled
+            for logprob in self.expected[entry.sequence].prompt_logprobs(
+                entry.start, entry.num_prompt_rows
+            )
+        ]
 
     def _copy(self, step: Step) -> None:
         for source, target in step.batch.copies:

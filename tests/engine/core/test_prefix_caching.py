@@ -136,7 +136,7 @@ def test_the_found_prefix_ends_at_the_first_missing_block() -> None:
     driver.launch()
     driver.drain()
     assert driver.finished[-1] is longer
-    # The shared first block was registered by the sequence that ended first: it is evicted first.
+    # The cached first block is the copy of the sequence that ended first: it is evicted first.
     driver.add(prompt(63, stem=1), 1)
     driver.drain()
     seq = driver.add(prompt(33), 1)
