@@ -41,6 +41,7 @@ def next_token(tokens: Iterable[int], variant: int = 0) -> int:
 
 
 def num_blocks_for(num_tokens: int) -> int:
+    """Return how many blocks hold this many tokens."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
@@ -58,6 +59,11 @@ class ExpectedText:
         self.prefixes: list[Prefix] = [
             (seq.request.cache_salt, bytes(self.tokens[: i + 1])) for i in range(len(self.tokens))
         ]
+
+    def prompt_logprobs(self, start: int, num_rows: int) -> list[float]:
+        """Return the logprobs of the tokens after these positions, one number a prefix."""
+        prefixes = self.prefixes[start + 1 : start + 1 + num_rows]
+        return [-float(crc32(tokens)) for _, tokens in prefixes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +115,9 @@ class Step:
         if self.is_lost:
             raise StepLost
         samples = any(entry.samples for entry in self.batch.scheduled)
-        rows = [entry.num_prompt_rows for entry in self.batch.scheduled]
         return StepOutput(
             [SampledToken(token, None, []) for token in self._tokens] if samples else None,
-            [0.0] * sum(rows),
+            self._device.prompt_logprobs(self),
         )
 
     def wait(self) -> None:
@@ -120,7 +125,10 @@ class Step:
 
 
 class Constraint:
-    """Allows every token. Forces the next `num_forced` tokens after the one sampled next."""
+    """A grammar that allows every token; implements `TokenConstraint` and `ConstraintState`.
+
+    It forces `num_forced` tokens after the token that is sampled next.
+    """
 
     warnings: tuple[str, ...] = ()
     is_finished = False
@@ -212,6 +220,15 @@ class Device:
             drawn.append(-1 if row in unmasked else self.expected[entry.sequence].tokens[entry.end])
             self.tokens[entry.slot].append(drawn[-1])
         return drawn
+
+    def prompt_logprobs(self, step: Step) -> list[float]:
+        return [
+            logprob
+            for entry in step.batch.scheduled
+            for logprob in self.expected[entry.sequence].prompt_logprobs(
+                entry.start, entry.num_prompt_rows
+            )
+        ]
 
     def _copy(self, step: Step) -> None:
         for source, target in step.batch.copies:

@@ -11,11 +11,7 @@ from itertools import count
 from engine.core.config import BLOCK_SIZE
 from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepPipeline
 from engine.core.request import Request, SamplingParams, StoppingParams
-from engine.core.scheduler import (
-    PROMPT_LOGPROB_ROWS,
-    Batch,
-    Scheduler,
-)
+from engine.core.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus
 from tests.engine.core.device_model import (
     END,
@@ -30,19 +26,21 @@ _request_numbers = count()
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a batch is judged against."""
+class SchedulerState:
+    """The scheduler's state before a step, to check the step's batch against.
+
+    behind  tokens known and not yet computed
+    forks   by leader, the forks that wait for its prompt
+    """
 
     running: list[Sequence]
     num_tokens: dict[Sequence, int]
     behind: dict[Sequence, int]
     num_preemptions: dict[Sequence, int]
-
     forks: dict[Sequence, list[Sequence]]
-    """Those that wait for their leader's prompt, by leader."""
 
     @classmethod
-    def of(cls, scheduler: Scheduler, live: list[Sequence]) -> "Before":
+    def of(cls, scheduler: Scheduler, live: list[Sequence]) -> "SchedulerState":
         return cls(
             list(scheduler.running),
             {seq: seq.num_tokens for seq in live},
@@ -53,7 +51,7 @@ class Before:
 
 
 class CheckedScheduler(Scheduler):
-    """Has the driver check every batch, and tells it which forks lose their prompt."""
+    """Lets the driver check every batch, and reports forks that a rewind sends to the queue."""
 
     def __init__(self, driver: "Driver"):
         super().__init__(
@@ -65,7 +63,7 @@ class CheckedScheduler(Scheduler):
         self._driver = driver
 
     def schedule(self, only: set[Sequence] | None = None) -> Batch:
-        before = Before.of(self, self._driver.live)
+        before = SchedulerState.of(self, self._driver.live)
         batch = super().schedule(only)
         self._driver.check_schedule(batch, before, only)
         return batch
@@ -81,7 +79,7 @@ class CheckedScheduler(Scheduler):
 
 @dataclass
 class Driver:
-    """The engine's own scheduler and pipeline over a model of the device. Satisfies `Outputs`."""
+    """The engine's scheduler and pipeline over a model of the device; implements `Outputs`."""
 
     num_blocks: int = 16
     max_sequences: int = 4
@@ -90,12 +88,16 @@ class Driver:
     can_end: bool = False
 
     live: list[Sequence] = field(default_factory=list)
-    """In the order of arrival, a fork behind its leader. That is the scheduler's order too,
-    whatever happens, but for forks that cannot share: those go behind all that run.
+    """Sequences that have not ended, in order of arrival, each fork behind its leader.
+
+    The scheduler has the same order at all times, except that forks which cannot share their
+    leader's prompt go behind all running sequences.
     """
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     rewound_forks: list[Sequence] = field(default_factory=list)
+    """Forks that a rewind has sent back to the queue."""
+    prompt_logprobs: dict[Sequence, list[float]] = field(default_factory=dict)
     orphans: list[Sequence] = field(default_factory=list)
     """Forks whose leader has failed."""
 
@@ -123,7 +125,10 @@ class Driver:
         prompt_logprobs: bool = False,
         guided: bool = False,
     ) -> Sequence:
-        """The leader, if it has forks. Tokens can be forced on `guided` sequences."""
+        """Queue a request and its forks; return its sequence, the leader.
+
+        Tokens can be forced on `guided` sequences.
+        """
         prompt = list(prompt)
         leader: Sequence | None = None
         for variant in range(num_forks + 1):
@@ -137,7 +142,7 @@ class Driver:
                 prompt_logprobs=prompt_logprobs and leader is None,
             )
             seq = Sequence(request, leader)
-            assert num_blocks_for(seq.max_tokens) <= self.num_blocks, "a request that can never run"
+            assert num_blocks_for(seq.max_tokens) <= self.num_blocks, "the request can never run"
             self.expected[seq] = text = ExpectedText(seq, self.can_end, variant)
             if isinstance(seq.constraint, Constraint):
                 seq.constraint.tokens = text.tokens
@@ -158,7 +163,7 @@ class Driver:
         self.check()
 
     def force(self, seq: Sequence, num_tokens: int) -> None:
-        """So many tokens are forced behind the next that is drawn for it."""
+        """Force this many tokens after the one that is sampled next."""
         assert isinstance(seq.constraint, Constraint), "only guided sequences have forced tokens"
         seq.constraint.num_forced = num_tokens
 
@@ -168,7 +173,7 @@ class Driver:
         return {fork for seq in self.live for fork in seq.forks}
 
     def _move_behind_running(self, orphans: list[Sequence]) -> None:
-        """Forks that have to compute their prompts are the first that wait."""
+        """Move forks that have to compute their prompt themselves to the head of the queue."""
         if orphans:
             kept = [seq for seq in self.live if seq not in orphans]
             running = [i for i, seq in enumerate(kept, 1) if seq in self.scheduler.running]
@@ -182,7 +187,12 @@ class Driver:
     def take_token(self, seq: Sequence, token: SampledToken) -> bool:
         tokens = self.expected[seq].tokens
         assert token.token_id == seq.token_ids[-1]
-        assert seq.token_ids == tokens[: len(seq.token_ids)], "not the sequence's own token"
+        assert seq.token_ids == tokens[: len(seq.token_ids)], "the sequence got a wrong token"
+        if seq.request.prompt_logprobs:
+            num_known = len(self.prompt_logprobs.get(seq, []))
+            assert num_known == seq.num_prompt_tokens - 1, (
+                "a token came before the prompt's logprobs"
+            )
         if token.token_id != END and len(seq.token_ids) < seq.max_tokens:
             return False
         self.live.remove(seq)
@@ -191,10 +201,15 @@ class Driver:
 
     def take_prompt_logprobs(self, seq: Sequence, start: int, logprobs: list[float]) -> None:
         assert seq.request.prompt_logprobs
+        assert seq in self.live
         assert start + len(logprobs) < seq.num_prompt_tokens
+        assert logprobs == self.expected[seq].prompt_logprobs(start, len(logprobs))
+        known = self.prompt_logprobs.setdefault(seq, [])
+        assert start <= len(known), "the logprobs of some positions were skipped"
+        known[start : start + len(logprobs)] = logprobs
 
     def take_failure(self, seq: Sequence, message: str) -> None:
-        """A sequence fails only alone in a step that was lost."""
+        """Note the failure. A sequence fails only if it was alone in a lost step."""
         assert message.startswith(StepLost.__name__), message
         self.orphans += seq.forks if seq in self.scheduler.running else []
         self.live.remove(seq)
@@ -203,13 +218,13 @@ class Driver:
     # -- one step ---------------------------------------------------------------------
 
     def step(self) -> None:
-        """One step of the pipeline, as the engine takes it."""
+        """Take one step of the pipeline, as the engine does."""
         if len(self.in_flight) == MAX_IN_FLIGHT:
             self.collect()
         self._observe(self.pipeline.step)
 
     def launch(self, only: set[Sequence] | None = None, built: bool = True) -> Batch:
-        """Schedule a step and launch it unless it is empty. One that is not `built` fails."""
+        """Schedule a step and launch it unless it is empty. The launch fails if not `built`."""
         assert len(self.in_flight) < MAX_IN_FLIGHT
         self.device.fails_next = not built
         batch = self.pipeline.launch(only)
@@ -228,8 +243,9 @@ class Driver:
         self._observe(self.pipeline.collect)
 
     def lose(self, isolate: bool = True) -> None:
-        """The oldest step in flight fails, and the ones behind it are taken back; `isolate`
-        looks for the sequence that is to blame.
+        """Let the oldest step in flight fail, and take back the steps after it.
+
+        With `isolate`, the pipeline also looks for the sequence that causes the failure.
         """
         self.device.lose()
         if isolate:
@@ -247,7 +263,10 @@ class Driver:
         self.check()
 
     def drain(self) -> None:
-        """Until nothing is left: a step computes at least one token of the oldest sequence."""
+        """Run until no sequence is left.
+
+        Each step computes at least one token of the oldest sequence, which bounds their number.
+        """
         num_steps = 16 + sum(2 * seq.max_tokens + 8 for seq in self.live)
         for _ in range(num_steps):
             if not self.live and not self.in_flight:
@@ -255,25 +274,27 @@ class Driver:
             self.step()
         raise AssertionError(f"no progress in {num_steps} steps")
 
-    def check_schedule(self, batch: Batch, before: Before, only: set[Sequence] | None) -> None:
-        """What must hold of every batch that is scheduled."""
+    def check_schedule(
+        self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
+    ) -> None:
+        """Check a batch that was just scheduled."""
         started = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
         for leader, forks in before.forks.items():
             if not leader.forks:
                 self._move_behind_running([fork for fork in forks if fork not in started])
         self._check_batch(batch, before, only)
 
-    # -- what must hold ---------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------
 
     def check(self) -> None:
-        """After every operation."""
+        """Check the state between any two operations."""
         if self.device.violation is not None:
             raise self.device.violation
         scheduler, pool = self.scheduler, self.scheduler.pool
         scheduler.check_integrity()
         pending = self._pending
         present = [seq for seq in self.live if seq not in pending]
-        assert scheduler.sequences == present, "lost, or out of order"
+        assert scheduler.sequences == present, "a sequence was lost, or is out of order"
         assert all(fork.leader is seq for seq in self.live for fork in seq.forks)
         used = {block for seq in scheduler.running for block in seq.block_table}
         assert pool.num_used == len(used)
@@ -285,33 +306,39 @@ class Driver:
             is_running = seq in scheduler.running
             assert seq.status is (SequenceStatus.RUNNING if is_running else SequenceStatus.WAITING)
 
-    def _check_batch(self, batch: Batch, before: Before, only: set[Sequence] | None) -> None:
+    def _check_batch(
+        self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
+    ) -> None:
         assert batch.num_tokens <= self.max_batch_tokens
-        assert all(seq.slot >= 0 for seq in batch.reset), "a reset of a sequence without a slot"
+        assert all(seq.slot >= 0 for seq in batch.reset), "a sequence without a slot is reset"
         self._check_entries(batch, before)
         started = self._check_forks(batch, before)
         running = [seq for seq in self.scheduler.running if seq not in started]
         preempted = [s for s in before.running if s.num_preemptions > before.num_preemptions[s]]
         kept = before.running[: len(before.running) - len(preempted)]
         admitted = running[len(kept) :]
-        assert preempted == before.running[len(kept) :], "an older one preempted"
-        assert not preempted or preempted[0] is not self.live[0], "the oldest one preempted"
+        assert preempted == before.running[len(kept) :], "an older sequence was preempted"
+        assert not preempted or preempted[0] is not self.live[0], (
+            "the oldest sequence was preempted"
+        )
         assert running[: len(kept)] == kept
-        if only is not None:  # forks go with their leader
+        if only is not None:  # forks start with their leader
             only = only | {seq for seq in started if seq.leader in only}
         self._check_fairness(batch, before, kept, admitted, only)
         self._check_admission(batch, admitted, only)
         if only is None and self.live:
-            assert batch.scheduled or self.in_flight, "nothing runs and nothing will"
+            assert batch.scheduled or self.in_flight, "no sequence runs, and none ever will"
 
-    def _check_forks(self, batch: Batch, before: Before) -> list[Sequence]:
-        """Those that start do so directly behind their leader, in the batch and in the order of
-        the running, on its full blocks and a copy of its last one; no other waits for it.
+    def _check_forks(self, batch: Batch, before: SchedulerState) -> list[Sequence]:
+        """Check the forks that start in this step, and return them.
+
+        A fork starts right behind its leader, in the batch and in the running queue, with the
+        leader's full blocks and a copy of its last one. After that no fork waits for the leader.
         """
         entries, started = batch.scheduled, []
         copies = dict(zip(*reversed(tuple(zip(*batch.copies, strict=True))), strict=True))
         running = self.scheduler.running
-        assert len(set(copies)) == len(batch.copies), "two copies to one block"
+        assert len(set(copies)) == len(batch.copies), "two blocks are copied to the same block"
         owners = [block for seq in running for block in seq.block_table]
         for index, entry in enumerate(entries):
             seq = entry.sequence
@@ -334,17 +361,22 @@ class Driver:
                 strict=True,
             ):
                 assert copies.pop(block) == source
-                assert owners.count(block) == 1, "a copy to a shared block"
+                assert owners.count(block) == 1, "a block is copied to a shared block"
             started.append(seq)
-        assert not copies, "a copy for nobody"
+        assert not copies, "a block is copied for no fork"
         completed = {e.sequence for e in entries if e.samples and e.sequence in before.forks}
-        assert all(not seq.forks for seq in completed), "a fork left to wait for nothing"
+        assert all(not seq.forks for seq in completed), "a fork still waits for a completed prompt"
         for seq in before.forks.keys() - completed:
-            assert seq.forks == before.forks[seq], "a fork started or lost without a prompt"
+            assert seq.forks == before.forks[seq], (
+                "a fork started or was lost before its prompt was complete"
+            )
         return started
 
-    def _check_entries(self, batch: Batch, before: Before) -> None:
-        """A step may write to blocks that forks share from this step on."""
+    def _check_entries(self, batch: Batch, before: SchedulerState) -> None:
+        """Check the positions of each entry, and that it writes to no shared block.
+
+        Blocks that forks begin to share in this very step may still be written.
+        """
         forks = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
         running = [seq for seq in self.scheduler.running if seq not in forks]
         owners = [block for seq in running for block in seq.block_table]
@@ -361,18 +393,21 @@ class Driver:
                 continue
             written = seq.block_table[entry.start // BLOCK_SIZE : num_blocks_for(entry.end)]
             assert len(written) == num_blocks_for(entry.end) - entry.start // BLOCK_SIZE
-            assert all(owners.count(block) == 1 for block in written), "a write to a shared block"
+            assert all(owners.count(block) == 1 for block in written), (
+                "the step writes to a shared block"
+            )
 
     def _check_fairness(
         self,
         batch: Batch,
-        before: Before,
+        before: SchedulerState,
         kept: list[Sequence],
         admitted: list[Sequence],
         only: set[Sequence] | None,
     ) -> None:
-        """Every decode; then prefills, oldest first, for as long as the budget lasts, of tokens
-        or of logits for the logprobs of prompts.
+        """Check that every decode runs, then prefills, oldest first, as long as the budget lasts.
+
+        The budget counts tokens, and rows of logits for prompt logprobs.
         """
         entries = {entry.sequence: entry for entry in batch.scheduled}
         if only is not None:
@@ -380,15 +415,15 @@ class Driver:
             kept = [seq for seq in kept if seq in only]
         for seq in kept:
             if before.behind[seq] == 1 and before.num_tokens[seq] < seq.max_tokens:
-                assert seq in entries, "a decode left out"
+                assert seq in entries, "a decode was left out"
         prefills = [seq for seq in kept if before.behind[seq] > 1] + admitted
         scheduled = [seq for seq in prefills if seq in entries]
         if self._num_prompt_rows(batch) == PROMPT_LOGPROB_ROWS:
             return
-        assert scheduled == prefills[: len(scheduled)], "a younger prefill first"
-        assert all(entries[seq].samples for seq in scheduled[:-1]), "a younger prefill first"
+        assert scheduled == prefills[: len(scheduled)], "a younger prefill ran first"
+        assert all(entries[seq].samples for seq in scheduled[:-1]), "a younger prefill ran first"
         if len(scheduled) < len(prefills) or any(not e.samples for e in batch.scheduled):
-            assert batch.num_tokens == self.max_batch_tokens, "budget left over"
+            assert batch.num_tokens == self.max_batch_tokens, "the budget was not used up"
 
     def _num_prompt_rows(self, batch: Batch) -> int:
         rows = [entry.num_prompt_rows for entry in batch.scheduled]
@@ -404,7 +439,7 @@ class Driver:
         for seq in admitted:
             assert seq in batch.reset
             num_known = seq.num_tokens - entries[seq].samples
-            assert num_known == len(seq.token_ids), "admitted with ids in flight"
+            assert num_known == len(seq.token_ids), "a sequence was admitted with tokens in flight"
             assert len(seq.block_table) == num_blocks_for(num_known)
         waiting = self.scheduler.waiting
         has_room = len(self.scheduler.running) < self.max_sequences
@@ -413,7 +448,9 @@ class Driver:
             if head.wants_prompt_logprobs and self._num_prompt_rows(batch) == PROMPT_LOGPROB_ROWS:
                 return
             fits = num_blocks_for(head.num_tokens) <= self.scheduler.pool.num_idle
-            assert head.num_in_flight or not fits, "the head of the queue fits, and waits"
+            assert head.num_in_flight or not fits, (
+                "the head of the queue fits, and was not admitted"
+            )
 
 
 def prompt(num_tokens: int, stem: int = 0) -> list[int]:

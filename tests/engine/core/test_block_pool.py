@@ -1,4 +1,4 @@
-"""Who holds which block, which can be found, and which is reused first."""
+"""Which blocks are in use, which can be found by their hash, and which is evicted first."""
 
 import pytest
 from hypothesis import settings
@@ -14,18 +14,18 @@ def hash_of(number: int) -> BlockHash:
     return number.to_bytes(16, "big")
 
 
-def found(pool: BlockPool, number: int) -> int | None:
+def find(pool: BlockPool, number: int) -> int | None:
     blocks = pool.find([hash_of(number)])
     return blocks[0] if blocks else None
 
 
-def extended(hasher: BlockHasher, parent: BlockHash, token_ids: list[int]) -> BlockHash:
+def extend(hasher: BlockHasher, parent: BlockHash, token_ids: list[int]) -> BlockHash:
     (block_hash,) = hasher.chain(parent, token_ids)
     return block_hash
 
 
-def cached(pool: BlockPool, *tables: list[int]) -> None:
-    """Make each block findable by its own number and release the tables in this order."""
+def cache_tables(pool: BlockPool, *tables: list[int]) -> None:
+    """Register each block under its own number, then release the tables in this order."""
     for table in tables:
         for block in table:
             pool.register(block, hash_of(block))
@@ -37,9 +37,9 @@ class TestBlockHasher:
     def test_equal_chains_have_equal_hashes(self) -> None:
         hasher = BlockHasher()
         tokens = list(range(BLOCK_SIZE))
-        first, second = (extended(hasher, hasher.root(b"salt"), tokens) for _ in range(2))
+        first, second = (extend(hasher, hasher.root(b"salt"), tokens) for _ in range(2))
         assert first == second
-        assert extended(hasher, first, tokens) == extended(hasher, second, tokens)
+        assert extend(hasher, first, tokens) == extend(hasher, second, tokens)
 
     @pytest.mark.parametrize("changed", range(BLOCK_SIZE))
     def test_the_hash_depends_on_every_token(self, changed: int) -> None:
@@ -47,20 +47,20 @@ class TestBlockHasher:
         tokens = [7] * BLOCK_SIZE
         other = [8 if i == changed else 7 for i in range(BLOCK_SIZE)]
         root = hasher.root(b"")
-        assert extended(hasher, root, tokens) != extended(hasher, root, other)
+        assert extend(hasher, root, tokens) != extend(hasher, root, other)
 
     def test_the_hash_depends_on_all_32_bits_of_a_token_id(self) -> None:
         hasher = BlockHasher()
         root = hasher.root(b"")
-        seen = {extended(hasher, root, [1 << bit] * BLOCK_SIZE) for bit in range(32)}
+        seen = {extend(hasher, root, [1 << bit] * BLOCK_SIZE) for bit in range(32)}
         assert len(seen) == 32
 
     def test_the_hash_depends_on_the_blocks_before(self) -> None:
         hasher = BlockHasher()
         tokens, root = [7] * BLOCK_SIZE, hasher.root(b"")
-        second = extended(hasher, extended(hasher, root, tokens), tokens)
-        other = extended(hasher, extended(hasher, root, [8] * BLOCK_SIZE), tokens)
-        assert len({extended(hasher, root, tokens), second, other}) == 3
+        second = extend(hasher, extend(hasher, root, tokens), tokens)
+        other = extend(hasher, extend(hasher, root, [8] * BLOCK_SIZE), tokens)
+        assert len({extend(hasher, root, tokens), second, other}) == 3
 
     def test_a_chain_can_be_extended_from_any_of_its_blocks(self) -> None:
         hasher = BlockHasher()
@@ -74,7 +74,7 @@ class TestBlockHasher:
         hasher = BlockHasher()
         tokens = [7] * BLOCK_SIZE
         roots = [hasher.root(salt) for salt in (b"", b"a", b"b")]
-        assert len({extended(hasher, root, tokens) for root in roots}) == 3
+        assert len({extend(hasher, root, tokens) for root in roots}) == 3
 
     def test_hashes_are_keyed_with_a_secret_of_the_process(self) -> None:
         assert BlockHasher().root(b"") != BlockHasher().root(b"")
@@ -93,15 +93,15 @@ class TestBlockPool:
     def test_a_block_is_found_only_after_it_was_registered(self) -> None:
         pool = BlockPool(1)
         (block,) = pool.allocate(1)
-        assert found(pool, 1) is None
+        assert find(pool, 1) is None
         pool.register(block, hash_of(1))
-        assert found(pool, 1) == block
+        assert find(pool, 1) == block
 
     def test_a_released_block_can_still_be_found(self) -> None:
         pool = BlockPool(3)
-        cached(pool, pool.allocate(2))
+        cache_tables(pool, pool.allocate(2))
         assert (pool.num_used, pool.num_idle, pool.num_cached) == (0, 3, 2)
-        assert found(pool, 0) == 0
+        assert find(pool, 0) == 0
         assert pool.count_idle([0]) == 1
 
     def test_a_shared_block_is_used_until_its_last_owner_releases_it(self) -> None:
@@ -117,49 +117,49 @@ class TestBlockPool:
 
     def test_a_cached_block_that_is_shared_again_is_not_evicted(self) -> None:
         pool = BlockPool(2)
-        cached(pool, pool.allocate(2))
+        cache_tables(pool, pool.allocate(2))
         pool.share([1])
         assert (pool.num_used, pool.num_cached) == (1, 1)
-        assert pool.allocate(1) == [0], "the shared one is not idle"
-        assert found(pool, 1) == 1
+        assert pool.allocate(1) == [0], "the shared block is not idle"
+        assert find(pool, 1) == 1
         pool.release([0])
         pool.release([1])
 
     def test_free_blocks_are_reused_before_cached_ones(self) -> None:
         pool = BlockPool(4)
         first, second = pool.allocate(2), pool.allocate(2)
-        cached(pool, first)
+        cache_tables(pool, first)
         pool.release(second)
         assert set(pool.allocate(2)) == set(second)
-        assert [found(pool, block) for block in first] == first
+        assert [find(pool, block) for block in first] == first
 
     def test_the_least_recently_released_block_is_evicted_first(self) -> None:
         pool = BlockPool(4)
         tables = [pool.allocate(1) for _ in range(4)]
-        cached(pool, tables[2], tables[0], tables[3], tables[1])
+        cache_tables(pool, tables[2], tables[0], tables[3], tables[1])
         assert [pool.allocate(1)[0] for _ in range(4)] == [2, 0, 3, 1]
 
     def test_a_block_that_was_shared_again_is_evicted_last(self) -> None:
         pool = BlockPool(3)
         tables = [pool.allocate(1) for _ in range(3)]
-        cached(pool, *tables)
+        cache_tables(pool, *tables)
         pool.share(tables[0])
         pool.release(tables[0])
         assert [pool.allocate(1)[0] for _ in range(3)] == [1, 2, 0]
 
     def test_the_tail_of_a_table_is_evicted_before_its_head(self) -> None:
         pool = BlockPool(3)
-        cached(pool, pool.allocate(3))
+        cache_tables(pool, pool.allocate(3))
         pool.allocate(2)
-        assert [found(pool, block) for block in range(3)] == [0, None, None]
+        assert [find(pool, block) for block in range(3)] == [0, None, None]
 
     def test_an_evicted_block_is_not_found_and_can_be_registered_anew(self) -> None:
         pool = BlockPool(1)
-        cached(pool, pool.allocate(1))
+        cache_tables(pool, pool.allocate(1))
         (block,) = pool.allocate(1)
-        assert found(pool, 0) is None
+        assert find(pool, 0) is None
         pool.register(block, hash_of(1))
-        assert found(pool, 1) == block
+        assert find(pool, 1) == block
         pool.release([block])
         assert pool.num_cached == 1
 
@@ -168,11 +168,11 @@ class TestBlockPool:
         first, second = pool.allocate(2)
         pool.register(first, hash_of(9))
         pool.register(second, hash_of(9))
-        assert found(pool, 9) == first
+        assert find(pool, 9) == first
         pool.release([first])
         pool.release([second])
         assert pool.num_cached == 1
-        assert pool.allocate(1) == [second], "the private one holds nothing to be found"
+        assert pool.allocate(1) == [second], "the second block is free, not cached"
 
     def test_forget_cached_empties_the_cache_and_keeps_blocks_in_use(self) -> None:
         pool = BlockPool(3)
@@ -181,7 +181,7 @@ class TestBlockPool:
             pool.register(block, hash_of(block))
         pool.release(table[1:])
         pool.forget_cached()
-        assert [found(pool, block) for block in table] == [None] * 3
+        assert [find(pool, block) for block in table] == [None] * 3
         assert (pool.num_used, pool.num_cached) == (1, 0)
         pool.check_integrity([table[:1]])
         pool.release(table[:1])
@@ -190,7 +190,14 @@ class TestBlockPool:
     @pytest.mark.parametrize(
         "tables",
         [[], [[0]], [[0, 1], [1]], [[0, 1, 2]], [[0, 0, 1]], [[0], [2]]],
-        ids=["lost", "too few", "too many", "not allocated", "twice", "another"],
+        ids=[
+            "no tables",
+            "block missing",
+            "block shared",
+            "not allocated",
+            "listed twice",
+            "wrong block",
+        ],
     )
     def test_check_integrity_fails_when_tables_and_ref_counts_differ(
         self, tables: list[list[int]]
@@ -211,14 +218,14 @@ class TestBlockPool:
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Tables come and go; a plain model says what is found and what is evicted next."""
+    """Allocates, shares and releases tables, and compares the pool with a plain model of it."""
 
     @initialize(num_blocks=st.integers(1, 12))
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.tables: list[list[int]] = []
         self.findable: dict[BlockHash, int] = {}
-        self.cached: list[int] = []  # the next to be evicted first
+        self.cached: list[int] = []  # in order of eviction
 
     @property
     def used(self) -> set[int]:
@@ -274,14 +281,14 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.findable, self.cached = {}, []
 
     @invariant()
-    def books_balance(self) -> None:
+    def pool_equals_model(self) -> None:
         pool = self.pool
         pool.check_integrity(self.tables)
         assert pool.num_used == len(self.used)
         assert pool.num_cached == len(self.cached)
         assert pool.num_idle == len(self.cached) + self.num_free()
         for number in range(21):
-            assert found(pool, number) == self.findable.get(hash_of(number))
+            assert find(pool, number) == self.findable.get(hash_of(number))
         for block in range(pool.num_blocks):
             assert pool.count_idle([block]) == (block not in self.used)
 

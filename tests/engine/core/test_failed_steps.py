@@ -23,7 +23,7 @@ class TestRewind:
         driver.drain()
         assert seq.num_generated == 20
 
-    @pytest.mark.parametrize("built", [True, False], ids=["on the device", "before it"])
+    @pytest.mark.parametrize("built", [True, False], ids=["lost on the device", "lost at launch"])
     def test_rewind_of_a_first_step_returns_to_the_cached_prefix(self, built: bool) -> None:
         driver = Driver()
         driver.add(prompt(40), 1)
@@ -78,7 +78,7 @@ class TestRewind:
         assert ranges(driver.launch()) == {first: (0, 24), second: (0, 8)}
         driver.drain()
 
-    def test_a_rewound_sequence_of_one_token_can_be_preempted_in_the_next_step(self) -> None:
+    def test_a_rewound_sequence_of_one_token_does_not_run_once_preempted(self) -> None:
         driver = Driver(num_blocks=2)
         first = driver.add(prompt(15), 4)
         decode(driver, 1)
@@ -137,8 +137,8 @@ class TestRewind:
 
 class TestFailedLaunch:
     def test_no_step_is_launched_until_the_failed_launch_is_collected(self) -> None:
-        """The device has missed the block that the failed step appended: a step on top of it
-        would write to a block of another sequence.
+        """The device has missed the block that the failed step appended. A step launched before the
+        slot is reset would write to a block of another sequence.
         """
         driver = Driver()
         seq, other = driver.add(prompt(15), 8), driver.add(prompt(15, stem=1), 8)
@@ -158,7 +158,7 @@ class TestFailedLaunch:
         first, second, third = (driver.add(prompt(20, stem), 4) for stem in range(3))
         driver.launch(built=False)
         driver.collect()
-        driver.launch_suspects(built=False)  # the first alone
+        driver.launch_suspects(built=False)  # the first sequence alone
         driver.collect()
         driver.drain()
         assert (driver.failed, driver.finished) == ([first], [second, third])

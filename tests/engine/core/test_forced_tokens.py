@@ -1,4 +1,4 @@
-"""Tokens that a grammar forces are appended by the host and computed in one slice."""
+"""Tokens that a grammar forces are appended by the host and computed as one chunk."""
 
 from engine.core.sequence import SequenceStatus
 from tests.engine.core.driver import Driver, decode, prompt, ranges
@@ -12,7 +12,7 @@ def test_forced_tokens_are_computed_in_one_step() -> None:
     assert seq.num_generated == 7
     batch = driver.launch()
     assert ranges(batch) == {seq: (5, 12)}
-    assert batch.reset == [seq], "its slot counts other tokens"
+    assert batch.reset == [seq], "the slot's tokens on the device are out of date"
     driver.collect()
     assert seq.num_generated == 8
     driver.drain()
@@ -27,7 +27,7 @@ def test_what_the_step_in_flight_samples_is_dropped_when_tokens_are_forced() -> 
     driver.launch()
     driver.collect()
     assert (seq.num_generated, seq.num_in_flight) == (7, 0)
-    assert ranges(driver.launch()) == {seq: (6, 12)}, "the drawn one is being computed"
+    assert ranges(driver.launch()) == {seq: (6, 12)}, "the sampled token is already being computed"
     driver.collect()
     assert seq.num_generated == 7
     driver.collect()
@@ -80,7 +80,7 @@ def test_forced_tokens_may_preempt_a_younger_sequence_or_their_own() -> None:
     driver.drain()
 
 
-def test_a_sequence_preempted_while_it_grows_lists_no_grown_blocks() -> None:
+def test_blocks_grown_before_a_preemption_in_the_same_step_are_not_listed() -> None:
     driver = Driver(num_blocks=22, max_sequences=2, max_batch_tokens=400)
     leader = driver.add(prompt(300), 2, num_forks=1, prompt_logprobs=True)
     (fork,) = leader.forks

@@ -1,4 +1,4 @@
-"""Forks start from their leader's prompt: its full blocks, a copy of its last, its logits."""
+"""Forks share their leader's full blocks, copy its last block and sample from its logits."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tests.engine.core.driver import Driver, decode, prompt, ranges
 
 
 def add_with_forks(driver: Driver, num_tokens: int, num_forks: int = 2) -> list[Sequence]:
-    """A leader and its forks."""
+    """Queue a request with forks; return the leader and its forks."""
     leader = driver.add(prompt(num_tokens), 8, num_forks=num_forks)
     return [leader, *leader.forks]
 
@@ -157,7 +157,7 @@ def test_forks_of_a_leader_aborted_in_mid_prefill_head_the_queue() -> None:
     driver.abort(leader)
     assert list(driver.scheduler.waiting) == [first, second, other]
     assert first.leader is second.leader is None
-    assert ranges(driver.launch()) == {first: (16, 32)}, "the first chunk was done"
+    assert ranges(driver.launch()) == {first: (16, 32)}, "the first chunk is cached"
     driver.drain()
     assert set(driver.finished) == {first, second, other}
 

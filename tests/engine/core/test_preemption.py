@@ -5,7 +5,7 @@ from tests.engine.core.driver import Driver, decode, prompt, ranges
 
 
 def start_three_sequences(num_blocks: int = 6) -> tuple[Driver, list[Sequence]]:
-    """Three sequences that have filled two blocks each."""
+    """Return a driver with three sequences that have filled two blocks each."""
     driver = Driver(num_blocks, max_batch_tokens=96)
     sequences = [driver.add(prompt(31, stem), 30) for stem in range(3)]
     decode(driver, 2)
@@ -52,7 +52,7 @@ def test_a_preempted_sequence_is_recomputed_with_the_same_output() -> None:
 def test_a_preempted_sequence_finds_its_cached_blocks_again() -> None:
     driver, (first, _, third) = start_three_sequences(num_blocks=7)
     decode(driver, 1)
-    assert third.status is SequenceStatus.WAITING, "and one of its two blocks is taken"
+    assert third.status is SequenceStatus.WAITING, "it was preempted, and one of its blocks evicted"
     driver.abort(first)
     assert ranges(driver.launch())[third] == (16, 33)
     driver.drain()
@@ -66,7 +66,9 @@ def test_a_preempted_sequence_is_not_readmitted_with_tokens_in_flight() -> None:
     driver.launch()
     driver.launch()
     assert (second.status, second.num_in_flight) == (SequenceStatus.WAITING, 1)
-    assert driver.scheduler.pool.num_idle == 1, "enough for it, with the block it shares"
+    assert driver.scheduler.pool.num_idle == 1, (
+        "one idle block and its cached block would be enough"
+    )
     driver.collect()
     assert ranges(driver.launch())[second] == (16, 32)
     driver.drain()
@@ -91,7 +93,7 @@ def test_a_step_launched_before_a_preemption_registers_no_blocks() -> None:
     second = driver.add(prompt(15, stem=1), 4)
     decode(driver, 1)
     _, stale = driver.launch().scheduled
-    assert (stale.sequence, stale.start) == (second, 15), "it fills the block"
+    assert (stale.sequence, stale.start) == (second, 15), "the step fills the block"
     driver.launch()
     assert not stale.is_current
     driver.collect()

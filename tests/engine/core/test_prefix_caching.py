@@ -112,9 +112,9 @@ def test_requests_with_different_cache_salts_share_no_blocks() -> None:
     driver = Driver()
     driver.add(prompt(40), 1, salt=b"alice")
     driver.drain()
-    bob, nobody, alice = (driver.add(prompt(40), 1, s) for s in (b"bob", b"", b"alice"))
-    assert ranges(driver.launch()) == {bob: (0, 40), nobody: (0, 24)}
-    assert ranges(driver.launch()) == {nobody: (24, 40), alice: (32, 40)}
+    bob, unsalted, alice = (driver.add(prompt(40), 1, s) for s in (b"bob", b"", b"alice"))
+    assert ranges(driver.launch()) == {bob: (0, 40), unsalted: (0, 24)}
+    assert ranges(driver.launch()) == {unsalted: (24, 40), alice: (32, 40)}
     driver.drain()
 
 
@@ -136,7 +136,7 @@ def test_the_found_prefix_ends_at_the_first_missing_block() -> None:
     driver.launch()
     driver.drain()
     assert driver.finished[-1] is longer
-    # The shared first block is the one of the sequence that ended first: reused first.
+    # The cached first block is the copy of the sequence that ended first: it is evicted first.
     driver.add(prompt(63, stem=1), 1)
     driver.drain()
     seq = driver.add(prompt(33), 1)

@@ -1,11 +1,11 @@
-"""Prompts whose logprobs are wanted: rows of logits per step, and prefix caching."""
+"""How requests for prompt logprobs are scheduled: rows of logits a step, and the prefix cache."""
 
 from engine.core.scheduler import PROMPT_LOGPROB_ROWS
 from tests.engine.core.driver import Driver, prompt, ranges
 
 
 def test_a_step_computes_a_bounded_number_of_prompt_logprobs() -> None:
-    """Two of them share the rows of a step, and what asks for none is not held up."""
+    """Two requests share the rows of a step, and a request without logprobs is not held up."""
     driver = Driver(num_blocks=64, max_batch_tokens=600)
     first = driver.add(prompt(300), 2, prompt_logprobs=True)
     plain = driver.add(prompt(20, stem=1), 2)

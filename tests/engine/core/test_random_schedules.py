@@ -12,8 +12,8 @@ from tests.thorough import THOROUGH
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests with common prefixes, and forks of them, come and go, tokens are forced, steps
-    are launched, collected and lost.
+    """Adds and aborts requests with common prefixes and forks, forces tokens, and launches,
+    collects and loses steps.
     """
 
     @initialize(
@@ -56,7 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs: bool,
         guided: bool,
     ) -> None:
-        """Prefixes of one of two stems or of a finished text, perhaps with another token."""
+        """Add prefixes of a stem or of a finished text, perhaps with one token changed."""
         driver, room = self.driver, self.driver.num_blocks * BLOCK_SIZE
         stems = [prompt(70), prompt(70, 1), *(seq.token_ids for seq in driver.finished[-4:])]
         for length in lengths:
@@ -101,13 +101,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def fail_a_launch(self) -> None:
-        """The next launch fails before the device sees it, if there is anything to launch."""
+        """Let the next launch fail before the device sees it, if there is anything to launch."""
         self.driver.device.fails_next = True
         self.driver.step()
         self.driver.device.fails_next = False
 
     def teardown(self) -> None:
-        """Whatever happened, everything that is left runs to its end."""
+        """Run every sequence that is left to its end."""
         if hasattr(self, "driver"):
             self.driver.drain()
 

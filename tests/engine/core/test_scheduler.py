@@ -43,7 +43,7 @@ class TestBudget:
         driver = Driver(max_batch_tokens=32)
         first, second, third = (driver.add(prompt(20, stem), 2) for stem in range(3))
         assert ranges(driver.launch()) == {first: (0, 20), second: (0, 12)}
-        # Half a prompt is as good as running: it holds all of its blocks.
+        # A sequence with half of its prompt computed holds blocks for all of it.
         assert len(second.block_table) == 2
         assert ranges(driver.launch()) == {first: (20, 21), second: (12, 20), third: (0, 20)}
         driver.collect()
@@ -104,7 +104,9 @@ class TestAdmission:
         first = driver.add(prompt(30), 2)
         second = driver.add(prompt(33, stem=1), 2)
         third = driver.add(prompt(32, stem=2), 2)
-        assert ranges(driver.launch()) == {first: (0, 30)}, "three blocks for the second, two left"
+        assert ranges(driver.launch()) == {first: (0, 30)}, (
+            "the second needs three blocks, two are left"
+        )
         assert (second.status, second.block_table) == (SequenceStatus.WAITING, [])
         driver.abort(second)
         assert ranges(driver.launch()) == {first: (30, 31), third: (0, 32)}
