@@ -67,7 +67,7 @@ def _limit(parameters: dict[str, Any], key: str) -> None:
 api = schemathesis.pytest.from_fixture("document")
 
 
-@api.parametrize()  # type: ignore[untyped-decorator]
+@api.parametrize()
 def test_no_request_causes_an_internal_error(case: Any, server: Server) -> None:
     case.body = limit_tokens(case.body)
     response = case.call(timeout=120)

@@ -475,8 +475,8 @@ def test_a_row_of_nan_still_gets_a_token_and_changes_no_other() -> None:
 # -- noise ------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gumbel_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _gumbel_kernel(
     keys_ptr,
     noise_ptr,
     BLOCK: tl.constexpr,  # noqa: N803

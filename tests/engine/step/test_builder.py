@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.step.builder import HostStep
 from kernels.ops import TORCH, TRITON, Ops
 from tests.engine.driving import Answers, run
-from tests.engine.models import adopted
+from tests.engine.models import prepared
 from tests.engine.recording import capture, recorded
 
 SAMPLING = [
@@ -82,7 +82,7 @@ def answers(engine: Engine) -> Answers:
     ],
 )
 def test_a_pickled_step_runs_to_the_same_result(ops: Ops, with_graphs: bool) -> None:
-    loaded = adopted("llama", ops, num_hidden_layers=1)
+    loaded = prepared("llama", ops, num_hidden_layers=1)
     config = EngineConfig(max_sequences=8, max_batch_tokens=32, num_blocks=12, max_total_tokens=48)
     capturing = capture if with_graphs else None
     engine = _PicklingEngine(loaded, config, capture=capturing)

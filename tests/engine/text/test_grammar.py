@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema import Draft202012Validator
 from transformers import AutoTokenizer, LlamaConfig
 
 from engine.core.config import DEFAULT_MODEL_ID
