@@ -303,7 +303,7 @@ class StepPipeline:
             self.scheduler.drop_in_flight(seq)
 
     def _figures(self, step: _Step, finished: float, failed: bool) -> StepFigures:
-        lengths = [entry.num_tokens for entry in step.batch.scheduled]
+        lengths = [entry.num_scheduled_tokens for entry in step.batch.scheduled]
         num_decodes = lengths.count(1)
         return StepFigures(
             num_admitted=sum(seq.num_generated <= 1 for seq in step.batch.reset),

@@ -37,24 +37,25 @@ PROMPT_LOGPROB_ROWS = 256
 
 
 class ScheduledSequence(NamedTuple):
-    """A sequence's share of one step: `num_tokens` tokens from position `start`.
+    """A sequence's share of one step: its tokens from position `start`.
 
-    slot       index of the sequence's state on the device
-    num_tokens 0 in the first step of a fork, which samples from the logits of the entry before it
-    samples    these are the sequence's last known tokens, so the step samples the next one
-    epoch      the sequence's `num_preemptions` when it was scheduled
+    slot                  index of the sequence's state on the device
+    num_scheduled_tokens  how many tokens the step computes; 0 in the first step of a fork, which
+                          samples from the logits of the entry before it
+    samples               these are the sequence's last known tokens: the step samples the next
+    num_preemptions       of the sequence, when it was scheduled
     """
 
     sequence: Sequence
     slot: int
     start: int
-    num_tokens: int
+    num_scheduled_tokens: int
     samples: bool
-    epoch: int
+    num_preemptions: int
 
     @property
     def end(self) -> int:
-        return self.start + self.num_tokens
+        return self.start + self.num_scheduled_tokens
 
     @property
     def num_prompt_rows(self) -> int:
@@ -68,7 +69,7 @@ class ScheduledSequence(NamedTuple):
     def is_current(self) -> bool:
         """Whether the sequence still owns the blocks that this step writes to."""
         seq = self.sequence
-        return seq.num_preemptions == self.epoch and seq.status is not SequenceStatus.FINISHED
+        return not seq.is_finished and seq.num_preemptions == self.num_preemptions
 
 
 # Skips the checks of `__new__`, which take three times as long as making the tuple.
@@ -97,8 +98,8 @@ class Batch:
     prompted: list[int] = field(default_factory=list)
 
     @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.scheduled)
+    def num_scheduled_tokens(self) -> int:
+        return sum(entry.num_scheduled_tokens for entry in self.scheduled)
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ class _Budget:
         return min(chunk, self.prompt_rows) if seq.wants_prompt_logprobs else chunk
 
     def take(self, entry: ScheduledSequence) -> None:
-        self.tokens -= entry.num_tokens
+        self.tokens -= entry.num_scheduled_tokens
         self.prompt_rows -= entry.num_prompt_rows
 
 
@@ -384,7 +385,7 @@ class Scheduler:
                 continue
             seq = entry.sequence
             seq.leader = None
-            seq.num_completed = end = entry.start + entry.num_tokens
+            seq.num_completed = end = entry.start + entry.num_scheduled_tokens
             if end >= (seq.num_registered + 1) * BLOCK_SIZE and self._prefix_caching:
                 self._register(seq)
 

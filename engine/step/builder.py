@@ -257,9 +257,9 @@ def _token_ids(batch: Batch, num_tokens: int) -> np.ndarray:
     ids = np.empty(num_tokens, dtype=np.int64)
     end = 0
     for entry in batch.scheduled:
-        start, end = end, end + entry.num_tokens
+        start, end = end, end + entry.num_scheduled_tokens
         known = entry.sequence.token_ids
-        if entry.num_tokens == 1:
+        if entry.num_scheduled_tokens == 1:
             ids[start] = known[entry.start] if entry.start < len(known) else ON_DEVICE
         else:
             ids[start:end] = known[entry.start : entry.end]

@@ -204,12 +204,12 @@ class Device:
             self._check_slot(entry)
             self._write(step.number, entry, self.expected[entry.sequence])
         for entry in step.batch.scheduled:
-            if entry.num_tokens > 0:
+            if entry.num_scheduled_tokens > 0:
                 self._check_reads(entry, self.expected[entry.sequence])
         self._copy(step)
         for entry in step.batch.scheduled:
             self._check_reads(entry, self.expected[entry.sequence])
-            if entry.sequence in step.batch.reset and entry.num_tokens > 0:
+            if entry.sequence in step.batch.reset and entry.num_scheduled_tokens > 0:
                 self._check_written_before(entry, self._in_flight())
 
     def sample(self, step: Step, unmasked: set[int]) -> list[int]:
@@ -268,7 +268,7 @@ class Device:
             "the slot has other tokens than the sequence"
         )
         assert entry.end <= len(known), "the step reads tokens that were never sampled"
-        if entry.num_tokens > 1:
+        if entry.num_scheduled_tokens > 1:
             assert entry.end <= len(seq.token_ids), (
                 "the host does not know all tokens of a chunk yet"
             )

@@ -278,7 +278,7 @@ class Driver:
         self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
     ) -> None:
         """Check a batch that was just scheduled."""
-        started = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
+        started = {entry.sequence for entry in batch.scheduled if entry.num_scheduled_tokens == 0}
         for leader, forks in before.forks.items():
             if not leader.forks:
                 self._move_behind_running([fork for fork in forks if fork not in started])
@@ -309,7 +309,7 @@ class Driver:
     def _check_batch(
         self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
     ) -> None:
-        assert batch.num_tokens <= self.max_batch_tokens
+        assert batch.num_scheduled_tokens <= self.max_batch_tokens
         assert all(seq.slot >= 0 for seq in batch.reset), "a sequence without a slot is reset"
         self._check_entries(batch, before)
         started = self._check_forks(batch, before)
@@ -342,7 +342,7 @@ class Driver:
         owners = [block for seq in running for block in seq.block_table]
         for index, entry in enumerate(entries):
             seq = entry.sequence
-            if entry.num_tokens > 0:
+            if entry.num_scheduled_tokens > 0:
                 continue
             leader, num_full = seq.leader, seq.num_prompt_tokens // BLOCK_SIZE
             assert leader is not None
@@ -377,7 +377,7 @@ class Driver:
 
         Blocks that forks begin to share in this very step may still be written.
         """
-        forks = {entry.sequence for entry in batch.scheduled if entry.num_tokens == 0}
+        forks = {entry.sequence for entry in batch.scheduled if entry.num_scheduled_tokens == 0}
         running = [seq for seq in self.scheduler.running if seq not in forks]
         owners = [block for seq in running for block in seq.block_table]
         sequences = [entry.sequence for entry in batch.scheduled]
@@ -423,7 +423,7 @@ class Driver:
         assert scheduled == prefills[: len(scheduled)], "a younger prefill ran first"
         assert all(entries[seq].samples for seq in scheduled[:-1]), "a younger prefill ran first"
         if len(scheduled) < len(prefills) or any(not e.samples for e in batch.scheduled):
-            assert batch.num_tokens == self.max_batch_tokens, "the budget was not used up"
+            assert batch.num_scheduled_tokens == self.max_batch_tokens, "the budget was not used up"
 
     def _num_prompt_rows(self, batch: Batch) -> int:
         rows = [entry.num_prompt_rows for entry in batch.scheduled]
@@ -443,7 +443,12 @@ class Driver:
             assert len(seq.block_table) == num_blocks_for(num_known)
         waiting = self.scheduler.waiting
         has_room = len(self.scheduler.running) < self.max_sequences
-        if only is None and waiting and has_room and batch.num_tokens < self.max_batch_tokens:
+        if (
+            only is None
+            and waiting
+            and has_room
+            and batch.num_scheduled_tokens < self.max_batch_tokens
+        ):
             head = waiting[0]
             if head.wants_prompt_logprobs and self._num_prompt_rows(batch) == PROMPT_LOGPROB_ROWS:
                 return
