@@ -31,6 +31,10 @@ from tests.engine.models import VOCAB_SIZE, prepared, reference
 from tests.engine.recording import HostWaits, Recording, capture, recorded, recorded_kernel
 
 T = TypeVar("T")
+PADDED = 1e-5
+"""How far logprobs may differ because a graph's step is padded: for another number of rows the
+CPU's matrix product adds in another order, a few last bits of float32.
+"""
 LAYERS = (1, 2)
 PROMPTS = [list(b"once upon a time"), list(b"the quick brown fox jumps over"), list(b"a")]
 
@@ -91,7 +95,7 @@ def test_replayed_and_eager_steps_agree_in_every_kind_of_sampling() -> None:
     for request in requests:
         assert isinstance(replayed.last(request), Finished)
         assert replayed.ids(request) == eager.ids(request)
-        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=PADDED)
 
 
 def guided(loaded: LoadedModel) -> list[Request]:
@@ -134,7 +138,7 @@ def test_masks_and_watermarks_are_applied_around_replayed_graphs(
     replayed = answers(loaded, requests, with_graphs=True)
     for request in requests:
         assert replayed.ids(request) == eager.ids(request) != []
-        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=1e-6)
+        assert replayed.logprobs(request) == pytest.approx(eager.logprobs(request), abs=PADDED)
         if request.grammar is not None:
             finished = replayed.last(request)
             assert isinstance(finished, Finished)
