@@ -149,7 +149,7 @@ texts = st.one_of(
 @pytest.mark.parametrize("special", [True, False])
 @examples
 @given(text=texts)
-def test_encode_is_transformers_own(name: str, special: bool, text: str) -> None:
+def test_encode_returns_the_ids_of_transformers(name: str, special: bool, text: str) -> None:
     expected = theirs(name)(text, add_special_tokens=special)["input_ids"]
     assert ours(name).encode(text, add_special_tokens=special) == expected
 
@@ -158,7 +158,7 @@ def test_encode_is_transformers_own(name: str, special: bool, text: str) -> None
 @pytest.mark.parametrize("special", [True, False])
 @examples
 @given(text=texts, limit=st.integers(1, 30))
-def test_truncate_is_transformers_truncation_on_the_left(
+def test_truncate_keeps_the_tokens_that_transformers_keeps(
     name: str, special: bool, text: str, limit: int
 ) -> None:
     expected = theirs(name)(text, add_special_tokens=special, truncation=True, max_length=limit)
@@ -180,7 +180,7 @@ def test_truncate_keeps_the_last_tokens_behind_bos(
 
 
 @pytest.mark.parametrize("limit", [2, 3, 6, 100])
-def test_truncate_keeps_what_stands_behind_the_text_too(limit: int) -> None:
+def test_truncate_keeps_special_tokens_after_the_text(limit: int) -> None:
     tokenizer = Tokenizer(byte_level("<s> $A </s>"))
     whole = tokenizer.encode("hello hello, you")
     cut = tokenizer.encode("hello hello, you", limit)
@@ -211,7 +211,7 @@ def test_truncation_configured_in_the_file_is_not_applied() -> None:
 # -- facts ----------------------------------------------------------------------------
 
 
-def test_special_ids_are_the_named_ones_and_those_flagged_so() -> None:
+def test_special_ids_are_the_named_special_tokens_and_those_flagged_special() -> None:
     assert ours("byte_level").special_ids == {1, 2} | {theirs("byte_level").unk_token_id}
     assert ours("smollm2").special_ids == set(range(17))
     flagged = byte_level()
@@ -225,7 +225,7 @@ def test_special_ids_are_the_named_ones_and_those_flagged_so() -> None:
 
 
 @every_tokenizer
-def test_token_text_is_the_token_alone_with_specials_kept(name: str) -> None:
+def test_token_text_decodes_the_token_alone_and_keeps_special_tokens(name: str) -> None:
     eos = theirs(name).eos_token_id
     assert ours(name).eos_token_id == eos
     for token_id in [eos, *range(0, len(theirs(name)), max(len(theirs(name)) // 500, 1))]:
@@ -233,7 +233,7 @@ def test_token_text_is_the_token_alone_with_specials_kept(name: str) -> None:
         assert ours(name).token_text(token_id) == expected
 
 
-def test_token_text_of_sentencepiece_loses_its_leading_space() -> None:
+def test_token_text_of_a_sentencepiece_token_has_no_leading_space() -> None:
     [the] = ids_of("llama2", "▁the")
     assert ours("llama2").token_text(the) == "the"
 
@@ -299,7 +299,7 @@ def generated(draw: st.DrawFn, name: str) -> list[int]:
 @every_tokenizer
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_pieces_equal_those_of_tgis_two_offsets(name: str, data: st.DataObject) -> None:
+def test_pieces_of_a_stream_equal_those_of_tgis_decoder(name: str, data: st.DataObject) -> None:
     prompt_ids = theirs(name)(data.draw(texts) or "a")["input_ids"]
     token_ids = data.draw(generated(name))
     assert pieces(name, prompt_ids, token_ids) == expected_pieces(name, prompt_ids, token_ids)
@@ -381,7 +381,7 @@ def test_a_prompt_that_ends_in_emoji_is_not_repeated(name: str) -> None:
 
 
 @byte_fallback
-def test_a_stray_byte_after_a_character_ends_no_generation(name: str) -> None:
+def test_a_stray_byte_after_a_character_does_not_end_the_stream(name: str) -> None:
     """It takes back the character before it: four U+FFFD where "中" was said already."""
     prompt_ids = theirs(name)("a")["input_ids"]
     token_ids = [*utf8(name, "中"), *ids_of(name, "<0x80>", "a")]
@@ -436,7 +436,7 @@ def test_generated_text_joins_the_pieces_after_a_prompt_that_ends_in_emoji(name:
 # -- spans ----------------------------------------------------------------------------
 
 
-def test_spans_are_bytes_of_the_text() -> None:
+def test_spans_count_bytes_of_the_text() -> None:
     text = "naïve 🙂 日本"
     raw = text.encode()
     spans = ours("smollm2").tokenize(text)
