@@ -155,10 +155,10 @@ class TestCompiling:
             assert follows(grammar, '{"a": null, "c": "x"}') == (not others)
 
     def test_a_warning_is_one_line(self) -> None:
-        schema = {"type": "string", "pattern": "(?!\r\nx: y\x7f)" + "z" * 5000}
-        (warning,) = compiler().json_schema(schema).warnings
-        assert warning.isprintable()
-        assert len(warning) < 300
+        for schema in ({"pattern": "(?!\r\nx: y\x7f)" + "z" * 5000}, {"format": "no\r\nx: y"}):
+            (warning,) = compiler().json_schema({"type": "string", **schema}).warnings
+            assert warning.isprintable()
+            assert len(warning) < 300
 
     def test_only_so_many_patterns_of_a_schema_are_tried(self) -> None:
         """Each may take long, and the schema's author chooses how many there are."""
