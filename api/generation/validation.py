@@ -121,6 +121,8 @@ class Validator:
             raise ValidationError(
                 f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}"
             )
+        if "" in stop:  # TGI takes it, and ends after one token
+            raise ValidationError("`stop` sequences cannot be empty")
 
     def _check_top_n(self, top_n: int) -> None:
         limit = self._limits.max_top_n_tokens

@@ -4,11 +4,14 @@ llguidance parses grammars and computes token masks; this module decides its opt
 is thread-safe and releases the interpreter lock. A state belongs to one sequence.
 """
 
+import random
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 from engine.core.errors import GrammarError
+from engine.text.json_schema import closed, enforceable, finite
 from engine.text.tokenizer import Tokenizer
 
 _MAX_SOURCE_BYTES = 256 * 1024
@@ -24,6 +28,7 @@ _CACHE_SIZE = 256
 _WHITESPACE = r"\x20"
 """At most one space between JSON's tokens, as in Text Generation Inference. Without a bound, a
 model may fill its whole answer with white space."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _LIMITS = LLParserLimits(verbose_errors=False)
 """The library's default limits: tens of milliseconds for a compilation, a few for a mask."""
 _OPTIONS = {
@@ -32,7 +37,10 @@ _OPTIONS = {
     # Ignore a keyword that cannot be enforced, with a warning, as clients of outlines expect.
     "lenient": True,
 }
-_DEFINITIONS = "$defs", "definitions"
+_MAX_PATTERNS = 32
+"""Patterns of a schema that are tried one by one, which takes half a second at most for each."""
+_NUM_TRIED = 32
+"""Tokens of a text that is tried on each new grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,16 @@ class Grammar:
 
     def start(self) -> "GrammarState":
         return GrammarState(self._compiled.deep_copy())
+
+    def is_spent(self) -> bool:
+        """Whether no sequence can be started any more.
+
+        The sequences share what they learn of the lexer. The limits of that are final once one of
+        them has reached them.
+        """
+        matcher = self._compiled.deep_copy()
+        matcher.compute_bitmask()
+        return matcher.is_error()
 
 
 class GrammarState:
@@ -90,6 +108,7 @@ class GrammarCompiler:
         self._prepared: LLTokenizer | None = None
         self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._pattern_fault = lru_cache(maxsize=1024)(self._find_pattern_fault)
 
     def prepare(self) -> None:
         """Prepare the tokenizer in a thread of its own, so that other requests do not wait."""
@@ -107,47 +126,109 @@ class GrammarCompiler:
         if not isinstance(schema, dict):
             raise GrammarError("a schema is an object")
         try:
-            source = orjson.dumps(closed(schema)).decode()
+            whole = closed(schema)
+            source = orjson.dumps(whole).decode()
         except RecursionError:
             raise GrammarError("it is nested too deeply") from None
         except TypeError as error:
             raise GrammarError(str(error)) from None
-        return self._cached("json", source)
+        return self._cached("json", source, lambda: self._compile_schema(whole))
 
     def regex(self, pattern: str) -> Grammar:
         """Compile a grammar of the texts that `pattern` matches as a whole.
 
         The syntax is that of Rust's regex. Raises GrammarError.
         """
-        return self._cached("regex", pattern)
+        return self._cached("regex", pattern, lambda: self._compile_regex(pattern))
 
-    def _cached(self, kind: str, source: str) -> Grammar:
+    def _cached(self, kind: str, source: str, compile: Callable[[], Grammar]) -> Grammar:
+        _check_size(source)
         key = kind, source
         with self._lock:
-            if key in self._cache:
+            cached = self._cache.get(key)
+            if cached is not None:
                 self._cache.move_to_end(key)
-                return self._cache[key]
-        grammar = self._compile(kind, source)
+        if cached is not None and not cached.is_spent():
+            return cached
+        grammar = compile()
         with self._lock:
             self._cache[key] = grammar
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
         return grammar
 
-    def _compile(self, kind: str, source: str) -> Grammar:
+    def _compile_regex(self, pattern: str) -> Grammar:
+        return self._compile(LLMatcher.grammar_from_regex(pattern))
+
+    def _compile_schema(self, schema: dict[str, Any]) -> Grammar:
+        warnings: list[str] = []
+        faults: dict[str, str] = {}
+
+        def fault_of(pattern: str) -> str:
+            if pattern not in faults and len(faults) < _MAX_PATTERNS:
+                faults[pattern] = self._pattern_fault(pattern)
+            return faults.get(pattern, "")
+
         try:
-            if len(source.encode()) > _MAX_SOURCE_BYTES:
-                raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
-            if kind == "json":
-                text = LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
-            else:
-                text = LLMatcher.grammar_from_regex(source)
-        except ValueError as error:
-            raise GrammarError(str(error)) from None
+            followed = finite(enforceable(schema, fault_of, warnings))
+        except RecursionError:
+            raise GrammarError("it is nested too deeply") from None
+        if followed is False:
+            raise GrammarError("Unsatisfiable schema: no value of it ends")
+        return self._compile(_json_grammar(followed), warnings)
+
+    def _find_pattern_fault(self, pattern: str) -> str:
+        """Return why a pattern cannot be followed, even if it is all there is; "" if it can."""
+        try:
+            self._compile(_json_grammar({"type": "string", "pattern": pattern}))
+        except GrammarError as error:
+            *_, reason = str(error).splitlines()
+            if not reason.startswith("Unsatisfiable"):
+                return reason.removeprefix("error: ").partition(" in regex ")[0]
+        return ""
+
+    def _compile(self, text: str, warnings: Seq[str] = ()) -> Grammar:
         matcher = LLMatcher(self._tokenizer(), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        return Grammar(matcher, tuple(matcher.get_grammar_warnings()))
+        self._try(matcher.deep_copy())
+        told = (*warnings, *matcher.get_grammar_warnings())
+        return Grammar(matcher, tuple(_CONTROL.sub(" ", warning) for warning in told))
+
+    def _try(self, matcher: LLMatcher) -> None:
+        """Follow some text that the grammar allows. Raises GrammarError if it cannot be followed.
+
+        A grammar may have no text at all, or reach the limits of a step after a few tokens.
+        """
+        choose, eos_token_ids = random.Random(0).choice, self._source[2]
+        for _ in range(_NUM_TRIED):
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            if matcher.is_error():
+                reason, _, _ = matcher.get_error().partition("\n")
+                raise GrammarError(f"it cannot be followed: {reason}")
+            allowed = np.unpackbits(mask, bitorder="little")
+            allowed[eos_token_ids] = 0
+            token_ids = np.flatnonzero(allowed)
+            if not len(token_ids):
+                return
+            matcher.consume_token(int(choose(token_ids)))
+
+
+def _json_grammar(schema: Any) -> str:
+    source = orjson.dumps(schema).decode()
+    try:
+        return LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise GrammarError(str(error)) from None
+
+
+def _check_size(source: str) -> None:
+    try:
+        size = len(source.encode())
+    except UnicodeEncodeError as error:
+        raise GrammarError(str(error)) from None
+    if size > _MAX_SOURCE_BYTES:
+        raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
 
 
 class TokenMasks:
@@ -167,50 +248,3 @@ class TokenMasks:
         if matchers:
             fill_next_token_bitmask_par(self._executor, matchers, masks)
         return masks
-
-
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema as outlines, and so Text Generation Inference, reads it.
-
-    A schema with properties is that of an object, which has no other properties unless the
-    schema allows them. Schemas that are combined by `allOf` stay as they are, and so do the
-    definitions that are combined there: each would exclude the properties of the others.
-    """
-    if "allOf" in schema:
-        return schema
-    result = {key: _closed_within(key, value) for key, value in schema.items()}
-    for keyword in _DEFINITIONS:
-        if isinstance(schema.get(keyword), dict):
-            combined = set(_combined(schema))
-            own = {n: d for n, d in schema[keyword].items() if f"#/{keyword}/{n}" in combined}
-            result[keyword] |= own
-    if isinstance(schema.get("properties"), dict):
-        result.setdefault("type", "object")
-        if "patternProperties" not in schema:
-            result.setdefault("additionalProperties", False)
-    return result
-
-
-def _combined(part: Any) -> Iterator[str]:
-    """Yield the references to schemas that are combined with others by `allOf`."""
-    if isinstance(part, dict):
-        members = part.get("allOf")
-        if isinstance(members, list) and len(members) > 1:
-            yield from (m["$ref"] for m in members if isinstance(m, dict) and "$ref" in m)
-        part = list(part.values())
-    if isinstance(part, list):
-        for value in part:
-            yield from _combined(value)
-
-
-def _closed_within(keyword: str, value: Any) -> Any:
-    if keyword in ("properties", "patternProperties", *_DEFINITIONS):
-        is_mapping = isinstance(value, dict)
-        return {name: _closed(part) for name, part in value.items()} if is_mapping else value
-    if keyword in ("anyOf", "oneOf", "prefixItems"):
-        return [_closed(part) for part in value] if isinstance(value, list) else value
-    return _closed(value) if keyword in ("items", "additionalProperties") else value
-
-
-def _closed(schema: Any) -> Any:
-    return closed(schema) if isinstance(schema, dict) else schema
