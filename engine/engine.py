@@ -30,6 +30,7 @@ from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.loader import LoadedModel, freeze_rotary, load
+from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
 from engine.step.executor import ModelExecutor
@@ -66,7 +67,9 @@ class Engine:
                 with cold_start.phase("warm-up"):
                     engine = run_in_temporary_thread(partial(cls, loaded, config, limits))
                     engine.warm_up()
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 limits = with_smaller_cache(loaded, config, limits)
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
             else:

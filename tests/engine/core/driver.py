@@ -463,12 +463,7 @@ class Driver:
             assert len(seq.block_table) == num_blocks_for(num_known)
         waiting = self.scheduler.waiting
         has_room = len(self.scheduler.running) < self.max_sequences
-        if (
-            only is None
-            and waiting
-            and has_room
-            and batch.num_scheduled_tokens < budget
-        ):
+        if only is None and waiting and has_room and batch.num_scheduled_tokens < budget:
             head = waiting[0]
             if head.wants_prompt_logprobs and self._num_prompt_rows(batch) == PROMPT_LOGPROB_ROWS:
                 return

@@ -34,9 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         token_s: float,
     ) -> None:
         budget = max_sequences + extra_tokens
-        self.driver = Driver(
-            num_blocks, max_sequences, budget, prefix_caching, can_end, token_s
-        )
+        self.driver = Driver(num_blocks, max_sequences, budget, prefix_caching, can_end, token_s)
 
     @rule(
         stem=st.integers(0, 5),
