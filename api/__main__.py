@@ -155,6 +155,8 @@ def _load(settings: Settings) -> AppState:
     except Exception as error:
         logger.exception("a fault that nothing expects:")
         raise LoadError(f"{settings.model_id} cannot be served: {_unexpected(error)}") from error
+    for note in settings.notes_on_device(engine.info.device == "cpu"):
+        logger.warning(note)
     for line in engine.summary():
         print(line, flush=True)
     # The objects that loading leaves stay for good. Without this, each full garbage collection

@@ -46,7 +46,9 @@ def decide_limits(
     why_blocks: str = "set",
 ) -> Limits:
     """Decide the limits. Raises LoadError if the configured ones do not fit, naming what would."""
-    memory = memory or device_memory(loaded.model.device, config.memory_fraction)
+    memory = memory or device_memory(
+        loaded.model.device, config.memory_fraction, config.cpu_cache_bytes
+    )
     kind = loaded.model.device.type
     max_batch_tokens = config.max_batch_tokens or (
         _CUDA_BATCH_TOKENS if kind == "cuda" else _CPU_BATCH_TOKENS
@@ -140,7 +142,7 @@ def _cache_bytes(
     graphs = int(step * _GRAPH_SHARE)
     left = max(available - step - graphs, 0)
     gib = 1 << 30
-    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB free"
+    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB to use"
     if step:
         reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept"
     return left, reason

@@ -20,6 +20,8 @@ class SlowGeneration(scripted.ScriptedGeneration):
 
 
 class Engine:
+    info = types.SimpleNamespace(device="cpu")
+
     @classmethod
     def load(cls, config: LoadConfig, *_: object) -> "Engine":
         if config.model_id == "slow":

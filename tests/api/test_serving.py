@@ -94,6 +94,13 @@ def test_a_stream_that_does_not_drain_in_time_ends_with_an_error_and_exit_status
     )
 
 
+def test_a_limit_of_the_gpu_s_memory_is_noted_on_a_cpu(start: Start) -> None:
+    server = start("--cuda-memory-fraction", "0.5")
+    assert server.stdout is not None
+    assert "--cuda-memory-fraction (CUDA_MEMORY_FRACTION) changes" in server.stdout.readline()
+    url_of(server)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
 def test_a_signal_ends_the_server_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
