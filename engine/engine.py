@@ -16,6 +16,7 @@ from engine.core.config import EngineConfig, LoadConfig
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, EngineFigures, StepFigures
 from engine.core.pipeline import SampledToken, StepPipeline
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.request import (
     Event,
     Failed,
@@ -106,7 +107,8 @@ class Engine:
         vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         executor = ModelExecutor(self._builder, self.runner, TokenMasks(vocab_size))
-        self.pipeline = StepPipeline(self.scheduler, executor, outputs=self)
+        prefill_budget = PrefillBudget(limits.min_prefill_tokens, limits.max_batch_tokens)
+        self.pipeline = StepPipeline(self.scheduler, executor, self, prefill_budget)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._events: Events = []
         self.cold_start = ColdStart()

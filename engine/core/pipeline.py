@@ -143,6 +143,7 @@ class StepPipeline:
         scheduler: Scheduler,
         executor: Executor,
         outputs: Outputs,
+        prefill_budget: PrefillBudget,
         clock: Callable[[], float] = time.perf_counter,
     ):
         """`clock` returns seconds from any point in time on."""
@@ -154,7 +155,7 @@ class StepPipeline:
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
         self._clock = clock
-        self._prefill_budget = PrefillBudget(scheduler.max_batch_tokens)
+        self._prefill_budget = prefill_budget
         self._last_finished = clock()
 
     @property
@@ -246,19 +247,16 @@ class StepPipeline:
             error = e
         finished = self._clock()
         if error is None:
-            self._measure(step, finished)
             self._take(step, output)
         else:
             self._recover(step, error)
+        self.last_step = figures = self._figures(step, finished, failed=error is not None)
+        if error is None:
+            # The device's time for the step, without the one before it.
+            seconds = finished - max(step.launch_time, self._last_finished)
+            num_prefill_tokens = figures.num_tokens - figures.num_decodes
+            self._prefill_budget.observe(figures.num_decodes, num_prefill_tokens, seconds)
         self._last_finished = finished
-        self.last_step = self._figures(step, finished, failed=error is not None)
-
-    def _measure(self, step: _Step, finished: float) -> None:
-        """Tell the budget how long the device took for the step, without the one before it."""
-        lengths = [entry.num_scheduled_tokens for entry in step.batch.scheduled]
-        num_decodes = lengths.count(1)
-        seconds = finished - max(step.launch_time, self._last_finished)
-        self._prefill_budget.observe(num_decodes, sum(lengths) - num_decodes, seconds)
 
     def _take(self, step: _Step, output: StepOutput) -> None:
         """The only loop over tokens on the host."""

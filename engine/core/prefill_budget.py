@@ -11,10 +11,6 @@ _MAX_SLOWDOWN = 2.5
 """A step with prompt tokens may take this many times as long as one of decodes alone. Clients see
 less than three times their usual gap, with room for what the estimate does not foresee.
 """
-_MIN_SHARE = 16
-"""A prompt gets at least this fraction (one in so many) of the step's tokens, however long they
-take: with less, most of the time would go into what a step costs at any size.
-"""
 _NUM_MEASURED = 9
 _REMEASURE_AFTER = 32
 """After so many steps with prompt tokens, one computes decodes alone, to measure them anew."""
@@ -24,11 +20,15 @@ class PrefillBudget:
     """Estimates the time of a decode step and of a prompt token, and derives the limit from them.
 
     Knows no clock: each step's duration is told to `observe`, so equal durations give equal limits.
+
+    min_tokens  prompts get that many, however long they take: with fewer, most of the time would
+                go into what a step costs at any size
+    max_tokens  token budget of a step
     """
 
-    def __init__(self, max_batch_tokens: int):
-        self._max_tokens = max_batch_tokens
-        self._min_tokens = max(max_batch_tokens // _MIN_SHARE, 1)
+    def __init__(self, min_tokens: int, max_tokens: int):
+        self._min_tokens = min_tokens
+        self._max_tokens = max_tokens
         self._decode_times: deque[float] = deque(maxlen=_NUM_MEASURED)
         self._token_s = 0.0
         self._num_mixed = 0
@@ -43,8 +43,8 @@ class PrefillBudget:
         if self._num_mixed >= _REMEASURE_AFTER:
             self._num_mixed = 0
             return 0
-        fitting = int((_MAX_SLOWDOWN - 1) * self._decode_s / self._token_s)
-        return min(max(fitting, self._min_tokens), self._max_tokens)
+        fitting = (_MAX_SLOWDOWN - 1) * self._decode_s / self._token_s
+        return int(min(max(fitting, self._min_tokens), self._max_tokens))
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds` on the device.

@@ -135,7 +135,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.max_batch_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens
         self._prefix_caching = prefix_caching
         self._hasher = BlockHasher(hash_key)
         # Running sequences whose slot holds other state, until a step resets it.
@@ -205,7 +205,7 @@ class Scheduler:
         With `only`, just these running sequences and their forks are scheduled. Beside decodes,
         prefills get at most `prefill_limit` tokens together; None leaves them the whole budget.
         """
-        batch, budget = Batch(), _Budget(self.max_batch_tokens)
+        batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
         if batch.scheduled and prefill_limit is not None:
             budget.tokens = min(budget.tokens, prefill_limit)

@@ -10,6 +10,7 @@ from itertools import count
 
 from engine.core.config import BLOCK_SIZE
 from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepPipeline
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.core.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus
@@ -107,7 +108,10 @@ class Driver:
     def __post_init__(self) -> None:
         self.device = Device(self.num_blocks, self.max_sequences, self.token_s)
         self.scheduler = CheckedScheduler(self)
-        self.pipeline = StepPipeline(self.scheduler, self.device, self, lambda: self.device.now)
+        budget = PrefillBudget(min(self.max_batch_tokens, 4), self.max_batch_tokens)
+        self.pipeline = StepPipeline(
+            self.scheduler, self.device, self, budget, lambda: self.device.now
+        )
 
     @property
     def expected(self) -> dict[Sequence, ExpectedText]:
