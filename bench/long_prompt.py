@@ -10,7 +10,7 @@ since the speed of a shared machine changes from minute to minute.
 import argparse
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -45,7 +45,7 @@ def measure(engine: Engine, num_tokens: int, limited: bool = True) -> Gaps:
     streams = [_request(f"stream {i}", 8, 100_000) for i in range(_NUM_STREAMS)]
     for stream in streams:
         engine.add(stream)
-    with _unlimited(not limited):
+    with nullcontext() if limited else _unlimited(engine):
         list(_steps(engine, _countdown(_NUM_ALONE)))
         steps = list(_steps(engine, _countdown(_NUM_ALONE)))
         engine.add(_request("prompt", num_tokens, 1))
@@ -84,14 +84,14 @@ def _countdown(count: int) -> Callable[[], bool]:
 
 
 @contextmanager
-def _unlimited(active: bool) -> Iterator[None]:
-    limit = PrefillBudget.limit
-    if active:
-        PrefillBudget.limit = lambda budget: budget._max_tokens  # type: ignore[method-assign]
+def _unlimited(engine: Engine) -> Iterator[None]:
+    """Give prompts the whole budget, by a least number of tokens that is all of them."""
+    pipeline, num_tokens = engine.pipeline, engine.limits.max_batch_tokens
+    own, pipeline.prefill_budget = pipeline.prefill_budget, PrefillBudget(num_tokens, num_tokens)
     try:
         yield
     finally:
-        PrefillBudget.limit = limit  # type: ignore[method-assign]
+        pipeline.prefill_budget = own
 
 
 def main() -> None:

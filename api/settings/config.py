@@ -211,7 +211,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             max_batch_tokens=self.max_batch_prefill_tokens,
             max_total_tokens=self.max_total_tokens,
             memory_fraction=self.cuda_memory_fraction * self.tgi_wiggle_room,
-            cpu_cache_bytes=self.cpu_cache_gib and int(self.cpu_cache_gib * 2**30),
+            cpu_cache_bytes=None if self.cpu_cache_gib is None else int(self.cpu_cache_gib * 2**30),
             kv_cache_dtype=self.kv_cache_dtype,
             prefix_caching=self.prefix_caching,
             cuda_graphs=self.cuda_graphs is None or any(self.cuda_graphs),

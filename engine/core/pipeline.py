@@ -155,7 +155,7 @@ class StepPipeline:
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
         self._clock = clock
-        self._prefill_budget = prefill_budget
+        self.prefill_budget = prefill_budget
         self._last_finished = clock()
 
     @property
@@ -200,7 +200,7 @@ class StepPipeline:
         With `only`, the step runs none but these sequences.
         """
         # A step to find what fails is no larger than the one that failed.
-        limit = self._prefill_budget.limit() if only is None else None
+        limit = self.prefill_budget.limit() if only is None else None
         batch = self.scheduler.schedule(only, limit)
         if not batch.scheduled:
             return batch
@@ -255,7 +255,7 @@ class StepPipeline:
             # The device's time for the step, without the one before it.
             seconds = finished - max(step.launch_time, self._last_finished)
             num_prefill_tokens = figures.num_tokens - figures.num_decodes
-            self._prefill_budget.observe(figures.num_decodes, num_prefill_tokens, seconds)
+            self.prefill_budget.observe(figures.num_decodes, num_prefill_tokens, seconds)
         self._last_finished = finished
 
     def _take(self, step: _Step, output: StepOutput) -> None:

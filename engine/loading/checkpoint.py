@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core.config import DEFAULT_MODEL_ID

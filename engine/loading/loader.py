@@ -204,11 +204,10 @@ def _load_weights(
     # What does not fit is reported with the rest, by name, instead of in a table.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if checkpoint.shards is None:
-        loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, **remote_code, **options)
+        model, report = _load_whole(checkpoint.path, remote_code, options)
     else:
         with checkpoint.shards.loading():
-            loaded = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
-    model, report = loaded
+            model, report = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
     _check_complete(checkpoint, report)
     compute_in_served_type(model)
     return model
@@ -226,6 +225,15 @@ def _check_complete(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
         raise LoadError(f"{where} lack {len(missing)} tensors of the model, such as {missing[0]}")
 
 
+def _load_whole(
+    path: Path, remote_code: dict[str, Any], options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load weights that are all there, with transformers' report of it."""
+    untyped: Any = AutoModelForCausalLM
+    model, report = untyped.from_pretrained(path, **remote_code, **options)
+    return model, report
+
+
 def _load_lazily(
     path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -238,7 +246,7 @@ def _load_lazily(
     is_own = getattr(model_class, "config_class", None) is type(model_config)
     if remote_code["trust_remote_code"] or not is_own:
         shards.wait()
-        return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
+        return _load_whole(path, remote_code, options)
     model, report = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
     with suppress(OSError):  # not every folder has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)

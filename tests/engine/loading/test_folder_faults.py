@@ -60,7 +60,11 @@ def cut(name: str, part: float) -> Break:
 
 
 def gone(pattern: str) -> Break:
-    return lambda folder: [path.unlink() for path in folder.glob(pattern)]
+    def remove(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return remove
 
 
 def changed(name: str, **values: object) -> Break:
