@@ -143,9 +143,12 @@ def _print_environment_and_notes(settings: Settings) -> None:
 
 def _load(settings: Settings) -> AppState:
     settings.export_hub_settings()
+    from engine.loading.hub import check_model_id  # reads the environment when it is imported
+
     cold_start = ColdStart()
     cold_start.add("start", time.time() - psutil.Process().create_time())
     with cold_start.phase("import"):
+        check_model_id(settings.model_id, settings.revision)  # before torch, which takes seconds
         from engine.engine import Engine  # imports torch, so only once the settings are valid
 
     try:

@@ -16,18 +16,23 @@ import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core.config import DEFAULT_MODEL_ID
 from engine.core.errors import DownloadFailed, LoadError
 from engine.loading.folder_faults import INDEX, naming_the_fault
-from engine.loading.hub import ANSWER_S, check_reachable, download_errors
+from engine.loading.hub import (
+    ANSWER_S,
+    cached_snapshot,
+    check_is_hub_id,
+    check_reachable,
+    download_errors,
+    existing_path,
+)
 from engine.loading.lazy_shards import Shards
 from engine.loading.reasons import full_disk, is_out_of_space, reason
 
@@ -53,31 +58,15 @@ def locate(model_id: str, revision: str | None = None) -> Checkpoint:
     """Return the folder of the model. Raises DownloadFailed with what to do instead."""
     if model_id == DEFAULT_MODEL_ID:
         return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
-    try:
-        local = _local(model_id, Path(model_id).expanduser())
-    except (OSError, RuntimeError) as error:  # a folder that may not be entered; no such user
-        raise DownloadFailed(f"{model_id} cannot be read: {reason(error)}") from error
-    return local or _download(model_id, revision)
-
-
-def _local(model_id: str, path: Path) -> Checkpoint | None:
-    """Return the model in this place; None if there is nothing, and it may be a model's id."""
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise DownloadFailed(f"there is no file {model_id}")
-        return Checkpoint(_convert_gguf(path), model_id)
+    path = existing_path(model_id)
+    if path is None:
+        check_is_hub_id(model_id)
+        return _download(model_id, revision)
     if path.is_dir():
         return Checkpoint(path, model_id)
-    if path.exists():
+    if path.suffix != ".gguf":
         raise DownloadFailed(f"{model_id} is a file: name the model's folder, or a .gguf file")
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError:
-        raise DownloadFailed(
-            f"there is no folder {model_id}, and it cannot be the name of a model on the hub "
-            "(owner/name)"
-        ) from None
-    return None
+    return Checkpoint(_convert_gguf(path), model_id)
 
 
 def _embedded_gguf() -> Path:
@@ -150,7 +139,8 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
             f"{model_id} is neither a local folder nor a model on the hub that HF_TOKEN may read"
         ) from error
     except (HubError, OSError) as error:
-        return _from_cache(model_id, revision, error)
+        path = cached_snapshot(model_id, revision, error)
+        return Checkpoint(path, model_id, path.name)
     names = {sibling.rfilename for sibling in info.siblings or []}
     weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
     patterns = _SIDE_FILES if INDEX in names else [*_SIDE_FILES, weights]
@@ -162,13 +152,3 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
         with naming_the_fault(model_id, path, INDEX):
             shards = Shards(model_id, commit, path / INDEX)
     return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)
-
-
-def _from_cache(model_id: str, revision: str | None, error: Exception) -> Checkpoint:
-    try:
-        path = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
-    except OSError:
-        raise DownloadFailed(
-            f"{model_id} is not in the local cache and the hub cannot be reached: {reason(error)}"
-        ) from error
-    return Checkpoint(path, model_id, path.name)

@@ -1,4 +1,4 @@
-"""Says quickly that the hub cannot be reached, and turns failed downloads into DownloadFailed."""
+"""Names on the hub: says quickly what cannot be found or reached, and why a download failed."""
 
 import socket
 import threading
@@ -9,8 +9,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from engine.core.config import DEFAULT_MODEL_ID
 from engine.core.errors import DownloadFailed
 from engine.loading.reasons import full_disk, is_out_of_space, reason
 
@@ -20,6 +23,55 @@ _REACH_S = 4.0
 """Seconds that finding and reaching the hub may take. A resolver without a network takes 20 and
 more to say so, and a connection that nobody refuses two minutes.
 """
+
+
+def check_model_id(model_id: str, revision: str | None = None) -> None:
+    """Raise DownloadFailed if there is no such place, or the hub would be needed and is out of
+    reach. Needs no torch, so that a start which must fail does so before torch is imported.
+    """
+    if model_id == DEFAULT_MODEL_ID or existing_path(model_id) is not None:
+        return
+    check_is_hub_id(model_id)
+    try:
+        check_reachable()
+    except OSError as error:
+        cached_snapshot(model_id, revision, error)
+
+
+def existing_path(model_id: str) -> Path | None:
+    """Return the file or folder of this name; None if there is none. Raises DownloadFailed if that
+    cannot be found out.
+    """
+    try:
+        path = Path(model_id).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError) as error:  # a folder that may not be entered; no such user
+        raise DownloadFailed(f"{model_id} cannot be read: {reason(error)}") from error
+
+
+def check_is_hub_id(model_id: str) -> None:
+    """Raise DownloadFailed if something that is no file or folder is no name on the hub either."""
+    if model_id.endswith(".gguf"):
+        raise DownloadFailed(f"there is no file {model_id}")
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        raise DownloadFailed(
+            f"there is no folder {model_id}, and it cannot be the name of a model on the hub "
+            "(owner/name)"
+        ) from None
+
+
+def cached_snapshot(model_id: str, revision: str | None, error: Exception) -> Path:
+    """Return the folder of a model that was downloaded earlier, where the hub is out of reach
+    because of `error`. Raises DownloadFailed if there is none.
+    """
+    try:
+        return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except OSError:
+        raise DownloadFailed(
+            f"{model_id} is not in the local cache and the hub cannot be reached: {reason(error)}"
+        ) from error
 
 
 def check_reachable() -> None:

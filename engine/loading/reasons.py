@@ -4,8 +4,6 @@ import errno
 import shutil
 from pathlib import Path
 
-import torch
-
 _LONGEST = 300
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
 _NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "out of memory")
@@ -28,13 +26,14 @@ def is_out_of_space(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is full, a device's or the host's. For the host's, torch has no own type."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    """Whether memory is full, a device's or the host's. torch is not imported for its own type,
+    and has none for the host's memory.
+    """
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    numbers = getattr(error, "errno", None) == errno.ENOMEM
-    return numbers or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
-    )
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -148,6 +148,7 @@ def failing_engine(monkeypatch: pytest.MonkeyPatch) -> type[FailingEngine]:
     module = types.ModuleType("engine.engine")
     module.Engine = FailingEngine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "engine.engine", module)
+    monkeypatch.setattr("engine.loading.hub.check_model_id", lambda *_: None)
     return FailingEngine
 
 
@@ -215,6 +216,30 @@ def test_the_traceback_of_a_known_error_is_logged_for_debugging_alone(
         caplog.clear()
         assert main(["--port", "0", "--log-level", level]) == 1
         assert sum(record.exc_info is not None for record in caplog.records) == num_traced
+
+
+@pytest.mark.parametrize("name", ["/absolute/missing/path", "./missing", "org/model"])
+def test_a_model_that_cannot_be_found_is_reported_before_torch_is_imported(name: str) -> None:
+    """The hub is at a port that nobody listens on."""
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "api", "--port", "0", "--model-id", name],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": "/nowhere",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+        },
+        timeout=120,
+        check=False,
+    )
+    said = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    (sentence,) = [line for line in said if line.startswith("error: ")]
+    assert name in sentence
+    assert "Error: DownloadError" in said
+    assert not any(line.split("|")[-1].strip() == "torch" for line in said)
 
 
 @pytest.mark.slow
