@@ -59,7 +59,7 @@ class _PlainServer(Server):
 _EXITS: tuple[tuple[type[Exception], str], ...] = (
     (DownloadFailed, "DownloadError"),
     (LoadError, "ShardCannotStart"),
-    (CannotListen, "WebserverFailed"),
+    (Exception, "WebserverFailed"),
 )
 """TGI's names of the errors that end its launcher. Vast's workers look for them in the log."""
 
@@ -79,12 +79,27 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (LoadError, CannotListen) as error:
-        name = next(name for kind, name in _EXITS if isinstance(error, kind))
-        print(f"error: {error}\nError: {name}", file=sys.stderr)
-        logger.error("Error: %s", name)
-        return _fail(f"Worker Server failed to launch: {error}")
+        logger.debug("where it failed:", exc_info=error)
+        return _end(error, str(error))
     except KeyboardInterrupt:
         return 0
+    except Exception as error:
+        logger.exception("a fault that nothing expects:")
+        return _end(error, f"the server cannot run: {_unexpected(error)}")
+
+
+def _end(error: Exception, message: str) -> int:
+    """Say why the server ends, in our words and in TGI's, and return the exit status."""
+    name = next(name for kind, name in _EXITS if isinstance(error, kind))
+    print(f"error: {message}\nError: {name}", file=sys.stderr)
+    logger.error("Error: %s", name)
+    return _fail(f"Worker Server failed to launch: {message}")
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the error in one line, for users; the log has the traceback, for developers."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text} (the log says where; please report it)"
 
 
 def _fail(reason: str) -> int:
@@ -128,12 +143,23 @@ def _print_environment_and_notes(settings: Settings) -> None:
 
 def _load(settings: Settings) -> AppState:
     settings.export_hub_settings()
+    from engine.loading.hub import check_model_id  # reads the environment when it is imported
+
     cold_start = ColdStart()
     cold_start.add("start", time.time() - psutil.Process().create_time())
     with cold_start.phase("import"):
+        check_model_id(settings.model_id, settings.revision)  # before torch, which takes seconds
         from engine.engine import Engine  # imports torch, so only once the settings are valid
 
-    engine = Engine.load(settings.load_config(), settings.engine_config(), cold_start)
+    try:
+        engine = Engine.load(settings.load_config(), settings.engine_config(), cold_start)
+    except LoadError:
+        raise
+    except Exception as error:
+        logger.exception("a fault that nothing expects:")
+        raise LoadError(f"{settings.model_id} cannot be served: {_unexpected(error)}") from error
+    for note in settings.notes_on_device(engine.info.device == "cpu"):
+        logger.warning(note)
     for line in engine.summary():
         print(line, flush=True)
     # The objects that loading leaves stay for good. Without this, each full garbage collection

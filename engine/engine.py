@@ -16,6 +16,7 @@ from engine.core.config import EngineConfig, LoadConfig
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, EngineFigures, StepFigures
 from engine.core.pipeline import SampledToken, StepPipeline
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.request import (
     Event,
     Failed,
@@ -30,6 +31,7 @@ from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.loader import LoadedModel, freeze_rotary, load
+from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
 from engine.step.executor import ModelExecutor
@@ -66,7 +68,9 @@ class Engine:
                 with cold_start.phase("warm-up"):
                     engine = run_in_temporary_thread(partial(cls, loaded, config, limits))
                     engine.warm_up()
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 limits = with_smaller_cache(loaded, config, limits)
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
             else:
@@ -103,7 +107,8 @@ class Engine:
         vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         executor = ModelExecutor(self._builder, self.runner, TokenMasks(vocab_size))
-        self.pipeline = StepPipeline(self.scheduler, executor, outputs=self)
+        prefill_budget = PrefillBudget(limits.min_prefill_tokens, limits.max_batch_tokens)
+        self.pipeline = StepPipeline(self.scheduler, executor, self, prefill_budget)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._events: Events = []
         self.cold_start = ColdStart()

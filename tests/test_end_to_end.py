@@ -19,7 +19,7 @@ from bench.load import run_load
 from bench.workload import LengthMix, LoadPlan
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
-from tests.engine.driving import generate, make_engine
+from tests.engine.driving import LOGPROB_TOLERANCE, generate, make_engine
 from tests.engine.models import byte_tokenizer, family, reference
 from tests.engine.test_failures import sabotage
 
@@ -99,6 +99,66 @@ async def test_many_clients_at_once_are_all_answered() -> None:
         result = await run_load(f"http://127.0.0.1:{w.port}", plan)
         assert result.summary.completed == 48
         assert result.summary.failed == 0
+
+
+def storm() -> list[tuple[str, dict[str, Any]]]:
+    """Sixteen requests that need three times as many blocks as there are: route and body."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"do_sample": True, "temperature": 0.8},
+        {"do_sample": True, "top_p": 0.9, "best_of": 2},
+        {"do_sample": True, "top_k": 20, "repetition_penalty": 1.3},
+    ]
+    requests = []
+    for number in range(16):
+        # Half of the prompts begin with the same words: their blocks are shared.
+        text = f"{PROMPT} {number}" if number % 2 else f"{number} {PROMPT}"
+        asked = body(120 + number, text, details=True, **kinds[number % 4])
+        is_plain = "best_of" in asked["parameters"] or number < 8
+        requests.append(("/generate" if is_plain else "/generate_stream", asked))
+    return requests
+
+
+async def sequences_of(
+    client: httpx2.AsyncClient, route: str, asked: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the text, the seed and the tokens of each sequence, streamed or not."""
+    answer = await client.post(route, json=asked, timeout=120)
+    assert answer.status_code == 200, answer.text
+    if route == "/generate":
+        whole = answer.json()
+        best = whole["details"] | {"generated_text": whole["generated_text"]}
+        return [best, *best.get("best_of_sequences", [])]
+    events = [json.loads(e.removeprefix("data:")) for e in answer.text.split("\n\n") if e]
+    return [
+        events[-1]["details"]
+        | {"generated_text": events[-1]["generated_text"]}
+        | {"tokens": [event["token"] for event in events]}
+    ]
+
+
+async def test_every_answer_in_a_storm_of_preemptions_equals_its_solo_run() -> None:
+    engine = make_engine(family("llama"), num_blocks=85, max_sequences=24, max_batch_tokens=64)
+    async with worker(engine) as w, w.client() as client:
+        answers = await asyncio.gather(*(sequences_of(client, *request) for request in storm()))
+        assert engine.scheduler.num_preemptions >= 8
+        assert engine.figures().num_used_blocks == 0
+        engine.scheduler.pool.forget_cached()
+        num_preemptions = engine.scheduler.num_preemptions
+        for (_, asked), sequences in zip(storm(), answers, strict=True):
+            assert len(sequences) == asked["parameters"].pop("best_of", 1)
+            for sequence in sequences:
+                asked["parameters"]["seed"] = sequence["seed"]
+                (alone,) = await sequences_of(client, "/generate", asked)
+                check_same_sequence(sequence, alone)
+        assert engine.scheduler.num_preemptions == num_preemptions
+
+
+def check_same_sequence(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["generated_text"] == other["generated_text"]
+    assert [t["id"] for t in one["tokens"]] == [t["id"] for t in other["tokens"]]
+    logprobs = [t["logprob"] for t in other["tokens"]]
+    assert [t["logprob"] for t in one["tokens"]] == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])

@@ -173,6 +173,17 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         if self.cuda_graphs is not None and any(self.cuda_graphs):
             yield "--cuda-graphs (CUDA_GRAPHS): graphs are enabled, but the sizes are ignored"
 
+    def notes_on_device(self, is_cpu: bool) -> Iterator[str]:
+        """Yield a line for each setting that is given and is for another kind of device."""
+        names = ("cuda_memory_fraction", "tgi_wiggle_room") if is_cpu else ("cpu_cache_gib",)
+        device, instead = ("CPU", "cpu_cache_gib") if is_cpu else ("GPU", "cuda_memory_fraction")
+        for name in names:
+            if name in self.model_fields_set:
+                yield (
+                    f"{flag_of(name)} changes nothing on a {device}: {flag_of(instead)} limits the "
+                    "memory there"
+                )
+
     def export_hub_settings(self) -> None:
         """Set the environment variables that huggingface_hub reads when it is first imported."""
         if self.huggingface_hub_cache is not None:
@@ -200,6 +211,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             max_batch_tokens=self.max_batch_prefill_tokens,
             max_total_tokens=self.max_total_tokens,
             memory_fraction=self.cuda_memory_fraction * self.tgi_wiggle_room,
+            cpu_cache_bytes=None if self.cpu_cache_gib is None else int(self.cpu_cache_gib * 2**30),
             kv_cache_dtype=self.kv_cache_dtype,
             prefix_caching=self.prefix_caching,
             cuda_graphs=self.cuda_graphs is None or any(self.cuda_graphs),

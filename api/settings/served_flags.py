@@ -107,7 +107,12 @@ class ServedFlags(BaseSettings):
         _ENGINE_DEFAULTS.max_sequences, description="most sequences running at once"
     )
     cuda_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="fraction of the device's memory that this server may use"
+        1.0, description="fraction of the GPU's memory that this server may use"
+    )
+    cpu_cache_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="memory of the KV cache on a CPU, in GiB; None is 30% of what is free, and at "
+        "most 8",
     )
     tgi_wiggle_room: Annotated[float, Field(gt=0, le=1)] = Field(
         _ENGINE_DEFAULTS.memory_fraction,

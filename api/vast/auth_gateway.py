@@ -28,12 +28,14 @@ from api.vast.envelope import (
 )
 from api.vast.public_key import PublicKeys
 from api.vast.sessions import Session, Sessions
-from api.vast.signature import OLDEST, Form, Verifier
+from api.vast.signature import FORMS, OLDEST, Form, Verifier
 from api.vast.workload import Job, Outcome, Workload, declared_tokens
 
 _REPLACED_HEADERS = frozenset(
     {b"authorization", b"content-length", b"content-type", b"transfer-encoding"}
 )
+_NEWER_FORMS = tuple(form for form in FORMS if form is not OLDEST)
+"""Forms whose `auth_data` has a request_idx."""
 _KNOWN_FIELDS = frozenset({"cost", "endpoint", "reqnum", "request_idx", "signature", "url"})
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ class AuthGateway:
     ) -> Response | None:
         form = None if self._config.unsecured else await self._find_form(envelope.auth)
         missing = envelopes.missing_parameters(envelope.auth)
-        if missing and form is not OLDEST:
+        if missing and (self._config.unsecured or form in _NEWER_FORMS):
             return platform_response(422, {"auth_data": missing})
         session = None
         if envelope.session_id is not None:

@@ -46,6 +46,8 @@ SIGTERM, and the last reports take some of that.
 logger = logging.getLogger(__name__)
 
 LoadState = Callable[[], AppState]
+_FOR_USERS = (LoadError, ConfigError, benchmark.BenchmarkFailed)
+"""Errors whose message is written for users, and needs no traceback."""
 
 
 class AlreadyRunning(Exception):
@@ -175,7 +177,8 @@ class Worker:
             self._start_task(self._watch(state))
             await self._measure(state)
         except Exception as error:
-            logger.exception("the worker cannot start")
+            is_expected = isinstance(error, _FOR_USERS)
+            logger.error("the worker cannot start: %s", error, exc_info=not is_expected)
             self._app.reason = str(error)
             self._errors.add("load", _error_text(error))
             return
@@ -331,6 +334,4 @@ def _error_text(error: Exception) -> str:
     """
     if isinstance(error, benchmark.BenchmarkFailed):
         return f"Benchmark failed with error: {error}"
-    if isinstance(error, LoadError | ConfigError):
-        return str(error)
-    return type(error).__name__
+    return str(error) if isinstance(error, _FOR_USERS) else type(error).__name__

@@ -46,7 +46,8 @@ class EngineConfig:
     max_batch_tokens  token budget of one step
     max_total_tokens  of one sequence, prompt and output
     num_blocks        of the KV pool, each of `BLOCK_SIZE` tokens
-    memory_fraction   of the device's memory that may be used
+    memory_fraction   of a GPU's memory that may be used
+    cpu_cache_bytes   memory of the KV cache on a CPU. None: a part of what is free
     kv_cache_dtype    type of keys and values. None: the type that the model computes in
     cuda_graphs       replay captured graphs. False: launch every kernel by itself
     watermark         share of the vocabulary that the watermark favours, and what it adds to the
@@ -58,6 +59,7 @@ class EngineConfig:
     max_total_tokens: int | None = None
     num_blocks: int | None = None
     memory_fraction: float = 0.9
+    cpu_cache_bytes: int | None = None
     prefix_caching: bool = True
     kv_cache_dtype: KVCacheType | None = None
     cuda_graphs: bool = True

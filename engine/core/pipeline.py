@@ -28,6 +28,7 @@ from typing import NamedTuple, Protocol, cast
 
 from engine.core.errors import GrammarError
 from engine.core.metrics import StepFigures
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.request import ConstraintState
 from engine.core.scheduler import Batch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus
@@ -137,7 +138,15 @@ class _Step:
 class StepPipeline:
     """Drives the scheduler and the executor, one step at a time."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, outputs: Outputs):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        outputs: Outputs,
+        prefill_budget: PrefillBudget,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """`clock` returns seconds from any point in time on."""
         self.scheduler = scheduler
         self.num_steps = 0
         self.last_step: StepFigures | None = None
@@ -145,6 +154,9 @@ class StepPipeline:
         self._outputs = outputs
         self._in_flight: deque[_Step] = deque()
         self._suspects: list[set[Sequence]] = []
+        self._clock = clock
+        self.prefill_budget = prefill_budget
+        self._last_finished = clock()
 
     @property
     def in_flight(self) -> tuple[Batch, ...]:
@@ -187,10 +199,12 @@ class StepPipeline:
 
         With `only`, the step runs none but these sequences.
         """
-        batch = self.scheduler.schedule(only)
+        # A step to find what fails is no larger than the one that failed.
+        limit = self.prefill_budget.limit() if only is None else None
+        batch = self.scheduler.schedule(only, limit)
         if not batch.scheduled:
             return batch
-        now = time.perf_counter()
+        now = self._clock()
         for seq in batch.reset:
             seq.first_scheduled_time = seq.first_scheduled_time or now
         try:
@@ -231,12 +245,18 @@ class StepPipeline:
             output = step.result()
         except Exception as e:
             error = e
-        finished = time.perf_counter()
+        finished = self._clock()
         if error is None:
             self._take(step, output)
         else:
             self._recover(step, error)
-        self.last_step = self._figures(step, finished, failed=error is not None)
+        self.last_step = figures = self._figures(step, finished, failed=error is not None)
+        if error is None:
+            # The device's time for the step, without the one before it.
+            seconds = finished - max(step.launch_time, self._last_finished)
+            num_prefill_tokens = figures.num_tokens - figures.num_decodes
+            self.prefill_budget.observe(figures.num_decodes, num_prefill_tokens, seconds)
+        self._last_finished = finished
 
     def _take(self, step: _Step, output: StepOutput) -> None:
         """The only loop over tokens on the host."""
@@ -311,7 +331,7 @@ class StepPipeline:
             num_decodes=num_decodes,
             num_tokens=sum(lengths),
             forward_s=finished - step.launch_time,
-            emit_s=time.perf_counter() - finished,
+            emit_s=self._clock() - finished,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             failed=failed,

@@ -8,7 +8,8 @@ The rules, in order:
 
 1. Running sequences that are one token behind (decodes) are scheduled first. The budget always
    holds all of them, so a prefill cannot starve them.
-2. Running sequences that are further behind (prefills) follow, oldest first, in chunks.
+2. Running sequences that are further behind (prefills) follow, oldest first, in chunks. Beside
+   decodes they get no more tokens than the caller allows, so that the step does not take long.
 3. Waiting sequences are admitted strictly first come, first served, each with blocks for every
    token it knows. Blocks that already hold a prefix of it are shared.
 4. The step that completes a prompt also starts the forks of its sequence: they share its full
@@ -196,13 +197,18 @@ class Scheduler:
 
     # -- one step ---------------------------------------------------------------------
 
-    def schedule(self, only: set[Sequence] | None = None) -> Batch:
+    def schedule(
+        self, only: set[Sequence] | None = None, prefill_limit: int | None = None
+    ) -> Batch:
         """Schedule the next step. Its batch is empty when nothing can run.
 
-        With `only`, just these running sequences and their forks are scheduled.
+        With `only`, just these running sequences and their forks are scheduled. Beside decodes,
+        prefills get at most `prefill_limit` tokens together; None leaves them the whole budget.
         """
         batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
+        if batch.scheduled and prefill_limit is not None:
+            budget.tokens = min(budget.tokens, prefill_limit)
         self._schedule_prefills(batch, budget, only)
         if only is None:
             self._admit(batch, budget)

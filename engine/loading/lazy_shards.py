@@ -17,8 +17,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-"""The file that names the shard of each tensor."""
+from engine.loading.hub import download_errors
+
 _NUM_PARALLEL = 2
 """Shards downloaded at a time. With more, the first shard would get less of the bandwidth."""
 
@@ -40,7 +40,8 @@ class Shards:
         }
 
     def _download(self, model_id: str, name: str, revision: str) -> str:
-        path = hf_hub_download(model_id, name, revision=revision)
+        with download_errors(model_id):
+            path = hf_hub_download(model_id, name, revision=revision)
         self._ended = max(self._ended, time.perf_counter())
         return path
 

@@ -26,7 +26,8 @@ from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.fusion.find import fuse, trace_forward
 from engine.linear.packed import pack_linears
-from engine.loading.checkpoint import Checkpoint, download_errors, locate
+from engine.loading.checkpoint import Checkpoint, locate
+from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import Shards
 from engine.loading.probe import (
     LogitsCheck,
@@ -37,6 +38,7 @@ from engine.loading.probe import (
     verify,
 )
 from engine.loading.quantization import compute_in_served_type, loading_options, quantization_of
+from engine.loading.reasons import is_out_of_memory, out_of_memory
 from engine.text.tokenizer import Tokenizer
 from kernels.ops import Ops, ops_for
 
@@ -78,23 +80,26 @@ def load(
     if checkpoint.shards is not None:
         cold_start.move(checkpoint.shards.seconds, "load", "download")
     with cold_start.phase("verify"):
-        return prepare_model(model, tokenizer, checkpoint, ops, check)
+        try:
+            return prepare_model(model, tokenizer, checkpoint, ops, check)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LoadError(
+                f"{config.model_id} cannot be loaded: {out_of_memory(error)}"
+            ) from error
 
 
 def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.path, trust_remote_code=config.trust_remote_code
-        )
-        model = _load_weights(checkpoint, config, device)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise LoadError(f"{config.model_id} cannot be loaded: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise LoadError(
-            f"{config.model_id} does not fit in the device's memory: quantise it (--quantize "
-            f"bitsandbytes-nf4 takes a third), or take a larger device ({error})"
-        ) from error
+    path, remote_code = checkpoint.path, {"trust_remote_code": config.trust_remote_code}
+    check_settings(config.model_id, path)
+    with naming_the_fault(config.model_id, path, "config.json"):
+        model_config = AutoConfig.from_pretrained(path, **remote_code)
+    with naming_the_fault(config.model_id, path, "tokenizer.json"):
+        hf_tokenizer = AutoTokenizer.from_pretrained(path, **remote_code)
+    with naming_the_fault(config.model_id, path, "config.json"):
+        model = _load_weights(checkpoint, config, model_config, device)
     if not hf_tokenizer.is_fast:
         raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
     if config.tokenizer_config_path is not None:
@@ -181,10 +186,12 @@ def _max_positions(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, config: LoadConfig, device: torch.device
+    checkpoint: Checkpoint,
+    config: LoadConfig,
+    model_config: PreTrainedConfig,
+    device: torch.device,
 ) -> PreTrainedModel:
     remote_code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(checkpoint.path, **remote_code)
     if config.rope is not None:
         _scale_rotary(model_config, *config.rope)
     transformers_logging.enable_progress_bar()
@@ -194,20 +201,43 @@ def _load_weights(
         "device_map": {"": device},
         **loading_options(checkpoint.model_id, model_config, config.quantize),
     }
-    model: PreTrainedModel
+    # What does not fit is reported with the rest, by name, instead of in a table.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if checkpoint.shards is None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, **remote_code, **options)
+        model, report = _load_whole(checkpoint.path, remote_code, options)
     else:
-        with download_errors(checkpoint.model_id), checkpoint.shards.loading():
-            model = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
+        with checkpoint.shards.loading():
+            model, report = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
+    _check_complete(checkpoint, report)
     compute_in_served_type(model)
     return model
 
 
+def _check_complete(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    """Raise LoadError if the checkpoint lacks weights: the model would compute with random ones."""
+    where = f"{checkpoint.model_id} cannot be loaded: the weights in {checkpoint.path}"
+    for name, has, needs in sorted(report["mismatched_keys"]):
+        raise LoadError(
+            f"{where} do not fit its config.json: {name} is {list(has)} and not {list(needs)}"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise LoadError(f"{where} lack {len(missing)} tensors of the model, such as {missing[0]}")
+
+
+def _load_whole(
+    path: Path, remote_code: dict[str, Any], options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load weights that are all there, with transformers' report of it."""
+    untyped: Any = AutoModelForCausalLM
+    model, report = untyped.from_pretrained(path, **remote_code, **options)
+    return model, report
+
+
 def _load_lazily(
     path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
-) -> PreTrainedModel:
-    """Load weights while their shards are downloaded.
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load weights while their shards are downloaded, with transformers' report of it.
 
     If the model's class can only be found in its folder, wait for all shards first.
     """
@@ -216,11 +246,11 @@ def _load_lazily(
     is_own = getattr(model_class, "config_class", None) is type(model_config)
     if remote_code["trust_remote_code"] or not is_own:
         shards.wait()
-        return AutoModelForCausalLM.from_pretrained(path, **remote_code, **options)
-    model: PreTrainedModel = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
+        return _load_whole(path, remote_code, options)
+    model, report = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
     with suppress(OSError):  # not every folder has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model
+    return model, report
 
 
 def _scale_rotary(config: PreTrainedConfig, rope_type: RopeScaling, factor: float) -> None:

@@ -20,6 +20,11 @@ from engine.loading.probe import use_attention
 
 _CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
 _CUDA_BATCH_TOKENS = 4096
+_CPU_PREFILL_TOKENS = 16
+_CUDA_PREFILL_TOKENS = 1024
+"""Tokens of a prompt that are worth a step of their own. A GPU takes about as long for fewer, since
+it waits for the launches of the kernels, or for the weights.
+"""
 _GRAPH_SHARE = 0.25
 """Memory that captured steps keep, as a share of what the largest step needs.
 
@@ -29,10 +34,15 @@ They have a sixteenth of its tokens, but all their logits, and room for attentio
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The effective limits. `reasons` has one line for each, which is logged at start."""
+    """The effective limits. `reasons` has one line for each, which is logged at start.
+
+    min_prefill_tokens  beside decodes a step has at least that many tokens of prompts, if there
+                        are prompts; see `PrefillBudget`
+    """
 
     max_sequences: int
     max_batch_tokens: int
+    min_prefill_tokens: int
     max_total_tokens: int
     num_blocks: int
     cache_dtype: torch.dtype
@@ -46,11 +56,16 @@ def decide_limits(
     why_blocks: str = "set",
 ) -> Limits:
     """Decide the limits. Raises LoadError if the configured ones do not fit, naming what would."""
-    memory = memory or device_memory(loaded.model.device, config.memory_fraction)
-    kind = loaded.model.device.type
-    max_batch_tokens = config.max_batch_tokens or (
-        _CUDA_BATCH_TOKENS if kind == "cuda" else _CPU_BATCH_TOKENS
+    memory = memory or device_memory(
+        loaded.model.device, config.memory_fraction, config.cpu_cache_bytes
     )
+    kind = loaded.model.device.type
+    default, prefill = (
+        (_CUDA_BATCH_TOKENS, _CUDA_PREFILL_TOKENS)
+        if kind == "cuda"
+        else (_CPU_BATCH_TOKENS, _CPU_PREFILL_TOKENS)
+    )
+    max_batch_tokens = config.max_batch_tokens or default
     max_sequences = min(config.max_sequences, max_batch_tokens)
     dtype = cache_dtype(config, loaded.model.dtype)
     block_bytes = bytes_per_block(loaded.calls, dtype)
@@ -64,6 +79,7 @@ def decide_limits(
     return Limits(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
+        min_prefill_tokens=min(prefill, max_batch_tokens),
         max_total_tokens=max_total_tokens,
         num_blocks=num_blocks,
         cache_dtype=dtype,
@@ -140,7 +156,7 @@ def _cache_bytes(
     graphs = int(step * _GRAPH_SHARE)
     left = max(available - step - graphs, 0)
     gib = 1 << 30
-    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB free"
+    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB to use"
     if step:
         reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept"
     return left, reason

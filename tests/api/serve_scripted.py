@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from api import __main__ as server
 from engine.core.config import LoadConfig
 from engine.core.request import Delivery, Event, Request
+from engine.loading import hub
 from tests.api import scripted
 
 
@@ -20,6 +21,8 @@ class SlowGeneration(scripted.ScriptedGeneration):
 
 
 class Engine:
+    info = types.SimpleNamespace(device="cpu")
+
     @classmethod
     def load(cls, config: LoadConfig, *_: object) -> "Engine":
         if config.model_id == "slow":
@@ -44,6 +47,7 @@ if __name__ == "__main__":
     module = types.ModuleType("engine.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
     sys.modules["engine.engine"] = module
+    hub.check_model_id = lambda *_: None  # type: ignore[assignment]
     scripted.ScriptedGeneration = SlowGeneration  # type: ignore[misc]
     server.AsyncEngine = lambda *_, **__: scripted.ScriptedEngine(twenty_tokens)  # type: ignore
     sys.exit(server.main(sys.argv[1:]))

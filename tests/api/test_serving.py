@@ -14,7 +14,9 @@ import httpx2
 import pytest
 
 from api.__main__ import main
+from engine.core.config import DEFAULT_MODEL_ID
 from engine.core.errors import DownloadFailed, LoadError
+from engine.loading.checkpoint import locate
 
 ROOT = Path(__file__).parents[2]
 SERVER = "tests.api.serve_scripted"
@@ -92,6 +94,13 @@ def test_a_stream_that_does_not_drain_in_time_ends_with_an_error_and_exit_status
     )
 
 
+def test_a_limit_of_the_gpu_s_memory_is_noted_on_a_cpu(start: Start) -> None:
+    server = start("--cuda-memory-fraction", "0.5")
+    assert server.stdout is not None
+    assert "--cuda-memory-fraction (CUDA_MEMORY_FRACTION) changes" in server.stdout.readline()
+    url_of(server)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
 def test_a_signal_ends_the_server_while_the_model_loads(start: Start, sign: signal.Signals) -> None:
@@ -139,6 +148,7 @@ def failing_engine(monkeypatch: pytest.MonkeyPatch) -> type[FailingEngine]:
     module = types.ModuleType("engine.engine")
     module.Engine = FailingEngine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "engine.engine", module)
+    monkeypatch.setattr("engine.loading.hub.check_model_id", lambda *_: None)
     return FailingEngine
 
 
@@ -158,6 +168,109 @@ def test_a_model_that_does_not_load_is_reported_in_our_words_and_tgis(
     failing_engine.error = error
     assert main(["--port", "0"]) == 1
     assert capsys.readouterr().err == f"error: {error}\nError: {name}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("a\nfault"), KeyError("x"), MemoryError(), AssertionError(), OSError(5, "?")],
+)
+def test_a_fault_that_nothing_expects_is_one_sentence_with_its_traceback_in_the_log(
+    error: Exception,
+    failing_engine: type[FailingEngine],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failing_engine.error = error
+    assert main(["--port", "0", "--model-id", "org/model"]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: org/model cannot be served: \w+Error.*report it\)\nError: ShardCannotStart\n", said
+    )
+    (traced,) = [record for record in caplog.records if record.exc_info]
+    assert traced.exc_info is not None
+    assert traced.exc_info[1] is error
+
+
+def test_a_fault_after_the_model_has_loaded_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("api.__main__._load", fail)
+    assert main(["--port", "0"]) == 1
+    assert capsys.readouterr().err == (
+        "error: the server cannot run: RuntimeError: no such thing (the log says where; please "
+        "report it)\nError: WebserverFailed\n"
+    )
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_the_traceback_of_a_known_error_is_logged_for_debugging_alone(
+    failing_engine: type[FailingEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    failing_engine.error = LoadError("no such layer; try another")
+    for level, num_traced in (("info", 0), ("debug", 1)):
+        caplog.clear()
+        assert main(["--port", "0", "--log-level", level]) == 1
+        assert sum(record.exc_info is not None for record in caplog.records) == num_traced
+
+
+@pytest.mark.parametrize("name", ["/absolute/missing/path", "./missing", "org/model"])
+def test_a_model_that_cannot_be_found_is_reported_before_torch_is_imported(name: str) -> None:
+    """The hub is at a port that nobody listens on."""
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "api", "--port", "0", "--model-id", name],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": "/nowhere",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+        },
+        timeout=120,
+        check=False,
+    )
+    said = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    (sentence,) = [line for line in said if line.startswith("error: ")]
+    assert name in sentence
+    assert "Error: DownloadError" in said
+    assert not any(line.split("|")[-1].strip() == "torch" for line in said)
+
+
+@pytest.mark.slow
+def test_a_broken_copy_of_the_built_in_model_ends_the_process_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    """The real process and the real loader; nothing is read beyond the file that is broken."""
+    whole = locate(DEFAULT_MODEL_ID).path
+    for name in ("cut short", "missing"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in whole.iterdir():
+            if path.name != "model.safetensors":
+                (folder / path.name).symlink_to(path)
+    with (whole / "model.safetensors").open("rb") as weights:
+        (tmp_path / "cut short" / "model.safetensors").write_bytes(weights.read(1 << 20))
+    for name, why in (("cut short", "is cut short"), ("missing", "no weights in")):
+        ended = subprocess.run(
+            [sys.executable, "-m", "api", "--port", "0", "--model-id", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            timeout=240,
+            check=False,
+        )
+        assert ended.returncode == 1
+        *_, sentence, last = ended.stderr.strip().splitlines()
+        assert re.match(rf"error: .*{name} cannot be loaded: .*{why}", sentence)
+        assert last == "Error: ShardCannotStart"
+        assert "Traceback" not in ended.stderr + ended.stdout
 
 
 @pytest.mark.usefixtures("failing_engine")

@@ -47,6 +47,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("huggingface-hub-cache", "/data", "/data"),
     ("weights-cache-override", "/weights", "/weights"),
     ("cuda-memory-fraction", "0.8", 0.8),
+    ("cpu-cache-gib", "0.5", 0.5),
     ("rope-scaling", "dynamic", "dynamic"),
     ("rope-factor", "2.5", 2.5),
     ("otlp-endpoint", "http://collector:4317", "http://collector:4317"),

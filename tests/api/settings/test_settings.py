@@ -41,6 +41,38 @@ def test_settings_reach_the_engine() -> None:
     assert (load.dtype, load.quantize) == ("bfloat16", "bitsandbytes-nf4")
 
 
+def test_the_cache_of_a_cpu_has_a_size_of_its_own() -> None:
+    assert read_settings([]).engine_config().cpu_cache_bytes is None
+    engine = read_settings(["--cpu-cache-gib", "1.5"]).engine_config()
+    assert engine.cpu_cache_bytes == 3 << 29
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_cpu", "noted"),
+    [
+        (["--cuda-memory-fraction", "0.5"], True, ["--cuda-memory-fraction"]),
+        (["--cuda-memory-fraction", "1"], True, ["--cuda-memory-fraction"]),
+        (["--cuda-memory-fraction", "0.5"], False, []),
+        (["--tgi-wiggle-room", "0.5"], True, ["--tgi-wiggle-room"]),
+        (["--cpu-cache-gib", "1"], False, ["--cpu-cache-gib"]),
+        (["--cpu-cache-gib", "1"], True, []),
+        ([], True, []),
+        ([], False, []),
+    ],
+)
+def test_a_limit_of_another_kind_of_device_is_noted(
+    argv: list[str], is_cpu: bool, noted: list[str]
+) -> None:
+    notes = list(read_settings(argv).notes_on_device(is_cpu))
+    assert [note.split()[0] for note in notes] == noted
+    assert all("changes nothing" in note and "\n" not in note for note in notes)
+
+
+def test_a_limit_from_the_environment_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MEMORY_FRACTION", "0.5")
+    assert len(list(read_settings([]).notes_on_device(is_cpu=True))) == 1
+
+
 @pytest.mark.parametrize("flag", ["--max-input-tokens", "--max-input-length"])
 def test_input_tokens_have_two_names(flag: str) -> None:
     assert read_settings([flag, "100"]).limits(2048).max_input_tokens == 100

@@ -205,6 +205,21 @@ async def test_a_failed_load_is_reported_again_and_again(config: WorkerConfig) -
     assert not any(is_loaded(report) for report in platform.reports)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_only_a_fault_that_nothing_expects_has_its_traceback_in_the_log(
+    is_known: bool, config: WorkerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load() -> AppState:
+        raise (LoadError if is_known else KeyError)("no such layer")
+
+    platform = Platform()
+    async with running(config, platform, load):
+        await platform.report(lambda report: report["error_msg"] != "")
+    (record,) = [r for r in caplog.records if "cannot start" in r.message]
+    assert "no such layer" in record.message
+    assert bool(record.exc_info) is not is_known
+
+
 @pytest.mark.slow
 async def test_an_engine_error_is_cleared_when_it_is_over(config: WorkerConfig) -> None:
     platform, engine = Platform(), ScriptedEngine(as_many_as_asked)

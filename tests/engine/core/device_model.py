@@ -121,6 +121,8 @@ class Step:
         )
 
     def wait(self) -> None:
+        if not self.is_done:
+            self._device.now += 1 + self.batch.num_scheduled_tokens * self._device.token_s
         self.is_done = True
 
 
@@ -160,7 +162,11 @@ class Device:
     The slot state stands for that of the real step builder, sampler and model runner.
     """
 
-    def __init__(self, num_blocks: int, max_sequences: int):
+    def __init__(self, num_blocks: int, max_sequences: int, token_s: float = 0.0):
+        """A step takes a second, and each of its tokens `token_s` more."""
+        self.token_s = token_s
+        self.now = 1.0
+        """The time in seconds, which passes while steps run."""
         self.kv: list[list[KV | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
         self.block_tables = [[0] * num_blocks for _ in range(max_sequences)]
         self.owners: list[Sequence | None] = [None] * max_sequences

@@ -10,6 +10,7 @@ from itertools import count
 
 from engine.core.config import BLOCK_SIZE
 from engine.core.pipeline import MAX_IN_FLIGHT, SampledToken, StepPipeline
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.core.scheduler import PROMPT_LOGPROB_ROWS, Batch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus
@@ -62,10 +63,12 @@ class CheckedScheduler(Scheduler):
         )
         self._driver = driver
 
-    def schedule(self, only: set[Sequence] | None = None) -> Batch:
+    def schedule(
+        self, only: set[Sequence] | None = None, prefill_limit: int | None = None
+    ) -> Batch:
         before = SchedulerState.of(self, self._driver.live)
-        batch = super().schedule(only)
-        self._driver.check_schedule(batch, before, only)
+        batch = super().schedule(only, prefill_limit)
+        self._driver.check_schedule(batch, before, only, prefill_limit)
         return batch
 
     def rewind(self, seq: Sequence) -> None:
@@ -86,6 +89,7 @@ class Driver:
     max_batch_tokens: int = 64
     prefix_caching: bool = True
     can_end: bool = False
+    token_s: float = 0.0
 
     live: list[Sequence] = field(default_factory=list)
     """Sequences that have not ended, in order of arrival, each fork behind its leader.
@@ -102,9 +106,12 @@ class Driver:
     """Forks whose leader has failed."""
 
     def __post_init__(self) -> None:
-        self.device = Device(self.num_blocks, self.max_sequences)
+        self.device = Device(self.num_blocks, self.max_sequences, self.token_s)
         self.scheduler = CheckedScheduler(self)
-        self.pipeline = StepPipeline(self.scheduler, self.device, outputs=self)
+        budget = PrefillBudget(min(self.max_batch_tokens, 4), self.max_batch_tokens)
+        self.pipeline = StepPipeline(
+            self.scheduler, self.device, self, budget, lambda: self.device.now
+        )
 
     @property
     def expected(self) -> dict[Sequence, ExpectedText]:
@@ -275,14 +282,18 @@ class Driver:
         raise AssertionError(f"no progress in {num_steps} steps")
 
     def check_schedule(
-        self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
+        self,
+        batch: Batch,
+        before: SchedulerState,
+        only: set[Sequence] | None,
+        prefill_limit: int | None,
     ) -> None:
         """Check a batch that was just scheduled."""
         started = {entry.sequence for entry in batch.scheduled if entry.num_scheduled_tokens == 0}
         for leader, forks in before.forks.items():
             if not leader.forks:
                 self._move_behind_running([fork for fork in forks if fork not in started])
-        self._check_batch(batch, before, only)
+        self._check_batch(batch, before, only, prefill_limit)
 
     # -- checks -----------------------------------------------------------------------
 
@@ -307,9 +318,21 @@ class Driver:
             assert seq.status is (SequenceStatus.RUNNING if is_running else SequenceStatus.WAITING)
 
     def _check_batch(
-        self, batch: Batch, before: SchedulerState, only: set[Sequence] | None
+        self,
+        batch: Batch,
+        before: SchedulerState,
+        only: set[Sequence] | None,
+        prefill_limit: int | None,
     ) -> None:
-        assert batch.num_scheduled_tokens <= self.max_batch_tokens
+        budget = self.max_batch_tokens
+        num_decodes = sum(
+            entry.num_scheduled_tokens == 1 == before.behind[entry.sequence]
+            for entry in batch.scheduled
+            if entry.sequence in before.running
+        )
+        if num_decodes and prefill_limit is not None:
+            budget = min(budget, num_decodes + prefill_limit)
+        assert batch.num_scheduled_tokens <= budget
         assert all(seq.slot >= 0 for seq in batch.reset), "a sequence without a slot is reset"
         self._check_entries(batch, before)
         started = self._check_forks(batch, before)
@@ -324,8 +347,8 @@ class Driver:
         assert running[: len(kept)] == kept
         if only is not None:  # forks start with their leader
             only = only | {seq for seq in started if seq.leader in only}
-        self._check_fairness(batch, before, kept, admitted, only)
-        self._check_admission(batch, admitted, only)
+        self._check_fairness(batch, before, kept, admitted, only, budget)
+        self._check_admission(batch, admitted, only, budget)
         if only is None and self.live:
             assert batch.scheduled or self.in_flight, "no sequence runs, and none ever will"
 
@@ -404,6 +427,7 @@ class Driver:
         kept: list[Sequence],
         admitted: list[Sequence],
         only: set[Sequence] | None,
+        budget: int,
     ) -> None:
         """Check that every decode runs, then prefills, oldest first, as long as the budget lasts.
 
@@ -423,7 +447,7 @@ class Driver:
         assert scheduled == prefills[: len(scheduled)], "a younger prefill ran first"
         assert all(entries[seq].samples for seq in scheduled[:-1]), "a younger prefill ran first"
         if len(scheduled) < len(prefills) or any(not e.samples for e in batch.scheduled):
-            assert batch.num_scheduled_tokens == self.max_batch_tokens, "the budget was not used up"
+            assert batch.num_scheduled_tokens == budget, "the budget was not used up"
 
     def _num_prompt_rows(self, batch: Batch) -> int:
         rows = [entry.num_prompt_rows for entry in batch.scheduled]
@@ -432,7 +456,7 @@ class Driver:
         return sum(rows)
 
     def _check_admission(
-        self, batch: Batch, admitted: list[Sequence], only: set[Sequence] | None
+        self, batch: Batch, admitted: list[Sequence], only: set[Sequence] | None, budget: int
     ) -> None:
         entries = {entry.sequence: entry for entry in batch.scheduled}
         assert only is None or not admitted
@@ -443,12 +467,7 @@ class Driver:
             assert len(seq.block_table) == num_blocks_for(num_known)
         waiting = self.scheduler.waiting
         has_room = len(self.scheduler.running) < self.max_sequences
-        if (
-            only is None
-            and waiting
-            and has_room
-            and batch.num_scheduled_tokens < self.max_batch_tokens
-        ):
+        if only is None and waiting and has_room and batch.num_scheduled_tokens < budget:
             head = waiting[0]
             if head.wants_prompt_logprobs and self._num_prompt_rows(batch) == PROMPT_LOGPROB_ROWS:
                 return

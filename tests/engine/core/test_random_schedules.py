@@ -22,6 +22,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra_tokens=st.integers(0, 60),
         prefix_caching=st.sampled_from([True, True, True, False]),
         can_end=st.booleans(),
+        token_s=st.sampled_from([0.0, 0.01, 0.1, 1.0]),
     )
     def start(
         self,
@@ -30,10 +31,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra_tokens: int,
         prefix_caching: bool,
         can_end: bool,
+        token_s: float,
     ) -> None:
-        self.driver = Driver(
-            num_blocks, max_sequences, max_sequences + extra_tokens, prefix_caching, can_end
-        )
+        budget = max_sequences + extra_tokens
+        self.driver = Driver(num_blocks, max_sequences, budget, prefix_caching, can_end, token_s)
 
     @rule(
         stem=st.integers(0, 5),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelInfo
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,7 +15,6 @@ from transformers import (
 from engine.core.config import EngineConfig, LoadConfig
 from engine.core.errors import DownloadFailed, LoadError
 from engine.engine import Engine
-from engine.loading import checkpoint
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.loader import _scale_rotary, load, prepare_model
 from tests.engine.driving import check_greedy, greedy, make_engine, run
@@ -92,34 +90,9 @@ def test_a_file_without_a_chat_template_is_refused(
         load(LoadConfig(str(saved), tokenizer_config_path=str(other)))
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="cannot be loaded"):
-        load(LoadConfig(str(tmp_path)))
-
-
 def test_a_missing_gguf_file_is_refused() -> None:
     with pytest.raises(DownloadFailed, match="there is no file"):
         load(LoadConfig("/nowhere/model.gguf"))
-
-
-def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
-    with pytest.raises(DownloadFailed, match=r"^org/nothing is not in the local cache and the hub"):
-        load(LoadConfig("org/nothing"))
-
-
-def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hub:
-        def model_info(self, *_: object, **__: object) -> ModelInfo:
-            return ModelInfo(id="org/model", sha="abc")
-
-    def full(*_: object, **__: object) -> str:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "HfApi", Hub)
-    monkeypatch.setattr(checkpoint, "snapshot_download", full)
-    with pytest.raises(DownloadFailed, match="org/model could not be downloaded: No space left"):
-        load(LoadConfig("org/model"))
 
 
 def test_a_sequence_longer_than_the_cache_is_refused() -> None:
