@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from api.generation.grammar import GrammarValidator
+from api.generation.grammar import GrammarValidator, ToolSchemas
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.http.errors import ValidationError
 from api.settings.config import MAX_COUNTED_NEW_TOKENS, Limits
@@ -35,6 +35,8 @@ class Extras:
     presence_penalty: float = 0.0
     any_schema: bool = False
     """Whether a JSON schema may have no `properties`, which TGI requires."""
+    calls: ToolSchemas = ()
+    """The tools of which the text is a call."""
 
 
 NO_EXTRAS = Extras()
@@ -94,7 +96,9 @@ class Validator:
         )
         self._check_length(len(prompt_ids), parameters.max_new_tokens)
         grammar = None
-        if parameters.grammar is not None:
+        if extras.calls:
+            grammar = await self._grammars.validate_calls(extras.calls)
+        elif parameters.grammar is not None:
             grammar = await self._grammars.validate(parameters.grammar, extras.any_schema)
         return Request(
             request_id=uuid.uuid4().hex,
