@@ -2,12 +2,12 @@
 
 import time
 
-from api.generation.contract import TGI_VERSION, f32
+from api.generation.contract import TGI_VERSION
 from api.generation.state import AppState
 from api.http import sse
 from api.http.errors import wire_error
-from api.openai.responses import Logprobs, TokenLogprob, Usage
-from engine.core.request import Finished, FinishReason, Request, TokenOutput
+from api.openai.responses import Usage
+from engine.core.request import Finished, FinishReason, Request
 
 SYSTEM_FINGERPRINT = f"{TGI_VERSION}-native"
 
@@ -55,10 +55,6 @@ def total_usage(*ends: Finished) -> Usage:
     )
 
 
-def logprobs(outputs: list[TokenOutput]) -> Logprobs:
-    return {"content": [_token_logprob(output) for output in outputs]}
-
-
 def error_event(problem: Exception) -> bytes:
     """Return the event that reports an error in a stream. Its status is always TGI's 422."""
     return sse.event({"error": {"message": wire_error(problem).error, "http_status_code": 422}})
@@ -69,14 +65,4 @@ def _usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
-    }
-
-
-def _token_logprob(output: TokenOutput) -> TokenLogprob:
-    return {
-        "token": output.token.text,
-        "logprob": f32(output.token.logprob),
-        "top_logprobs": [
-            {"token": top.text, "logprob": f32(top.logprob)} for top in output.top_tokens
-        ],
     }
