@@ -10,12 +10,12 @@ from api.generation.streaming import stream_frames
 from api.http import sse
 from api.http.errors import REQUEST_ERRORS
 from api.openai.chat_prompt import ChatPrompt, prepare_without_tools
+from api.openai.errors import CHAT_ERRORS
 from api.openai.payloads import (
     FINISH_REASONS,
     SYSTEM_FINGERPRINT,
     RunningUsage,
     created_and_model,
-    error_event,
     logprobs,
     total_usage,
 )
@@ -59,7 +59,7 @@ async def _frames_without_tools(
     try:
         prompt = await prepare_without_tools(state.engine.tokenizer, chat)
     except REQUEST_ERRORS as problem:
-        yield error_event(problem)
+        yield CHAT_ERRORS.event(problem)
         return
     async with aclosing(_frames(state, chat, prompt, caller, None)) as frames:
         async for frame in frames:
@@ -125,7 +125,7 @@ class ChatFrameWriter:
         return frame
 
     def error(self, problem: Exception) -> bytes:
-        return error_event(problem)
+        return CHAT_ERRORS.event(problem)
 
     def _add_to_usage(self) -> Usage | None:
         return None if self._running is None else self._running.add_token()
