@@ -259,6 +259,7 @@ def _finished(seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Fi
         queue_s=started - seq.arrival_time,
         inference_s=time.perf_counter() - started,
         prompt=output.prompt(),
+        stop=output.reached_stop(),
     )
 
 

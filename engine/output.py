@@ -4,28 +4,28 @@ from math import inf, isfinite
 
 from engine.core.request import (
     FinishReason,
+    ReachedStop,
     Token,
     TokenOutput,
     new_token,
     new_token_output,
 )
 from engine.core.sequence import Sequence
+from engine.core.stop_text import StopText
 from engine.sampling.sampler import TIE_MARGIN
 from engine.text.tokenizer import TextStream, Tokenizer
-
-_STOP_WINDOW = 200
-"""Characters of recent text that stop sequences are compared with, as in TGI."""
 
 
 class SequenceOutput:
     """The text of one sequence so far. Call `push` once per token."""
 
     __slots__ = (
+        "_before_stop",
         "_eos_token_ids",
         "_prompt_logprobs",
         "_seq",
         "_special_ids",
-        "_tail",
+        "_stop_text",
         "_text",
         "_tokenizer",
     )
@@ -36,7 +36,9 @@ class SequenceOutput:
         self._special_ids = tokenizer.special_ids
         self._eos_token_ids = eos_token_ids
         self._text = TextStream(tokenizer, seq.request.prompt_ids)
-        self._tail = ""
+        stop = seq.request.stopping.stop
+        self._stop_text = StopText(stop) if stop else None
+        self._before_stop: list[str] = []
         self._prompt_logprobs: list[float | None] = [None]
 
     def push(
@@ -46,11 +48,14 @@ class SequenceOutput:
 
         `top` has the best alternatives as (token id, logprob), best first.
         """
+        special = token_id in self._special_ids
         text = self._text.push(token_id)
-        reason = self._finish_reason(token_id, text)
-        if reason is not None:
-            text += self._text.flush()
-        token = new_token((token_id, text, _finite(logprob), token_id in self._special_ids))
+        self._look_for_stop(text, special)
+        reason = self._finish_reason(token_id)
+        if reason is not None and (held := self._text.flush()):
+            self._look_for_stop(held, special)
+            text += held
+        token = new_token((token_id, text, _finite(logprob), special))
         return new_token_output((token, self._top_tokens(top) if top else ())), reason
 
     def add_prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
@@ -76,7 +81,17 @@ class SequenceOutput:
             seq.request.prompt_ids, seq.token_ids[seq.num_prompt_tokens :]
         )
 
-    def _finish_reason(self, token_id: int, text: str) -> FinishReason | None:
+    def reached_stop(self) -> ReachedStop | None:
+        """Return the first stop string in the text, whether or not it is what ended it."""
+        if self._stop_text is None or self._stop_text.reached is None:
+            return None
+        return ReachedStop(self._stop_text.reached, "".join(self._before_stop))
+
+    def _look_for_stop(self, text: str, special: bool) -> None:
+        if self._stop_text is not None:
+            self._before_stop.append(self._stop_text.push(text, special))
+
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
         seq, stopping = self._seq, self._seq.request.stopping
         if len(seq.token_ids) >= seq.max_tokens:
             return FinishReason.LENGTH
@@ -84,17 +99,9 @@ class SequenceOutput:
             return FinishReason.EOS_TOKEN
         if seq.constraint is not None and seq.constraint.is_finished and not self._eos_token_ids:
             return FinishReason.EOS_TOKEN
-        if stopping.stop and self._reached_stop(text, stopping.stop):
+        if self._stop_text is not None and self._stop_text.reached is not None:
             return FinishReason.STOP_SEQUENCE
         return None
-
-    def _reached_stop(self, text: str, stop: tuple[str, ...]) -> bool:
-        """Whether the text ends with a stop string, ignoring one final newline."""
-        window = max(_STOP_WINDOW, *(len(s) + 1 for s in stop))
-        self._tail = (self._tail + text)[-window - len(text) :]
-        return self._tail.endswith(stop) or (
-            self._tail.endswith("\n") and self._tail[:-1].endswith(stop)
-        )
 
     def _top_tokens(self, top: list[tuple[int, float]]) -> tuple[Token, ...]:
         """Return the alternatives that are at least as likely as the n-th best.

@@ -40,10 +40,10 @@ class GrammarValidator:
     async def validate(self, grammar: GrammarType, any_schema: bool) -> "Grammar":
         """Compile `grammar`. With `any_schema` a JSON schema need not have `properties`."""
         if self._compiler is None:
-            raise ValidationError("grammar is not supported")
+            raise ValidationError("grammar is not supported", field="grammar")
         if grammar.type == "regex":
             if not isinstance(grammar.value, str):
-                raise ValidationError("grammar is not supported")
+                raise ValidationError("grammar is not supported", field="grammar")
             return await self._compile(self._compiler.regex, grammar.value)
         schema = _schema(grammar.type, grammar.value)
         if not any_schema and "properties" not in schema:
@@ -79,7 +79,7 @@ def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
         except ValueError as error:
             raise _not_valid(str(error)) from None
     if not isinstance(value, dict):
-        raise ValidationError("grammar is not supported")
+        raise ValidationError("grammar is not supported", field="grammar")
     return value
 
 
@@ -87,4 +87,4 @@ def _not_valid(detail: str) -> ValidationError:
     """Return the error with a limited `detail`: the compiler may quote the whole grammar in it."""
     if len(detail) > _MAX_DETAIL:
         detail = detail[:_MAX_DETAIL] + "..."
-    return ValidationError(f"grammar is not valid: {detail}")
+    return ValidationError(f"grammar is not valid: {detail}", field="grammar")

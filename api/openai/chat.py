@@ -12,10 +12,10 @@ from api.generation.state import AppState, state_of
 from api.http.disconnect import until_disconnect
 from api.http.errors import REQUEST_ERRORS
 from api.http.responses import json_response
-from api.openai.chat_payloads import ChatUsage, chat_logprobs, new_chat_id
+from api.openai.chat_payloads import ChatUsage, chat_logprobs
 from api.openai.chat_stream import ChunkWriter
 from api.openai.chat_translation import chat_of
-from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model
+from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, new_id
 from api.openai.requests import ChatRequest
 from api.openai.responses import ChatChoice, ChatCompletion, ChatMessage
 
@@ -46,7 +46,7 @@ def _chat_completion(
     created, model = created_and_model(state, body.model)
     return {
         "object": "chat.completion",
-        "id": new_chat_id(),
+        "id": new_id("chatcmpl"),
         "created": created,
         "model": model,
         "system_fingerprint": SYSTEM_FINGERPRINT,

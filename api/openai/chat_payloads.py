@@ -1,15 +1,10 @@
-"""The parts that a `chat.completion` and its chunks have in common: ids, usage, logprobs."""
+"""The parts that a `chat.completion` and its chunks have in common: usage, logprobs."""
 
-import uuid
 from collections.abc import Iterable, Sequence
 
 from api.generation.contract import f32
 from api.openai.responses import Logprobs, TokenLogprob, TopLogprob, Usage
 from engine.core.request import Finished, Token, TokenOutput
-
-
-def new_chat_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
 
 
 class ChatUsage:

@@ -14,8 +14,9 @@ from api.chat.events import (
 )
 from api.generation.state import AppState
 from api.http import sse
-from api.openai.chat_payloads import ChatUsage, chat_logprobs, new_chat_id
-from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, error_event
+from api.openai.chat_payloads import ChatUsage, chat_logprobs
+from api.openai.errors import CHAT_ERRORS
+from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, new_id
 from api.openai.requests import ChatRequest
 from api.openai.responses import Delta, ToolCallDelta
 from engine.core.request import TokenOutput
@@ -31,7 +32,7 @@ class ChunkWriter:
         created, model = created_and_model(state, body.model)
         head = {
             "object": "chat.completion.chunk",
-            "id": new_chat_id(),
+            "id": new_id("chatcmpl"),
             "created": created,
             "model": model,
             "system_fingerprint": SYSTEM_FINGERPRINT,
@@ -50,7 +51,7 @@ class ChunkWriter:
 
     def error(self, problem: Exception) -> bytes:
         self._failed = True
-        return error_event(problem)
+        return CHAT_ERRORS.event(problem)
 
     def end(self) -> bytes:
         """Return the chunk of the usage, if that was asked for, and the mark of the end."""

@@ -10,12 +10,12 @@ from api.generation.request import GenerateRequest
 from api.generation.state import AppState
 from api.generation.streaming import stream_frames
 from api.http import sse
+from api.openai.errors import COMPLETION_ERRORS
 from api.openai.parameters import extras
 from api.openai.payloads import (
     SYSTEM_FINGERPRINT,
     RunningUsage,
     created_and_model,
-    error_event,
     total_usage,
 )
 from api.openai.requests import CompletionRequest
@@ -114,7 +114,7 @@ class CompletionFrameWriter:
         return self._encoder.last_chunk([choice], total_usage(end))
 
     def error(self, problem: Exception) -> bytes:
-        return error_event(problem)
+        return COMPLETION_ERRORS.event(problem)
 
     def _choice(self, output: TokenOutput, reason: str) -> CompletionChoice:
         return {

@@ -12,7 +12,7 @@ from api.http.disconnect import all_together, until_disconnect
 from api.http.errors import Refused
 from api.http.responses import json_response
 from api.openai.completion_stream import completion_frames
-from api.openai.parameters import extras, generate_parameters
+from api.openai.parameters import check, extras, generate_parameters
 from api.openai.payloads import (
     FINISH_REASONS,
     SYSTEM_FINGERPRINT,
@@ -21,6 +21,7 @@ from api.openai.payloads import (
 )
 from api.openai.requests import CompletionRequest
 from api.openai.responses import Completion
+from api.settings.config import Settings
 from api.telemetry.observation import Caller
 
 
@@ -31,7 +32,7 @@ async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Respo
     """
     state = state_of(http)
     state.observer.arrived()
-    _check(body, state.settings.max_client_batch_size)
+    _check(body, state.settings)
     requests = _requests(body)
     caller = caller_of(http, "completions")
     if body.stream:
@@ -42,24 +43,21 @@ async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Respo
     return json_response(_completion(state, answers), headers)
 
 
-def _check(body: CompletionRequest, max_prompts: int) -> None:
-    if body.suffix is not None:
+def _check(body: CompletionRequest, settings: Settings) -> None:
+    check(body, settings.max_concurrent_requests)
+    if len(body.prompt) > settings.max_client_batch_size:
         raise Refused(
             422,
-            "Suffix is not supported and can be achieved by preprocessing the prompt.",
-            "suffix not supported",
-        )
-    if len(body.prompt) > max_prompts:
-        raise Refused(
-            422,
-            f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}",
+            "Number of prompts exceeds the maximum allowed batch size of "
+            f"{settings.max_client_batch_size}",
             "batch size exceeded",
+            field="prompt",
         )
 
 
 def _requests(body: CompletionRequest) -> list[GenerateRequest]:
     parameters = generate_parameters(body, repetition_penalty=body.repetition_penalty)
-    return [GenerateRequest(inputs=prompt, parameters=parameters) for prompt in body.prompt]
+    return [GenerateRequest(inputs=str(prompt), parameters=parameters) for prompt in body.prompt]
 
 
 async def _answers(

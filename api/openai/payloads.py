@@ -1,11 +1,10 @@
 """The JSON that all OpenAI routes have in common: finish reasons, usage, logprobs, errors."""
 
 import time
+import uuid
 
 from api.generation.contract import TGI_VERSION
 from api.generation.state import AppState
-from api.http import sse
-from api.http.errors import wire_error
 from api.openai.responses import Usage
 from engine.core.request import Finished, FinishReason, Request
 
@@ -17,9 +16,9 @@ _ANY_MODEL = "tgi"
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
-    FinishReason.STOP_SEQUENCE: "stop_sequence",
+    FinishReason.STOP_SEQUENCE: "stop",
 }
-"""TGI's finish reasons. OpenAI itself has `stop` for a stop sequence, `tool_calls` for a call."""
+"""OpenAI's finish reasons of a text. That of a call is `tool_calls`."""
 
 
 class RunningUsage:
@@ -39,6 +38,11 @@ class RunningUsage:
         return _usage(self._num_prompt_tokens, self._num_generated_tokens)
 
 
+def new_id(prefix: str) -> str:
+    """Return an id for one answer, which all of its chunks have."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
 def created_and_model(state: AppState, model: str | None = None) -> tuple[int, str]:
     """Return the time and the model's name, which a response repeats in all its chunks.
 
@@ -53,11 +57,6 @@ def total_usage(*ends: Finished) -> Usage:
     return _usage(
         sum(end.num_prompt_tokens for end in ends), sum(end.num_generated_tokens for end in ends)
     )
-
-
-def error_event(problem: Exception) -> bytes:
-    """Return the event that reports an error in a stream. Its status is always TGI's 422."""
-    return sse.event({"error": {"message": wire_error(problem).error, "http_status_code": 422}})
 
 
 def _usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:

@@ -44,7 +44,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class StoppingParams:
-    """When a sequence ends. `max_new_tokens` is at least 1."""
+    """When a sequence ends. `max_new_tokens` is at least 1.
+
+    It ends with the token that completes a string of `stop`, none of which is empty, wherever in
+    the token's text that is.
+    """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
@@ -126,15 +130,27 @@ new_token_output = cast(
 )
 
 
+class ReachedStop(NamedTuple):
+    """A stop string that is in the generated text, and the text before it.
+
+    `text_before` has no special tokens, like `generated_text`.
+    """
+
+    string: str
+    text_before: str
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a sequence that ended as requested.
 
-    generated_text  without special tokens and without the prompt
+    generated_text  without special tokens and without the prompt; with all of its last token
     seed            None for greedy decoding
     queue_s         seconds from acceptance to the first step
     inference_s     seconds from the first step to the end
     prompt          the prompt's tokens with their logprobs, if those were requested
+    stop            the stop string that the last token completed, also where that token ends the
+                    sequence for another `reason`, which is then the one that is told
     """
 
     reason: FinishReason
@@ -145,6 +161,12 @@ class Finished:
     queue_s: float
     inference_s: float
     prompt: tuple[Token, ...] = ()
+    stop: ReachedStop | None = None
+
+    @property
+    def text_before_stop(self) -> str:
+        """The generated text up to its stop string; all of it if there is none."""
+        return self.generated_text if self.stop is None else self.stop.text_before
 
 
 @dataclass(frozen=True, slots=True)

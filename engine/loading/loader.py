@@ -134,6 +134,7 @@ def prepare_model(
             pipeline_tag=checkpoint.pipeline_tag,
             dtype=str(model.dtype).removeprefix("torch."),
             device=_device_name(model.device),
+            vocab_size=model.config.get_text_config().vocab_size,
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),

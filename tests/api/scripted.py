@@ -198,7 +198,7 @@ class ScriptedEngine:
         self.grammars = ScriptedGrammars()
         self.on_step: Callable[[StepFigures], None] | None = None
         self.model = ModelInfo(
-            "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 1 << 30, None
+            "org/model", "abc123", "text-generation", "bfloat16", "NVIDIA H200", 100, 1 << 30, None
         )
         self.cold_start = ColdStart()
         self.is_prepared = True

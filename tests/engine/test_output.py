@@ -5,7 +5,6 @@ the borders between tokens lie where the test wants them.
 """
 
 import math
-import re
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.core.request import (
     FinishReason,
+    ReachedStop,
     Request,
     SamplingParams,
     StoppingParams,
@@ -31,6 +31,7 @@ from engine.output import SequenceOutput
 from engine.sampling.sampler import SampledTokens
 from engine.sampling.torch_sampler import TorchSampler
 from engine.text.tokenizer import Tokenizer
+from tests.engine.text.test_tokenizer import smollm2
 
 LENGTH, EOS, STOP = FinishReason.LENGTH, FinishReason.EOS_TOKEN, FinishReason.STOP_SEQUENCE
 PROMPT = "prompt"
@@ -177,19 +178,19 @@ def test_a_stop_string_stays_in_the_text() -> None:
     assert said.output.generated_text() == "x the end"
 
 
-def test_a_stop_string_just_before_one_final_newline() -> None:
-    assert say(["x", "stop\n"], "stop").reason is STOP
-    assert say(["x", "stop\n\n"], "stop").reason is None
-    assert say(["x", "stop\n\n"], "stop\n").reason is STOP
-    assert say(["x", "stop\n"], "stop\n").reason is STOP
-    assert say(["x", "stop\r\n"], "stop").reason is None
-    assert say(["st", "op\n"], "stop").reason is STOP
+def test_a_stop_string_within_a_token_ends_the_sequence_with_that_token() -> None:
+    said = say([" is", " lo", "vely", "."], "is l")
+    assert said.reason is STOP
+    assert said.texts == [" is", " lo"]
+    assert say(["STOP it", "a"], "STOP").texts == ["STOP it"]
+    assert say(["x", "xSTOPx", "a"], "STOP").texts == ["x", "xSTOPx"]
 
 
-def test_text_behind_the_stop_string_in_its_token_hides_it() -> None:
-    said = say(["x", "stop.", " more", "stop", "y"], "stop")
-    assert said.texts == ["x", "stop.", " more", "stop"]
-    assert say(["STOP it", "a"], "STOP").reason is None
+def test_a_stop_string_before_newlines_in_its_token() -> None:
+    for end in ("\n", "\n\n", "\r\n"):
+        assert say(["x", "stop" + end, "y"], "stop").texts == ["x", "stop" + end]
+    assert say(["st", "op\n"], "stop\n").reason is STOP
+    assert say(["st", "op"], "stop\n").reason is None
 
 
 def test_the_prompt_is_no_part_of_a_stop_string() -> None:
@@ -197,8 +198,8 @@ def test_the_prompt_is_no_part_of_a_stop_string() -> None:
 
 
 def test_any_of_several_stop_strings() -> None:
-    for n, stop in enumerate(("a", "ab", "abc", "b", "zzz", "c"), 1):
-        assert (say(["x", stop], "a", "ab", "abc", "b", "c").reason is STOP) == (n != 5)
+    for text in ("a", "ab", "abc", "b", "c", "zzz"):
+        assert (say(["x", text], "a", "ab", "abc", "b", "c").reason is STOP) == (text != "zzz")
 
 
 def test_special_characters_in_stop_strings_are_literal() -> None:
@@ -246,29 +247,80 @@ def test_a_long_stop_string_in_large_tokens(size: int) -> None:
     assert "".join(said.texts) == text
 
 
-_PIECES = ["a", "b", "ab", "ba", "\n", "a\n", "b\n\n", "🙂", "🙂a", ".", "aab.", ""]
+_PIECES = ["a", "b", "ab", "ba", "\n", "a\n", "b\n\n", "🙂", "🙂a", ".", "aab.", "", "<eos>"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.sampled_from(_PIECES), min_size=1, max_size=25),
     st.lists(
-        st.lists(st.sampled_from([*"ab\n.🙂"]), min_size=1, max_size=4).map("".join), max_size=3
+        st.lists(st.sampled_from([*"ab\n.🙂<>"]), min_size=1, max_size=4).map("".join), max_size=3
     ),
 )
-def test_a_sequence_ends_where_tgis_regular_expression_matches(
+def test_a_sequence_ends_with_the_token_that_completes_a_stop_string(
     texts: list[str], stop: list[str]
 ) -> None:
-    """Text Generation Inference's test: the escaped string and `$`, on the text so far."""
-    known = spelled(*_PIECES)
-    said = Said(known, [1], *stop)
-    num_taken = said.push_until_end([2 + _PIECES.index(text) for text in texts])
+    said = Said(spelled(*_PIECES[:-1]), [1], *stop, ignore_eos=True)
+    ids = [0 if text == "<eos>" else 2 + _PIECES.index(text) for text in texts]
+    num_taken = said.push_until_end(ids)
     for n in range(1, len(texts) + 1):
-        text = "".join(texts[:n])
-        if any(re.search(re.escape(s) + "$", text) for s in stop):
+        if any(s in "".join(texts[:n]) for s in stop):
             assert (num_taken, said.reason) == (n, STOP)
+            assert said.texts == texts[:n]
             return
     assert (num_taken, said.reason) == (len(texts), None)
+
+
+def test_the_text_before_a_stop_string_is_known() -> None:
+    for texts, stop in [
+        (["a b", " is", " lovely", "!"], "is l"),
+        (["a b", " ", "is lo", "!"], "is l"),
+        (["a b ", "is l", "!"], "is l"),
+        (["a b ", "i", "s", " ", "l", "!"], "is l"),
+    ]:
+        assert say(texts, "zz", stop).output.reached_stop() == ReachedStop("is l", "a b ")
+    assert say(["a", "b"], "c").output.reached_stop() is None
+    assert say(["a", "b"]).output.reached_stop() is None
+
+
+def test_the_text_before_a_stop_string_has_no_special_tokens() -> None:
+    said = say(["a", "<eos>", "b<", "<eos>", "c"], "<<eo", ignore_eos=True)
+    assert said.reason is STOP
+    assert said.output.reached_stop() == ReachedStop("<<eo", "ab")
+
+
+def test_a_stop_string_is_known_whatever_else_its_token_ends() -> None:
+    assert say(["a", "stop"], "st", max_new_tokens=2).output.reached_stop() == ("st", "a")
+    assert say(["a", "<eos>"], "a<e").output.reached_stop() == ("a<e", "")
+
+
+def test_a_character_that_completes_a_stop_string_with_its_last_byte() -> None:
+    said = Said(of_bytes(), [97], "b🛑", eos_token_ids=frozenset())
+    said.push_until_end(list("ab🛑".encode()))
+    assert said.reason is STOP
+    assert said.output.reached_stop() == ("b🛑", "a")
+    assert said.texts == ["a", "b", "", "", "", "🛑"]
+
+
+TEXT = "The capital of France is Paris.\n\nIt is lovely; «très beau» 🙂🛑 日本の首都は東京。 aaaab"
+
+
+@cache
+def real() -> Tokenizer:
+    return Tokenizer(smollm2())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, len(TEXT) - 1), st.integers(1, 12), st.integers(0, len(TEXT) - 1))
+def test_any_part_of_a_real_models_text_ends_it(start: int, length: int, other: int) -> None:
+    stop = TEXT[start : start + length], TEXT[other : other + 20]
+    said = Said(real(), real().encode("Say:\n"), *stop)
+    said.push_until_end(real().encode(TEXT))
+    first = min(stop, key=lambda s: TEXT.index(s) + len(s))
+    assert said.reason is STOP
+    assert first in "".join(said.texts)
+    assert first not in "".join(said.texts[:-1])
+    assert said.output.reached_stop() == (first, TEXT[: TEXT.index(first)])
 
 
 # -- texts ----------------------------------------------------------------------------

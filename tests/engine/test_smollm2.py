@@ -1,12 +1,14 @@
 """The embedded default model answers as transformers does, in every mode of the engine."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.core.config import DEFAULT_MODEL_ID, LoadConfig
+from engine.core.request import Finished, FinishReason, StoppingParams
 from engine.loading.checkpoint import locate
 from engine.loading.loader import LoadedModel, load
 from tests.engine.driving import check_greedy, generate, greedy, make_engine, run
@@ -91,3 +93,24 @@ def test_random_traffic_over_a_full_pool(
     answers.check_endings(requests)
     for request in requests:
         check_greedy(reference, answers, request)
+
+
+@pytest.mark.parametrize(("start", "length"), [(2, 7), (3, 10), (11, 1), (20, 30)])
+def test_smollm2_ends_with_the_token_that_completes_a_stop_string(
+    smollm2: LoadedModel, start: int, length: int
+) -> None:
+    engine = make_engine(smollm2)
+    whole = greedy(smollm2.tokenizer.encode("The capital of France is"), NUM_TOKENS)
+    answers = run(engine, [(0, whole)])
+    texts = [output.token.text for output in answers.tokens(whole)]
+    stop = "".join(texts)[start : start + length]
+    stopped = replace(
+        whole, request_id="stopped", stopping=StoppingParams(NUM_TOKENS + 1, ("never", stop))
+    )
+    answers = run(engine, [(0, stopped)])
+    num_taken = next(n for n in range(1, NUM_TOKENS + 1) if stop in "".join(texts[:n]))
+    end = answers.last(stopped)
+    assert isinstance(end, Finished)
+    assert end.reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == "".join(texts[:num_taken])
+    assert end.text_before_stop == "".join(texts).split(stop)[0]

@@ -92,7 +92,7 @@ async def test_the_validation_reads_every_parameter_of_a_request() -> None:
     recorder = Recorder()
     parameters = recorder.record(GenerateParameters)()
     validator = Validator(
-        WordTokenizer(), GrammarValidator(None), read_settings([]).limits(2048), num_workers=1
+        WordTokenizer(), GrammarValidator(None), read_settings([]).limits(2048), 100, num_workers=1
     )
     recorder.names.clear()
     await validator.validate(GenerateRequest(inputs="x", parameters=parameters), logprobs=True)
