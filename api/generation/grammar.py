@@ -23,6 +23,10 @@ _TIMEOUT_S = 10.0
 _MAX_DETAIL = 500  # characters
 
 
+ToolSchemas = tuple[tuple[str, dict[str, JsonValue]], ...]
+"""Tools by their names, each with the JSON schema of its parameters."""
+
+
 class GrammarValidator:
     """Compiles grammars. `compiler` is None if grammars are not supported."""
 
@@ -45,6 +49,12 @@ class GrammarValidator:
         if not any_schema and "properties" not in schema:
             raise _not_valid("Grammar must have a 'properties' field")
         return await self._compile(self._compiler.json_schema, schema)
+
+    async def validate_calls(self, tools: ToolSchemas) -> "Grammar":
+        """Compile the grammar of a call of any of `tools`."""
+        if self._compiler is None:
+            raise ValidationError("grammar is not supported")
+        return await self._compile(self._compiler.call, tools)
 
     async def _compile(self, compile: "Callable[[Any], Grammar]", source: object) -> "Grammar":
         loop = asyncio.get_running_loop()

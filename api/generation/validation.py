@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from api.generation.grammar import GrammarValidator
+from api.generation.grammar import GrammarValidator, ToolSchemas
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.http.errors import ValidationError
 from api.settings.config import MAX_COUNTED_NEW_TOKENS, Limits
@@ -34,6 +34,7 @@ class Extras:
     frequency_penalty  as OpenAI means it: for each time that a token was generated
     raw_logprobs       logprobs are those of the model, before any parameter changes them
     any_schema         a JSON schema may have no `properties`, which TGI requires
+    calls              the tools of which the text is a call
     prompt_ids         the tokens of the prompt, in place of `inputs`, which are then not read
     prompt_logprobs    tell the logprobs of the prompt, whatever the settings are
     prompt_top_tokens  how many alternatives to tell for each token of the prompt
@@ -46,6 +47,7 @@ class Extras:
     logit_bias: tuple[tuple[int, float], ...] = ()
     raw_logprobs: bool = False
     any_schema: bool = False
+    calls: ToolSchemas = ()
     prompt_ids: tuple[int, ...] | None = None
     prompt_logprobs: bool = False
     prompt_top_tokens: int = 0
@@ -113,7 +115,9 @@ class Validator:
         prompt_ids = await self._prompt_ids(body, extras)
         self._check_length(len(prompt_ids), parameters.max_new_tokens)
         grammar = None
-        if parameters.grammar is not None:
+        if extras.calls:
+            grammar = await self._grammars.validate_calls(extras.calls)
+        elif parameters.grammar is not None:
             grammar = await self._grammars.validate(parameters.grammar, extras.any_schema)
         return Request(
             request_id=uuid.uuid4().hex,
@@ -123,6 +127,7 @@ class Validator:
             grammar=grammar,
             prompt_logprobs=extras.prompt_logprobs
             or (parameters.decoder_input_details and self._limits.prefill_logprobs),
+            prompt_top_tokens=extras.prompt_top_tokens,
         )
 
     def _check_parameters(self, parameters: GenerateParameters) -> None:
@@ -280,9 +285,12 @@ def _sampling(parameters: GenerateParameters, extras: Extras, logprobs: bool) ->
         repetition_penalty=_or(parameters.repetition_penalty, 1.0),
         frequency_penalty=parameters.frequency_penalty or 0.0,
         presence_penalty=extras.presence_penalty,
+        output_frequency_penalty=extras.frequency_penalty,
+        logit_bias=extras.logit_bias,
         seed=random_seed() if parameters.seed is None else parameters.seed,
         logprobs=logprobs,
         top_n_tokens=(parameters.top_n_tokens or 0) if logprobs else 0,
+        raw_logprobs=extras.raw_logprobs,
         watermark=parameters.watermark,
     )
 

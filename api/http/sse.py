@@ -42,16 +42,16 @@ class EventStream(Response):
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        with suppress(ClientGone):
-            await until_disconnect(receive, self._stream(send))
+        async with aclosing(self._frames):
+            with suppress(ClientGone):
+                await until_disconnect(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
-            async with aclosing(self._frames) as frames:
-                async for frame in frames:
-                    await self._write(send, frame)
+            async for frame in self._frames:
+                await self._write(send, frame)
         finally:
             keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,17 +1,20 @@
 """The completions of all prompts as one stream: their chunks alternate as they are generated."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import orjson
 
+from api.generation.merged import merged
 from api.generation.request import GenerateRequest
 from api.generation.state import AppState
 from api.generation.streaming import stream_frames
 from api.http import sse
+<<<<<<< HEAD
 from api.http.disconnect import cancel
 from api.openai.errors import COMPLETION_ERRORS
+=======
+>>>>>>> chat
 from api.openai.parameters import extras
 from api.openai.payloads import (
     SYSTEM_FINGERPRINT,
@@ -37,9 +40,9 @@ async def completion_frames(
         _frames(state, body, request, caller, encoder, index, ends)
         for index, request in enumerate(requests)
     ]
-    async with aclosing(_merged(parts)) as frames:
-        async for frame in frames:
-            yield frame
+    async with aclosing(merged(parts)) as pending:
+        async for frames in pending:
+            yield b"".join(frame for _, frame in frames)
     if body.includes_usage and len(ends) == len(requests):
         yield encoder.last_chunk([], total_usage(*ends))
     yield sse.DONE
@@ -64,42 +67,6 @@ def _frames(
         on_validated=None if running is None else running.begin,
     )
     return stream_frames(stream, CompletionFrameWriter(encoder, index, running, ends))
-
-
-async def _merged(parts: Sequence[Frames]) -> Frames:
-    """Run all `parts` at the same time and yield their frames. Frames that are pending at the same
-    time are yielded in one piece.
-    """
-    if len(parts) == 1:
-        async with aclosing(parts[0]) as frames:
-            async for frame in frames:
-                yield frame
-        return
-    arrived: asyncio.Queue[bytes | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pump(part, arrived)) for part in parts]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            pending = [await arrived.get()]
-            while not arrived.empty():
-                pending.append(arrived.get_nowait())
-            num_open -= pending.count(None)
-            if frame := b"".join(filter(None, pending)):
-                yield frame
-        for task in tasks:
-            task.result()
-    finally:
-        await cancel(*tasks)
-
-
-async def _pump(part: Frames, arrived: "asyncio.Queue[bytes | None]") -> None:
-    """Put the frames of `part` into `arrived`, and None after the last one."""
-    try:
-        async with aclosing(part) as frames:
-            async for frame in frames:
-                arrived.put_nowait(frame)
-    finally:
-        arrived.put_nowait(None)
 
 
 class ChunkEncoder:

@@ -32,6 +32,8 @@ _OPTIONS = {
     # Ignore a keyword that cannot be enforced, with a warning, as clients of outlines expect.
     "lenient": True,
 }
+_EMBEDDED = {"x-guidance": _OPTIONS}
+"""The options of a schema that is part of a larger grammar."""
 _DEFINITIONS = "$defs", "definitions"
 
 
@@ -121,6 +123,29 @@ class GrammarCompiler:
         """
         return self._cached("regex", pattern)
 
+    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
+        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
+
+        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
+        alone. Raises GrammarError.
+        """
+        try:
+            sources = [(name, orjson.dumps(closed(s) | _EMBEDDED).decode()) for name, s in tools]
+            return self._cached("call", _call_source(sources))
+        except RecursionError:
+            raise GrammarError("it is nested too deeply") from None
+        except (TypeError, GrammarError) as error:
+            raise self._fault_of_one(tools) or GrammarError(str(error)) from None
+
+    def _fault_of_one(self, tools: Seq[tuple[str, dict[str, Any]]]) -> GrammarError | None:
+        """Return the error of the first tool whose schema is not valid alone either."""
+        for name, schema in tools:
+            try:
+                self.json_schema(schema)
+            except GrammarError as error:
+                return GrammarError(f"the parameters of tool {name}: {error}")
+        return None
+
     def _cached(self, kind: str, source: str) -> Grammar:
         key = kind, source
         with self._lock:
@@ -140,6 +165,8 @@ class GrammarCompiler:
                 raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
             if kind == "json":
                 text = LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
+            elif kind == "call":
+                text = LLMatcher.grammar_from_lark(source)
             else:
                 text = LLMatcher.grammar_from_regex(source)
         except ValueError as error:
@@ -167,6 +194,19 @@ class TokenMasks:
         if matchers:
             fill_next_token_bitmask_par(self._executor, matchers, masks)
         return masks
+
+
+def _call_source(tools: Seq[tuple[str, str]]) -> str:
+    """Return a Lark grammar, in which each JSON schema is a document of its own."""
+    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
+    for n, (name, schema) in enumerate(tools):
+        head = '{"name": ' + _json(name) + ', "parameters": '
+        lines += [f'call_{n}: {_json(head)} parameters_{n} "}}"', f"parameters_{n}: %json {schema}"]
+    return "\n".join(lines)
+
+
+def _json(text: str) -> str:
+    return orjson.dumps(text).decode()
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
