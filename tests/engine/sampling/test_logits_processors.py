@@ -390,6 +390,7 @@ def make_penalties(
         repetition=torch.from_numpy(repetition[used])[:, None],
         frequency=torch.from_numpy(frequency[used])[:, None],
         presence=torch.zeros(int(used.sum()), 1),
+        output_frequency=torch.zeros(int(used.sum()), 1),
         counts=counts,
     )
 
