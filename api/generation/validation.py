@@ -48,7 +48,7 @@ class Extras:
     raw_logprobs: bool = False
     any_schema: bool = False
     calls: ToolSchemas = ()
-    prompt_ids: tuple[int, ...] | None = None
+    prompt_ids: Sequence[int] | None = None
     prompt_logprobs: bool = False
     prompt_top_tokens: int = 0
 

@@ -15,9 +15,9 @@ from api.http.responses import json_response
 from api.openai.chat_prompt import ChatPrompt, prepare, prepare_without_tools
 from api.openai.chat_stream import chat_frames
 from api.openai.payloads import (
-    FINISH_REASONS,
     SYSTEM_FINGERPRINT,
     created_and_model,
+    finish_reason,
     logprobs,
     total_usage,
 )
@@ -96,7 +96,7 @@ def _chat_completion(state: AppState, chat: ChatRequest, answered: ChatAnswer) -
                 "index": 0,
                 "message": _message(best.end.generated_text, answered.call),
                 "logprobs": logprobs(best.tokens) if chat.logprobs else None,
-                "finish_reason": FINISH_REASONS[best.end.reason],
+                "finish_reason": finish_reason(best.end),
             }
         ],
         "usage": total_usage(best.end),

@@ -12,10 +12,10 @@ from api.http.errors import REQUEST_ERRORS
 from api.openai.chat_prompt import ChatPrompt, prepare_without_tools
 from api.openai.errors import CHAT_ERRORS
 from api.openai.payloads import (
-    FINISH_REASONS,
     SYSTEM_FINGERPRINT,
     RunningUsage,
     created_and_model,
+    finish_reason,
     logprobs,
     total_usage,
 )
@@ -119,7 +119,7 @@ class ChatFrameWriter:
         """
         usage = self._add_to_usage()
         delta = self._delta(output) or _text_delta("")
-        frame = self._frame(output, delta, FINISH_REASONS[end.reason], usage)
+        frame = self._frame(output, delta, finish_reason(end), usage)
         if self._includes_usage:
             frame += self._chunk([], total_usage(end))
         return frame

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from api.generation.contract import f32
 from api.openai.responses import CompletionLogprobs
-from engine.core.request import Token, TokenOutput
+from engine.core.request import Finished, Token, TokenOutput
 
 
 class LogprobsWriter:
@@ -19,14 +19,15 @@ class LogprobsWriter:
         self._echo = echo
         self._offset = len(echo)
 
-    def prompt(
-        self, tokens: Sequence[Token], top_tokens: Sequence[Sequence[Token]]
-    ) -> CompletionLogprobs:
-        """Return the entries of the prompt. Its first token has no logprob."""
+    def prompt(self, end: Finished) -> CompletionLogprobs:
+        """Return the entries of the prompt, of which there are none unless they were asked for. The
+        first token has no logprob.
+        """
+        tokens = end.prompt
         offsets = text_offsets(self._echo, [token.text for token in tokens])
-        tops = top_tokens or [()] * len(tokens)
-        first, *others = map(self._alternatives, tokens, tops)
-        return _logprobs(tokens, offsets, [None, *others])
+        tops = end.prompt_top_tokens or [()] * len(tokens)
+        alternatives = [self._alternatives(*pair) for pair in zip(tokens, tops, strict=True)]
+        return _logprobs(tokens, offsets, [None, *alternatives[1:]] if tokens else [])
 
     def generated(self, outputs: Sequence[TokenOutput]) -> CompletionLogprobs:
         """Return the entries of the next generated tokens."""
@@ -77,11 +78,11 @@ def text_offsets(text: str, pieces: Iterable[str]) -> list[int]:
 def _logprobs(
     tokens: Sequence[Token],
     offsets: list[int],
-    alternatives: list[dict[str, float | None] | None],
+    alternatives: Sequence[dict[str, float | None] | None],
 ) -> CompletionLogprobs:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [f32(token.logprob) for token in tokens],
-        "top_logprobs": alternatives,
+        "top_logprobs": list(alternatives),
         "text_offset": offsets,
     }

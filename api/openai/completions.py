@@ -13,8 +13,8 @@ from api.http.disconnect import all_together, until_disconnect
 from api.http.responses import json_response
 from api.openai.completion_choice import LogprobsWriter, joined
 from api.openai.completion_prompt import CompletionPrompt, prepare_prompts
-from api.openai.completion_stream import completion_frames
-from api.openai.payloads import FINISH_REASONS, completion_head, usage
+from api.openai.completion_stream import completion_frames, whole_frames
+from api.openai.payloads import completion_head, finish_reason, usage
 from api.openai.requests import CompletionRequest
 from api.openai.responses import Completion, CompletionChoice, CompletionLogprobs
 from api.telemetry.observation import Caller
@@ -30,13 +30,22 @@ async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Respo
     prompts = await prepare_prompts(body, state.settings, state.engine.tokenizer)
     requests = [prompt.request for prompt in prompts]
     caller = caller_of(http, "completions")
-    if body.stream:
+    if body.stream and not _comes_whole(body):
         frames = completion_frames(state, body, prompts, caller)
         await until_disconnect(http.receive, sse.begun(frames))
         return sse.EventStream(frames, stream_headers(state, *requests))
     answers = await until_disconnect(http.receive, _answers(state, body, prompts, caller))
     completion = await asyncio.to_thread(_completion, state, body, prompts, answers)
+    if body.stream:
+        return sse.EventStream(whole_frames(body, completion), stream_headers(state, *requests))
     return json_response(completion, summed_headers(state, requests, answers))
+
+
+def _comes_whole(body: CompletionRequest) -> bool:
+    """Tell whether a stream has nothing to show before its end, because the logprobs of the prompt
+    are known then or no token is wanted.
+    """
+    return body.max_tokens == 0 or bool(body.echo and body.logprobs is not None)
 
 
 async def _answers(
@@ -72,7 +81,7 @@ def _completion(
         choice["index"] = index
     num_generated = sum(answer.timings.num_generated_tokens for answer in answers)
     return {
-        **completion_head(state, body.model),
+        **completion_head(state),
         "choices": choices,
         "usage": usage(
             sum(len(answer.request.prompt_ids) for answer in answers),
@@ -98,7 +107,7 @@ def _choice(
         "index": 0,
         "text": prompt.echo + text,
         "logprobs": _logprobs(body, prompt, answer, completion),
-        "finish_reason": FINISH_REASONS[completion.end.reason],
+        "finish_reason": finish_reason(completion.end),
     }
 
 
@@ -108,7 +117,6 @@ def _logprobs(
     if body.logprobs is None:
         return None
     writer = LogprobsWriter(body.logprobs, prompt.echo)
-    end = answer.completions[0].end
+    first = answer.completions[0].end  # it has the prompt
     outputs = [] if body.max_tokens == 0 else completion.tokens
-    echoed = writer.prompt(answer.prompt, answer.prompt_top_tokens)
-    return joined([echoed, writer.generated(outputs)])
+    return joined([writer.prompt(first), writer.generated(outputs)])

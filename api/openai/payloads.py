@@ -5,7 +5,7 @@ import uuid
 
 from api.generation.contract import TGI_VERSION, f32
 from api.generation.state import AppState
-from api.openai.responses import Logprobs, TokenLogprob, Usage
+from api.openai.responses import CompletionHead, Logprobs, TokenLogprob, Usage
 from engine.core.request import Finished, FinishReason, Request, TokenOutput
 
 SYSTEM_FINGERPRINT = f"{TGI_VERSION}-native"
@@ -13,12 +13,11 @@ SYSTEM_FINGERPRINT = f"{TGI_VERSION}-native"
 _ANY_MODEL = "tgi"
 """The model's name that clients send if they must send one and do not know it."""
 
-FINISH_REASONS = {
+_FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
 }
-"""OpenAI's finish reasons of a text. That of a call is `tool_calls`."""
 
 
 class RunningUsage:
@@ -35,7 +34,14 @@ class RunningUsage:
     def add_token(self) -> Usage:
         """Count one more token and return the usage with it."""
         self._num_generated_tokens += 1
-        return _usage(self._num_prompt_tokens, self._num_generated_tokens)
+        return usage(self._num_prompt_tokens, self._num_generated_tokens)
+
+
+def finish_reason(end: Finished) -> str:
+    """Return OpenAI's finish reason of a text: `stop` also if the last token that the limit allows
+    completed a stop string.
+    """
+    return "stop" if end.stop is not None else _FINISH_REASONS[end.reason]
 
 
 def new_id(prefix: str) -> str:
@@ -52,9 +58,21 @@ def created_and_model(state: AppState, model: str | None = None) -> tuple[int, s
     return int(time.time()), served if model in (None, _ANY_MODEL) else model
 
 
+def completion_head(state: AppState) -> CompletionHead:
+    """Return what an answer to a completion begins with, which all of its chunks repeat."""
+    created, model = created_and_model(state)
+    return {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "system_fingerprint": SYSTEM_FINGERPRINT,
+    }
+
+
 def total_usage(*ends: Finished) -> Usage:
     """Return the usage of all generations of a request."""
-    return _usage(
+    return usage(
         sum(end.num_prompt_tokens for end in ends), sum(end.num_generated_tokens for end in ends)
     )
 
@@ -63,7 +81,7 @@ def logprobs(outputs: list[TokenOutput]) -> Logprobs:
     return {"content": [_token_logprob(output) for output in outputs]}
 
 
-def _usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
+def usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,

@@ -1,8 +1,8 @@
 """The JSON of the OpenAI routes' responses: typed dicts in the order of TGI's keys."""
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 
 class Usage(TypedDict):
@@ -117,14 +117,17 @@ class CompletionChoice(TypedDict):
     finish_reason: str | None
 
 
-class Completion(TypedDict):
-    """An answer, or a chunk of one."""
-
+class CompletionHead(TypedDict):
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class Completion(CompletionHead):
+    """An answer, or a chunk of one."""
+
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
 
