@@ -48,7 +48,7 @@ def storable(params: SamplingParams) -> SamplingParams:
     would leave NaN.
     """
     temperature = min(max(params.temperature, float(_FLOAT32.tiny)), float(_FLOAT32.max))
-    return replace(params, temperature=temperature)
+    return replace(params, temperature=temperature, raw_logprobs=params.reports_raw)
 
 
 class SamplingSlots:
@@ -95,8 +95,8 @@ class SamplingSlots:
 
     def report_raw(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots report logprobs of the model's own distribution, [slots] bool."""
-        p = self._parameters[slots]
-        return p["raw_logprobs"] & (p["logprobs"] | (p["top_n_tokens"] > 0))
+        raw: np.ndarray = self._parameters["raw_logprobs"][slots]
+        return raw
 
     def have_penalties(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots have a penalty, [slots] bool."""
