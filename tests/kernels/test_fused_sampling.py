@@ -139,7 +139,7 @@ def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
             continue
         scores = process(row, own, before)[0]
         expected = scores.log_softmax(-1)
-        atol = 1e-5 + 4 * EPS * float(scores.abs().nan_to_num(posinf=0).max())
+        atol = 1e-5 + 4 * EPS * float(scores.max().abs())
         torch.testing.assert_close(logprobs[i], expected[ids[i]], rtol=1e-5, atol=atol)
         check_choice(scores, own, int(ids[i]))
         if own["top_n_tokens"][0]:
@@ -191,7 +191,7 @@ def random_rows(rng: np.random.Generator, n: int, counts: Tensor) -> np.ndarray:
 
     parameters = rows(
         n,
-        temperature=some(1, 1e-38, 1e-4, 0.3, 0.9, 2.5),
+        temperature=some(1, 1e-30, 1e-4, 0.3, 0.9, 2.5),
         top_k=some(0, 1, 3, 10, 100, 10_000),
         top_p=some(1, 0.05, 0.6, 0.95),
         typical_p=some(1, 0.2, 0.7),
