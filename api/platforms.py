@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, RootModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.chat.prompt import prepare
 from api.generation.contract import ERRORS
 from api.generation.headers import caller_of
 from api.generation.inference import Answer
@@ -24,7 +25,7 @@ from api.http.errors import REQUEST_ERRORS, Refused, use_format
 from api.http.responses import json_response
 from api.http.serde import untagged
 from api.openai.chat import answer_chat
-from api.openai.chat_prompt import prepare
+from api.openai.chat_translation import chat_of
 from api.openai.completions import answer_completion
 from api.openai.errors import CHAT_ERRORS, COMPLETION_ERRORS
 from api.openai.requests import ChatRequest, CompletionRequest
@@ -108,7 +109,7 @@ async def _generation(
 ) -> tuple[GenerateRequest, Extras]:
     """Translate an instance. Raises the errors of the chat route for a chat."""
     if isinstance(instance, ChatRequest):
-        prompt = await prepare(state.engine.tokenizer, instance)
+        prompt = await prepare(state.engine.tokenizer, chat_of(instance))
         return prompt.request, prompt.extras
     given = instance.parameters or GenerateParameters()
     parameters = GenerateParameters(

@@ -33,8 +33,8 @@ async def merged(
             while not arrived.empty():
                 pending.append(arrived.get_nowait())
             num_open -= pending.count(None)
-            if items := [item for item in pending if item is not None]:
-                yield items
+            if numbered := [item for item in pending if item is not None]:
+                yield numbered
             _raise_first_error(tasks)
     finally:
         await cancel(*tasks)

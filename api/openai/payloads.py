@@ -1,12 +1,12 @@
-"""The JSON that all OpenAI routes have in common: finish reasons, usage, logprobs, errors."""
+"""The JSON that all OpenAI routes have in common: names, finish reasons, usage."""
 
 import time
 import uuid
 
-from api.generation.contract import TGI_VERSION, f32
+from api.generation.contract import TGI_VERSION
 from api.generation.state import AppState
-from api.openai.responses import CompletionHead, Logprobs, TokenLogprob, Usage
-from engine.core.request import Finished, FinishReason, Request, TokenOutput
+from api.openai.responses import CompletionHead, Usage
+from engine.core.request import Finished, FinishReason
 
 SYSTEM_FINGERPRINT = f"{TGI_VERSION}-native"
 
@@ -18,23 +18,6 @@ _FINISH_REASONS = {
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
 }
-
-
-class RunningUsage:
-    """Counts the usage so far, for streams that report it in every chunk as vLLM does."""
-
-    def __init__(self) -> None:
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-
-    def begin(self, request: Request) -> None:
-        """Take the length of the prompt, which the engine reports with the last token only."""
-        self._num_prompt_tokens = len(request.prompt_ids)
-
-    def add_token(self) -> Usage:
-        """Count one more token and return the usage with it."""
-        self._num_generated_tokens += 1
-        return usage(self._num_prompt_tokens, self._num_generated_tokens)
 
 
 def finish_reason(end: Finished) -> str:
@@ -70,30 +53,9 @@ def completion_head(state: AppState) -> CompletionHead:
     }
 
 
-def total_usage(*ends: Finished) -> Usage:
-    """Return the usage of all generations of a request."""
-    return usage(
-        sum(end.num_prompt_tokens for end in ends), sum(end.num_generated_tokens for end in ends)
-    )
-
-
-def logprobs(outputs: list[TokenOutput]) -> Logprobs:
-    return {"content": [_token_logprob(output) for output in outputs]}
-
-
 def usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
-    }
-
-
-def _token_logprob(output: TokenOutput) -> TokenLogprob:
-    return {
-        "token": output.token.text,
-        "logprob": f32(output.token.logprob),
-        "top_logprobs": [
-            {"token": top.text, "logprob": f32(top.logprob)} for top in output.top_tokens
-        ],
     }

@@ -14,20 +14,19 @@ class Usage(TypedDict):
 class TopLogprob(TypedDict):
     token: str
     logprob: float | None
+    bytes: list[int]
 
 
-class TokenLogprob(TypedDict):
-    token: str
-    logprob: float | None
+class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
 class Logprobs(TypedDict):
     content: list[TokenLogprob]
+    refusal: None
 
 
 class CalledFunction(TypedDict):
-    description: None
     name: str
     arguments: str
 
@@ -38,19 +37,16 @@ class ToolCallJson(TypedDict):
     function: CalledFunction
 
 
-class TextMessage(TypedDict):
+class ChatMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
-
-
-class ToolMessage(TypedDict):
-    role: Literal["assistant"]
-    tool_calls: list[ToolCallJson]
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCallJson]]
 
 
 class ChatChoice(TypedDict):
     index: int
-    message: TextMessage | ToolMessage
+    message: ChatMessage
     logprobs: Logprobs | None
     finish_reason: str
 
@@ -66,25 +62,26 @@ class ChatCompletion(TypedDict):
 
 
 class FunctionDelta(TypedDict):
-    name: str | None
+    name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
     index: int
-    id: str
-    type: Literal["function"]
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
     function: FunctionDelta
 
 
-class ToolDelta(TypedDict):
-    role: Literal["assistant"]
-    tool_calls: list[ToolCallDelta]
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
     index: int
-    delta: TextMessage | ToolDelta
+    delta: Delta
     logprobs: Logprobs | None
     finish_reason: str | None
 
@@ -96,7 +93,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None
+    usage: NotRequired[Usage | None]
 
 
 class CompletionLogprobs(TypedDict):

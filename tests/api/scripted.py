@@ -121,6 +121,9 @@ class ScriptedGrammars:
     def json_schema(self, schema: dict[str, object]) -> ScriptedGrammar:
         return ScriptedGrammar("json", schema, tuple("not: ignored" for _ in {"not"} & set(schema)))
 
+    def call(self, tools: Sequence[tuple[str, dict[str, object]]]) -> ScriptedGrammar:
+        return ScriptedGrammar("call", tools)
+
     def regex(self, pattern: str) -> ScriptedGrammar:
         try:
             re.compile(pattern)

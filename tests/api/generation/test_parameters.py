@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from api.generation.grammar import GrammarValidator
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.generation.validation import Validator
-from api.openai.chat_prompt import prepare
+from api.openai.chat_translation import chat_of
 from api.openai.requests import ChatRequest, Message, Tool
 from api.settings.config import read_settings
 from engine.core.request import SamplingParams
@@ -57,7 +57,6 @@ NOT_VALIDATED = {
 
 NOT_IN_PROMPT = {
     "model": "the response reads it",
-    "logprobs": "the response reads it, and tells the validation",
     "stream": "the route reads it",
     "stream_options": "the response reads it",
 }
@@ -109,12 +108,12 @@ async def test_the_validation_reads_every_parameter_of_a_request() -> None:
     assert unread == set(NOT_VALIDATED)
 
 
-async def test_the_translation_of_a_chat_reads_every_field_of_it() -> None:
+def test_the_translation_of_a_chat_reads_every_field_of_it() -> None:
     recorder = Recorder()
     tool = Tool.model_validate({"function": {"name": "clock"}})
     message = Message(role="user", content="x")
     chat = recorder.record(ChatRequest)(messages=[message], tools=[tool])
     recorder.names.clear()
-    await prepare(WordTokenizer(), chat)
+    chat_of(chat)
     unread = set(ChatRequest.model_fields) - recorder.names
     assert unread == set(NOT_IN_PROMPT)

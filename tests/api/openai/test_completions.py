@@ -193,7 +193,12 @@ async def test_null_equals_absent_and_fields_without_effect_are_ignored() -> Non
     )
     plain = (await ask()).content
     assert (await ask(**dict.fromkeys(names.split()))).content == plain
-    ignored = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    ignored: dict[str, Any] = {
+        "user": "me",
+        "store": True,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+    }
     assert (await ask(suffix="", n=1, best_of=1, echo=False, **ignored)).content == plain
 
 
@@ -314,8 +319,7 @@ async def test_each_choice_takes_a_permit() -> None:
 def numbered(request: Request) -> Sequence[list[Event]]:
     """Generate a text of the seed, with a mean logprob that falls with it."""
     text = f"s{request.sampling.seed}"
-    tokens = [output(text, -0.5 * request.sampling.seed)]
-    return [[*tokens, finished(text, 1)]]
+    return [[output(text, -0.5 * request.sampling.seed), finished(text, 1)]]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -363,13 +367,13 @@ def with_logprobs(request: Request) -> Sequence[list[Event]]:
     return [[TokenOutput(token(6, " Hello"), TOP)], [eos, end]]
 
 
-GENERATED = {
+GENERATED: dict[str, list[Any]] = {
     "tokens": [" Hello", "</s>"],
     "token_logprobs": [-0.5, -0.125],
     "top_logprobs": [{" Hi": -0.25, " Hello": -0.5}, {" Hi": -0.25, "</s>": -0.125}],
     "text_offset": [0, 6],
 }
-ECHOED = {
+ECHOED: dict[str, list[Any]] = {
     "tokens": ["<s>", "Say", " hello", " Hello", "</s>"],
     "token_logprobs": [None, -1.5, -2.5, -0.5, -0.125],
     "top_logprobs": [
