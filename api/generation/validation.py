@@ -50,7 +50,7 @@ class Extras:
     any_schema: bool = False
     max_top_tokens: int = 0
     calls: ToolSchemas = ()
-    prompt_ids: tuple[int, ...] | None = None
+    prompt_ids: Sequence[int] | None = None
     prompt_logprobs: bool = False
     prompt_top_tokens: int = 0
 

@@ -23,6 +23,13 @@ def event(payload: object) -> bytes:
     return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
+async def begun(frames: AsyncGenerator[bytes, None]) -> None:
+    """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
+    Raises what it raises before, so that this can be told by the status.
+    """
+    await anext(frames)
+
+
 class EventStream(Response):
     """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 

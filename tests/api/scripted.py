@@ -94,6 +94,9 @@ class WordTokenizer:
         tokens = [(stop - start, start, stop) for start, stop in spans]
         return [(BOS, 0, 0), *tokens] if add_special_tokens else tokens
 
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
+        return " ".join(map(str, token_ids))
+
     def encode(
         self, text: str, truncate: int | None = None, add_special_tokens: bool = True
     ) -> list[int]:

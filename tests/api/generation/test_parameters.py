@@ -25,6 +25,10 @@ def generate(**parameters: Any) -> tuple[str, dict[str, Any]]:
     return "/generate", {"inputs": "x", "parameters": parameters}
 
 
+def complete(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return "/v1/completions", {"prompt": "x"} | fields
+
+
 FROM_WIRE: dict[str, tuple[tuple[str, dict[str, Any]], object]] = {
     "do_sample": (generate(do_sample=True), True),
     "temperature": (generate(temperature=0.5), 0.5),
@@ -34,9 +38,12 @@ FROM_WIRE: dict[str, tuple[tuple[str, dict[str, Any]], object]] = {
     "repetition_penalty": (generate(repetition_penalty=1.5), 1.5),
     "frequency_penalty": (generate(frequency_penalty=0.5), 0.5),
     "presence_penalty": (("/v1/chat/completions", CHAT | {"presence_penalty": 0.5}), 0.5),
+    "output_frequency_penalty": (complete(frequency_penalty=0.5), 0.5),
+    "logit_bias": (complete(logit_bias={"7": 1.5, "8": -1}), ((7, 1.5), (8, -1.0))),
     "seed": (generate(seed=3), 3),
     "logprobs": (generate(details=True), True),
     "top_n_tokens": (generate(details=True, top_n_tokens=2), 2),
+    "raw_logprobs": (complete(), True),
     "watermark": (generate(watermark=True), True),
 }
 """Each field of `SamplingParams`: a request that sets it, and the value that it then has."""
