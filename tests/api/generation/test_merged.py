@@ -53,10 +53,14 @@ async def test_each_part_keeps_its_order(lengths: list[int]) -> None:
 async def test_the_first_error_ends_all(others: int) -> None:
     source = Source()
     parts = [source.counting(2, fail=True), *(source.waiting() for _ in range(others))]
-    found = []
-    with pytest.raises(ValueError, match="no more"):
+    found: list[int] = []
+
+    async def read() -> None:
         async for pending in merged(parts):
-            found += [item for number, item in pending if number == 0]
+            found.extend(item for number, item in pending if number == 0)
+
+    with pytest.raises(ValueError, match="no more"):
+        await read()
     assert found == [0, 1]
     assert source.num_open == 0
 
