@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from api.generation.grammar import GrammarValidator
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.generation.validation import Validator
-from api.openai.chat_translation import chat_of
+from api.openai.chat_translation import chat_of, check_chat
 from api.openai.requests import ChatRequest, Message, Tool
 from api.settings.config import read_settings
 from engine.core.request import SamplingParams
@@ -57,8 +57,8 @@ NOT_VALIDATED = {
 
 NOT_IN_PROMPT = {
     "model": "the response reads it",
+    "parallel_tool_calls": "an answer has at most one call, which either value permits",
     "stream": "the route reads it",
-    "stream_options": "the response reads it",
 }
 """The fields of `ChatRequest` that its translation does not read, and why."""
 
@@ -114,6 +114,7 @@ def test_the_translation_of_a_chat_reads_every_field_of_it() -> None:
     message = Message(role="user", content="x")
     chat = recorder.record(ChatRequest)(messages=[message], tools=[tool])
     recorder.names.clear()
+    check_chat(chat, 128)
     chat_of(chat)
     unread = set(ChatRequest.model_fields) - recorder.names
     assert unread == set(NOT_IN_PROMPT)
