@@ -24,6 +24,7 @@ from clients.wire import (
 )
 
 GREEDY = {"model": "tgi", "temperature": 0}
+OTHER_TOOL = {"type": "function", "function": {"name": "get_time", "parameters": None}}
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -234,14 +235,28 @@ def test_max_completion_tokens_limits_the_answer(client: Any) -> None:
 
 
 @sync_only
-def test_stop_sequences_end_the_answer_and_stay_in_it(client: Any) -> None:
+def test_stop_sequences_end_the_answer_and_are_cut_from_it(client: Any) -> None:
     asked = {"messages": [{"role": "user", "content": "Count from one to ten."}], "max_tokens": 24}
     free = chat(client, logprobs=True, **asked).choices[0]
     stop = free.logprobs.content[4].token
     stopped = chat(client, stop=[stop, "never said"], **asked).choices[0]
-    assert stopped.finish_reason == "stop_sequence"
-    assert free.message.content.startswith(stopped.message.content)
-    assert stopped.message.content.endswith(stop)
+    assert stopped.finish_reason == "stop"
+    assert stop not in stopped.message.content
+    assert free.message.content.startswith(stopped.message.content + stop)
+
+
+@sync_only
+def test_a_stop_sequence_may_end_inside_a_token(client: Any) -> None:
+    asked = {"messages": [{"role": "user", "content": "Count from one to ten."}], "max_tokens": 24}
+    text = chat(client, **asked).choices[0].message.content
+    stop = text[3:9]
+    for stream in (False, True):
+        answer = chat(client, stop=stop, stream=stream, **asked)
+        if stream:
+            said = "".join(c.choices[0].delta.content for c in answer)
+        else:
+            said = answer.choices[0].message.content
+        assert said == text[: text.index(stop)]
 
 
 @sync_only
@@ -260,6 +275,7 @@ def test_logprobs_belong_to_the_tokens_of_the_text(client: Any) -> None:
     assert "".join(entry.token for entry in entries) == choice.message.content
     assert len(entries) == answer.usage.completion_tokens == 3
     for entry in entries:
+        assert bytes(entry.bytes).decode() == entry.token
         best = entry.top_logprobs
         assert len(best) == 3
         assert best[0].logprob == entry.logprob  # greedy
@@ -279,54 +295,135 @@ def test_a_streamed_chat_joins_to_the_unstreamed_one(client: Any) -> None:
     *chunks, last = chat(client, stream=True, stream_options={"include_usage": True}, **asked)
     choices = [chunk.choices[0] for chunk in chunks]
     assert "".join(choice.delta.content for choice in choices) == plain.choices[0].message.content
-    assert {choice.delta.role for choice in choices} == {"assistant"}
+    assert [choice.delta.role for choice in choices] == ["assistant", *[None] * (len(choices) - 1)]
     assert [c.finish_reason for c in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1].finish_reason == plain.choices[0].finish_reason
-    entries = [entry for choice in choices for entry in choice.logprobs.content]
+    told = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    entries = [entry for logprobs in told for entry in logprobs.content]
     assert_equal_answers(
         [entry.model_dump() for entry in entries],
         [entry.model_dump() for entry in plain.choices[0].logprobs.content],
     )
-    assert len(choices) == plain.usage.completion_tokens
+    assert len(entries) == plain.usage.completion_tokens
     assert {chunk.usage for chunk in chunks} == {None}
     assert last.choices == []
     assert last.usage == plain.usage
+    assert {chunk.id for chunk in chunks} == {last.id} != {plain.id}
+
+
+def test_several_answers_are_the_same_streamed_or_not(client: Any) -> None:
+    asked = {"n": 3, "max_tokens": 8, "temperature": 1.5, "seed": 5}
+    answer = chat(client, **asked)
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) == 3
+    assert texts[1] == chat(client, **asked | {"n": 1, "seed": 6}).choices[0].message.content
+    assert answer.usage.completion_tokens <= 24
+    streamed = ["", "", ""]
+    for chunk in chat(client, stream=True, **asked):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.delta.content
+    assert streamed == texts
+
+
+@sync_only
+def test_logprobs_are_the_models_own_whatever_is_sampled(client: Any) -> None:
+    free = chat(client, max_tokens=1, logprobs=True, top_logprobs=20).choices[0]
+    asked = {
+        "max_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "temperature": 0.3,
+        "top_p": 0.5,
+    }
+    sampled = chat(client, seed=1, presence_penalty=1, **asked).choices[0]
+    assert len(free.logprobs.content[0].top_logprobs) == 20
+    assert_equal_answers(
+        [top.model_dump() for top in sampled.logprobs.content[0].top_logprobs],
+        [top.model_dump() for top in free.logprobs.content[0].top_logprobs],
+    )
 
 
 @sync_only
 def test_a_stream_has_no_usage_unless_asked_for(client: Any) -> None:
     chunks = chat(client, stream=True, max_tokens=2)
-    assert [len(chunk.choices) for chunk in chunks] == [1, 1]
+    assert {len(chunk.choices) for chunk in chunks} == {1}
     assert {chunk.usage for chunk in chunks} == {None}
+
+
+BY_NAME = {"type": "function", "function": {"name": "get_weather"}}
+ALLOWED = {
+    "type": "allowed_tools",
+    "allowed_tools": {"mode": "required", "tools": [BY_NAME]},
+}
 
 
 @pytest.mark.parametrize(
     "choice",
-    ["required", "get_weather", {"type": "function", "function": {"name": "get_weather"}}],
-    ids=["required", "name", "object"],
+    ["required", "get_weather", BY_NAME, ALLOWED],
+    ids=["required", "name", "object", "allowed"],
 )
 def test_a_tool_is_called_the_same_streamed_or_not(client: Any, choice: Any) -> None:
-    asked = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 60}
+    tools = [TOOL] if choice == "required" else [TOOL, OTHER_TOOL]
+    asked = {"tools": tools, "tool_choice": choice, "max_tokens": 60}
     plain = chat(client, **asked)
     message = plain.choices[0].message
+    assert plain.choices[0].finish_reason == "tool_calls"
     assert message.content is None
     (call,) = message.tool_calls
-    assert (call.id, call.type, call.function.name) == ("0", "function", "get_weather")
-    arguments = json.loads(call.function.arguments)
-    validate(arguments, WEATHER["parameters"])
+    assert call.id.startswith("call_")
+    assert (call.type, call.function.name) == ("function", "get_weather")
+    validate(json.loads(call.function.arguments), WEATHER["parameters"])
 
-    if choice != "required":
-        return
-    chunks = chat(client, stream=True, **asked)
-    calls = [
-        piece
-        for chunk in chunks
-        for streamed in chunk.choices
-        for piece in streamed.delta.tool_calls or ()
+    choices = [chunk.choices[0] for chunk in chat(client, stream=True, **asked)]
+    assert [c.finish_reason for c in choices if c.finish_reason] == ["tool_calls"]
+    first, *rest = [piece for c in choices for piece in c.delta.tool_calls or ()]
+    assert (first.index, first.type, first.function.name) == (0, "function", "get_weather")
+    assert first.function.arguments == ""
+    assert {(piece.index, piece.id, piece.function.name) for piece in rest} == {(0, None, None)}
+    arguments = "".join(piece.function.arguments for piece in rest)
+    assert arguments == call.function.arguments
+
+
+@sync_only
+@pytest.mark.parametrize("max_tokens", [2, 12])
+def test_a_call_cut_by_max_tokens_is_the_same_streamed_or_not(client: Any, max_tokens: int) -> None:
+    asked = {"tools": [TOOL], "tool_choice": "required", "max_tokens": max_tokens}
+    (plain,) = chat(client, **asked).choices
+    assert plain.finish_reason == "length"
+    *_, last = choices = [chunk.choices[0] for chunk in chat(client, stream=True, **asked)]
+    assert last.finish_reason == "length"
+    pieces = [piece for c in choices for piece in c.delta.tool_calls or ()]
+    calls = plain.message.tool_calls or ()
+    assert [call.function.name for call in calls] == [
+        piece.function.name for piece in pieces if piece.id
     ]
-    assert {(piece.index, piece.id, piece.type) for piece in calls} == {(0, "0", "function")}
-    assert [piece.function.name for piece in calls if piece.function.name] == ["get_weather"]
-    assert json.loads("".join(piece.function.arguments for piece in calls)) == arguments
+    assert "".join(call.function.arguments for call in calls) == "".join(
+        piece.function.arguments for piece in pieces
+    )
+
+
+@sync_only
+def test_a_tool_made_from_a_nested_model_is_called(client: Any) -> None:
+    """Its parameters have a reference at their root, and one is named as part of a call."""
+    cities = {"enum": ["Paris", "Rome", "Oslo"]}
+    place = {"type": "object", "properties": {"_name": cities}, "required": ["_name"]}
+    parameters = {"$ref": "#/$defs/Place", "$defs": {"Place": place}}
+    tool = {"type": "function", "function": {"name": "locate", "parameters": parameters}}
+    answer = chat(client, tools=[tool, TOOL], tool_choice="locate", max_tokens=60)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "locate"
+    validate(json.loads(call.function.arguments), parameters)
+
+
+@sync_only
+def test_an_answer_in_words_beside_tools_follows_the_response_format(client: Any) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    answer = chat(client, tools=[TOOL], response_format=schema, max_tokens=80)
+    message = answer.choices[0].message
+    if message.tool_calls:
+        validate(json.loads(message.tool_calls[0].function.arguments), WEATHER["parameters"])
+    else:
+        validate(json.loads(message.content), CITY)
 
 
 @sync_only
@@ -440,13 +537,16 @@ def test_a_prompt_that_is_too_long_has_openais_code(client: Any) -> None:
 TAKEN_AS_OPENAI_MEANS_IT = [
     {"stop": "x"},
     {"top_p": 1},
-    {"logit_bias": {"50256": -100}},
+    {"logit_bias": {"42": -100}},
     {"response_format": {"type": "text"}},
     {"response_format": {"type": "json_object"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}},
     {"max_tokens": 1, "max_completion_tokens": 2},
     {"presence_penalty": 0.5},
     {"tools": []},
+    {"parallel_tool_calls": False, "tools": [TOOL], "tool_choice": "none"},
+    {"messages": [{"role": "developer", "content": "Be brief."}, *MESSAGES]},
+    {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
 ]
 """TGI refuses these values or gives them another meaning."""
 
@@ -562,3 +662,18 @@ def test_the_clients_own_accumulator_reads_the_stream(url: str) -> None:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == plain.choices[0].message.content
     assert final.choices[0].finish_reason == plain.choices[0].finish_reason
+
+
+def test_the_clients_own_accumulator_reads_the_call_of_a_tool(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")
+    strict = {"type": "function", "function": WEATHER | {"strict": True}}
+    parameters = WEATHER["parameters"] | {"additionalProperties": False}
+    strict["function"]["parameters"] = parameters
+    asked = {"messages": MESSAGES, "tools": [strict], "tool_choice": "required", "max_tokens": 60}
+    with client.chat.completions.stream(**asked | GREEDY) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in events
+    (call,) = final.choices[0].message.tool_calls
+    assert call.function.name == "get_weather"
+    validate(call.function.parsed_arguments, parameters)
