@@ -203,7 +203,7 @@ def test_a_response_format_makes_json_that_validates(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_invalid_chat_returns_the_reason(client: Any, stream: bool) -> None:
-    with pytest.raises(Exception, match="400") as refused:
+    with pytest.raises(Exception, match=r"400|Bad request") as refused:
         client.chat_completion(MESSAGES, max_tokens=1, top_p=1.5, stream=stream)
     # The client raises an error of requests, httpx2 or aiohttp. Only aiohttp's has the payload.
     error: Any = refused.value
