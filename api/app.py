@@ -16,6 +16,7 @@ from api.http import errors, openapi
 from api.http.auth import ApiKey
 from api.http.cors import Cors
 from api.openai import routes as openai
+from api.openai.errors import ERROR_FORMATS
 from api.tgi import prometheus
 from api.tgi import routes as tgi
 
@@ -39,7 +40,7 @@ def create_app(state: AppState) -> FastAPI:
         app.include_router(module.router)
     app.include_router(prometheus.router)
     bodies = {path: model for module in _ROUTE_MODULES for path, model in module.BODIES.items()}
-    errors.install_handlers(app)
+    errors.install_handlers(app, ERROR_FORMATS)
     app.openapi = cache(partial(openapi.describe, app, bodies))  # type: ignore[method-assign]
     settings = state.settings
     if settings.api_key is not None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, RootModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.chat.prompt import prepare
 from api.generation.contract import ERRORS
 from api.generation.headers import caller_of
 from api.generation.inference import Answer
@@ -20,12 +21,13 @@ from api.generation.state import AppState, state_of
 from api.generation.validation import NO_EXTRAS, Extras
 from api.http.body import read_body
 from api.http.disconnect import all_together, until_disconnect
-from api.http.errors import REQUEST_ERRORS, Refused
+from api.http.errors import REQUEST_ERRORS, Refused, use_format
 from api.http.responses import json_response
 from api.http.serde import untagged
 from api.openai.chat import answer_chat
-from api.openai.chat_prompt import prepare
+from api.openai.chat_translation import chat_of
 from api.openai.completions import answer_completion
+from api.openai.errors import CHAT_ERRORS, COMPLETION_ERRORS
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, VertexResponse
 from api.telemetry.observation import Caller
@@ -73,14 +75,18 @@ router = APIRouter()
     responses=ERRORS,
 )
 async def invocations(http: HttpRequest) -> Response:
-    """Answer like `/`, a chat or a completion, depending on the shape of the body."""
+    """Answer like `/`, a chat or a completion, depending on the shape of the body. A body of none
+    of these shapes is refused as on `/`.
+    """
     limit = state_of(http).settings.payload_limit
     match (await read_body(http, SagemakerRequest, limit)).root:
         case CompatGenerateRequest() as body:
             return await answer_compat(http, body)
         case ChatRequest() as chat:
+            use_format(http, CHAT_ERRORS.response)
             return await answer_chat(http, chat)
         case CompletionRequest() as completion:
+            use_format(http, COMPLETION_ERRORS.response)
             return await answer_completion(http, completion)
 
 
@@ -103,7 +109,7 @@ async def _generation(
 ) -> tuple[GenerateRequest, Extras]:
     """Translate an instance. Raises the errors of the chat route for a chat."""
     if isinstance(instance, ChatRequest):
-        prompt = await prepare(state.engine.tokenizer, instance)
+        prompt = await prepare(state.engine.tokenizer, chat_of(instance))
         return prompt.request, prompt.extras
     given = instance.parameters or GenerateParameters()
     parameters = GenerateParameters(

@@ -8,13 +8,14 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.chat.prompt import prepare
 from api.generation.contract import ERRORS
 from api.generation.request import GenerateRequest
 from api.generation.state import state_of
 from api.http.body import read_body
 from api.http.errors import ValidationError
 from api.http.responses import json_response
-from api.openai.chat_prompt import prepare
+from api.openai.chat_translation import chat_of
 from api.openai.requests import ChatRequest
 from api.openai.responses import ChatTokenizeResponse, SimpleToken
 
@@ -45,7 +46,7 @@ async def chat_tokenize(http: HttpRequest) -> Response:
     state = state_of(http)
     chat = await read_body(http, ChatRequest, state.settings.payload_limit)
     state.observer.arrived()
-    text = (await prepare(state.engine.tokenizer, chat)).request.inputs
+    text = (await prepare(state.engine.tokenizer, chat_of(chat))).request.inputs
     tokens = await _tokens(state.engine.tokenizer, text, False)
     return json_response({"tokenize_response": tokens, "templated_text": text})
 

@@ -70,7 +70,7 @@ class FixedSource:
         self.grammars = None
         self.last_step = None
         self.limits = SimpleNamespace(max_total_tokens=1 << 20)
-        self.info = ModelInfo("source", None, None, "none", "cpu", 0, None)
+        self.info = ModelInfo("source", None, None, "none", "cpu", 0, 0, None)
         self.cold_start = ColdStart()
         self.num_late_ticks = 0
         self.num_tokens = 0

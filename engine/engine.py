@@ -243,9 +243,9 @@ class Engine:
         del self._live[request_id]
         return True
 
-    def take_prompt_logprobs(self, seq: Sequence, start: int, logprobs: list[float]) -> None:
+    def take_prompt_tokens(self, seq: Sequence, start: int, tokens: list[SampledToken]) -> None:
         _, output = self._live[seq.request.request_id]
-        output.add_prompt_logprobs(start, logprobs)
+        output.add_prompt_tokens(start, tokens)
 
     def take_failure(self, seq: Sequence, message: str) -> None:
         request_id = seq.request.request_id
@@ -264,6 +264,7 @@ def _finished(seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Fi
         queue_s=started - seq.arrival_time,
         inference_s=time.perf_counter() - started,
         prompt=output.prompt(),
+        prompt_top_tokens=output.prompt_top_tokens(),
         stop=output.reached_stop(),
     )
 

@@ -2,6 +2,7 @@
 
 from math import inf, isfinite
 
+from engine.core.pipeline import SampledToken
 from engine.core.request import (
     FinishReason,
     ReachedStop,
@@ -23,6 +24,7 @@ class SequenceOutput:
         "_before_stop",
         "_eos_token_ids",
         "_prompt_logprobs",
+        "_prompt_top",
         "_seq",
         "_special_ids",
         "_stop_text",
@@ -40,6 +42,7 @@ class SequenceOutput:
         self._stop_text = StopText(stop) if stop else None
         self._before_stop: list[str] = []
         self._prompt_logprobs: list[float | None] = [None]
+        self._prompt_top: list[list[tuple[int, float]]] = [[]]
 
     def push(
         self, token_id: int, logprob: float | None, top: list[tuple[int, float]]
@@ -56,13 +59,17 @@ class SequenceOutput:
             self._look_for_stop(held, special)
             text += held
         token = new_token((token_id, text, _finite(logprob), special))
-        return new_token_output((token, self._top_tokens(top) if top else ())), reason
+        top = _best(top, self._seq.request.sampling.top_n_tokens) if top else top
+        return new_token_output((token, self._tokens(top) if top else ())), reason
 
-    def add_prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
+    def add_prompt_tokens(self, start: int, tokens: list[SampledToken]) -> None:
         """Store the logprobs of the tokens after `start`. After a preemption the same positions
         are reported again.
         """
-        self._prompt_logprobs[start + 1 : start + 1 + len(logprobs)] = logprobs
+        n, places = self._seq.request.prompt_top_tokens, slice(start + 1, start + 1 + len(tokens))
+        self._prompt_logprobs[places] = [token.logprob for token in tokens]
+        if n:
+            self._prompt_top[places] = [_best(token.top, n) for token in tokens]
 
     def prompt(self) -> tuple[Token, ...]:
         """Return the prompt's tokens with their logprobs, if those were requested."""
@@ -74,6 +81,13 @@ class SequenceOutput:
             Token(i, tokenizer.token_text(i), _finite(p), i in tokenizer.special_ids)
             for i, p in pairs
         )
+
+    def prompt_top_tokens(self) -> tuple[tuple[Token, ...], ...]:
+        """Return the alternatives at each of the prompt's tokens, if those were requested."""
+        request = self._seq.request
+        if not (request.prompt_logprobs and request.prompt_top_tokens):
+            return ()
+        return tuple(map(self._tokens, self._prompt_top))
 
     def generated_text(self) -> str:
         seq = self._seq
@@ -103,20 +117,26 @@ class SequenceOutput:
             return FinishReason.STOP_SEQUENCE
         return None
 
-    def _top_tokens(self, top: list[tuple[int, float]]) -> tuple[Token, ...]:
-        """Return the alternatives that are at least as likely as the n-th best.
-
-        At most `TIE_MARGIN` ties are returned, as many as the request would get alone. Tokens
-        that the logits processors excluded are left out.
-        """
-        n = min(self._seq.request.sampling.top_n_tokens, len(top))
-        threshold = max(top[n - 1][1], -inf)
+    def _tokens(self, pairs: list[tuple[int, float]]) -> tuple[Token, ...]:
         tokenizer = self._tokenizer
         return tuple(
             Token(i, tokenizer.token_text(i), logprob, i in tokenizer.special_ids)
-            for i, logprob in top[: n + TIE_MARGIN]
-            if logprob >= threshold and logprob != -inf
+            for i, logprob in pairs
         )
+
+
+def _best(top: list[tuple[int, float]], n: int) -> list[tuple[int, float]]:
+    """Return the alternatives that are at least as likely as the n-th best.
+
+    At most `TIE_MARGIN` ties are returned, as many as the request would get alone. Tokens that
+    the logits processors excluded are left out.
+    """
+    threshold = max(top[min(n, len(top)) - 1][1], -inf)
+    return [
+        (i, logprob)
+        for i, logprob in top[: n + TIE_MARGIN]
+        if logprob >= threshold and logprob != -inf
+    ]
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -21,7 +21,9 @@ Bytes, for V tokens of b bytes each: both paths read the logits once, V * b, and
 penalties their counts, V * 4, in the first launch. The candidates are V / 16 * 8 bytes, and
 the search passes over them some ten times, in the L1 cache. If a row's threshold lies below
 its candidates (flat distributions, top_k above KEPT / 2, typical_p alone), its one program
-processes the row once more: it writes V * 4 bytes and passes over those instead.
+processes the row once more: it writes V * 4 bytes and passes over those instead. For a row
+whose temperature is below `SMALL_TEMPERATURE`, each program first reads the whole row, to find
+its highest score.
 """
 
 from typing import Any, NamedTuple
@@ -53,6 +55,8 @@ _MINUS_INFINITY = tl.constexpr(-(0x7F800000 + 1))
 """What `_ordered` makes of -inf."""
 _NOTHING = tl.constexpr(-(1 << 63))
 _GENERATED = tl.constexpr(sampling.GENERATED)
+_IN_PROMPT = tl.constexpr(sampling.IN_PROMPT)
+_SMALL_TEMPERATURE = tl.constexpr(sampling.SMALL_TEMPERATURE)
 
 
 _words = {
@@ -66,6 +70,7 @@ _TYPICAL_P = _words.pop("typical_p")
 _REPETITION = _words.pop("repetition_penalty")
 _FREQUENCY = _words.pop("frequency_penalty")
 _PRESENCE = _words.pop("presence_penalty")
+_OUTPUT_FREQUENCY = _words.pop("output_frequency_penalty")
 _DO_SAMPLE = _words.pop("do_sample")
 _NOISE_KEY = _words.pop("noise_key")
 _SLOT = _words.pop("slot")
@@ -104,8 +109,9 @@ def sample(
     logits      [rows, vocab_size], any float type and stride between rows
     parameters  [rows, words] int32, contiguous: `ROW_PARAMETERS`
     counts      [slots, vocab_size] int32, contiguous: how often each token occurs in each slot,
-                with the bit `GENERATED` where it was generated; the tokens chosen for rows with
-                a penalty are added. None if no row has a penalty
+                with the bit `GENERATED` where it was generated and `IN_PROMPT` where it is in a
+                prompt that is not counted; the tokens chosen for rows with a penalty are added.
+                None if no row has a penalty
 
     Returns ids [rows] int64 and their logprobs [rows] float32. If `num_top` is not 0, also
     returns the ids and logprobs of that many tokens (or all there are), best first, the lowest id
@@ -262,6 +268,7 @@ def _has_penalty(words):
         (_float(words + _REPETITION) != 1.0)
         | (_float(words + _FREQUENCY) != 0.0)
         | (_float(words + _PRESENCE) != 0.0)
+        | (_float(words + _OUTPUT_FREQUENCY) != 0.0)
     )
 
 
@@ -282,23 +289,48 @@ def _has_threshold(words, vocab_size):
 
 
 @triton.jit
-def _processed(logits_ptr, counts_ptr, words, ids, vocab_size):
-    """Return the scores of `ids` after penalties and temperature; -inf past the vocabulary."""
+def _penalised(logits_ptr, counts_ptr, words, ids, vocab_size):
+    """Return the scores of `ids` after penalties; -inf past the vocabulary."""
     mask = ids < vocab_size
     x = tl.load(logits_ptr + ids, mask=mask, other=float("-inf")).to(tl.float32)
     if counts_ptr is not None and _has_penalty(words):
         slot = tl.load(words + _SLOT).to(tl.int64)
         marked = tl.load(counts_ptr + slot * vocab_size + ids, mask=mask, other=0)
-        count = marked & (_GENERATED - 1)
+        count = (marked & (_IN_PROMPT - 1)).to(tl.float32)
         repetition, frequency = _float(words + _REPETITION), _float(words + _FREQUENCY)
         repeated = tl.where(x < 0, x * repetition, tl.div_rn(x, repetition))
-        x = tl.where(count > 0, repeated, x)
+        x = tl.where(marked > 0, repeated, x)
         length = tl.maximum(tl.load(words + _CONTEXT_LENGTH), 1).to(tl.float32)
-        x -= frequency * tl.div_rn(count.to(tl.float32), length)
+        x -= frequency * tl.div_rn(count, length)
+        x -= _float(words + _OUTPUT_FREQUENCY) * count
         x -= tl.where(marked >= _GENERATED, _float(words + _PRESENCE), 0.0)
+    return x
+
+
+@triton.jit
+def _subtrahend(logits_ptr, counts_ptr, words, vocab_size, BLOCK: tl.constexpr):
+    """Return what is subtracted from scores before they are divided by the temperature.
+
+    It is the row's highest score where the temperature is small, else 0.
+    """
+    subtracted = tl.full([], 0.0, tl.float32)
+    if _float(words + _TEMPERATURE) < _SMALL_TEMPERATURE:
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            x = _penalised(logits_ptr, counts_ptr, words, ids, vocab_size)
+            highest = tl.maximum(highest, x)
+        subtracted = _finite(tl.max(highest, 0))
+    return subtracted
+
+
+@triton.jit
+def _processed(logits_ptr, counts_ptr, words, ids, vocab_size, subtracted):
+    """Return the scores of `ids` after penalties and temperature; -inf past the vocabulary."""
+    x = _penalised(logits_ptr, counts_ptr, words, ids, vocab_size)
     temperature = _float(words + _TEMPERATURE)
     if temperature != 1.0:
-        x = tl.div_rn(x, temperature)
+        x = tl.div_rn(x - subtracted, temperature)
     return tl.where(x == 0.0, 0.0, x)  # -0 is no lower than 0
 
 
@@ -350,7 +382,9 @@ def _chunk_kernel(
     words = parameters_ptr + row * _WORDS
     partial = partials_ptr + row * _FIELDS * num_chunks + chunk
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _processed(logits_ptr + row * row_stride, counts_ptr, words, ids, vocab_size)
+    logits = logits_ptr + row * row_stride
+    subtracted = _subtrahend(logits, counts_ptr, words, vocab_size, CHUNK)
+    x = _processed(logits, counts_ptr, words, ids, vocab_size, subtracted)
 
     has_threshold = _has_threshold(words, vocab_size)
     noisy = x
@@ -475,6 +509,7 @@ def _row_kernel(
         top_logprobs = top_logprobs_ptr + row * num_top
         _clear_top(top_ids, top_logprobs, num_top, TOP_BLOCK)
 
+    subtracted = _subtrahend(logits, counts_ptr, words, vocab_size, BLOCK)
     reference = highest
     if has_threshold | wants_top:
         num_candidates = num_chunks * KEPT
@@ -485,7 +520,7 @@ def _row_kernel(
         are_listed = _suffice(tokens, mass, words, vocab_size, num_top, BLOCK)
         if not are_listed:
             scores += num_candidates
-            _store_scores(scores, logits, counts_ptr, words, vocab_size, BLOCK)
+            _store_scores(scores, logits, counts_ptr, words, vocab_size, subtracted, BLOCK)
             tokens = _all_above(tl.full([], _MINUS_INFINITY, tl.int32), scores, vocab_size, highest)
         ids = (candidate_ids_ptr + row * num_candidates, are_listed)
 
@@ -500,7 +535,7 @@ def _row_kernel(
             _sort_top(top_ids, top_logprobs, num_listed, reference, mass, TOP_BLOCK)
 
     token = _packed_id(best)
-    x = _processed(logits, counts_ptr, words, token, vocab_size)
+    x = _processed(logits, counts_ptr, words, token, vocab_size, subtracted)
     tl.store(ids_ptr + row, token)
     tl.store(logprobs_ptr + row, _logprob(x, reference, mass))
     if counts_ptr is not None and _has_penalty(words):
@@ -636,10 +671,10 @@ def _suffice(candidates, mass, words, vocab_size, num_top, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_scores(scores, logits, counts_ptr, words, vocab_size, BLOCK: tl.constexpr):
+def _store_scores(scores, logits, counts_ptr, words, vocab_size, subtracted, BLOCK: tl.constexpr):
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        x = _processed(logits, counts_ptr, words, ids, vocab_size)
+        x = _processed(logits, counts_ptr, words, ids, vocab_size, subtracted)
         tl.store(scores + ids, x, mask=ids < vocab_size)
     tl.debug_barrier()
 

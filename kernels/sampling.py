@@ -19,6 +19,7 @@ ROW_PARAMETERS = np.dtype(
         ("repetition_penalty", np.float32),
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
+        ("output_frequency_penalty", np.float32),
         ("do_sample", np.int32),
         ("noise_key", np.int32, 2),
         ("slot", np.int32),
@@ -28,13 +29,26 @@ ROW_PARAMETERS = np.dtype(
 )
 """What `kernels.fused_sampling` reads for each row: words of 4 bytes, uploaded as int32.
 
-Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, penalties
-1, 0 and 0. `do_sample` and `top_n_tokens` are only compared with 0. `slot` is the row's index
-in the token counts and `context_length` the sum of its counts; only penalties read them.
+Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, the repetition
+penalty 1, other penalties 0. The temperature is from 2^-100 to 2^100. `do_sample` and
+`top_n_tokens` are only compared with 0. `slot` is the row's index in the token counts and
+`context_length` the number of its tokens; only penalties read them.
 """
 
 GENERATED = 1 << 30
 """Bit flag in a token's count: the token was generated at least once."""
+IN_PROMPT = 1 << 29
+"""Bit flag in a token's count: the token is in the prompt, whose tokens are not counted.
+
+It is set only in the slots of sequences whose frequency penalty is OpenAI's. A token whose count
+is not 0, flags included, is in the context.
+"""
+
+SMALL_TEMPERATURE = 2.0**-10
+"""Below this temperature a row's highest score is subtracted before scores are divided.
+
+The quotients would lose the digits that noise is added to, and at last overflow.
+"""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

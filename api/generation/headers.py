@@ -1,11 +1,14 @@
 """TGI's `x-` headers, which tell what a request cost, and the headers that a request brings."""
 
+from typing import Protocol
+
 from starlette.requests import Request as HttpRequest
 
 from api.generation.inference import Answer
 from api.generation.request import GenerateRequest
 from api.generation.state import AppState
-from api.telemetry.observation import Caller
+from api.telemetry.observation import Caller, Timings
+from engine.core.request import Request
 
 _SUMMED = (
     "x-total-time",
@@ -18,6 +21,16 @@ _SUMMED = (
 )
 
 
+class Answered(Protocol):
+    """What is told of an answer: the engine's request, and how long it took."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def timings(self) -> Timings: ...
+
+
 def caller_of(http: HttpRequest, route: str) -> Caller:
     return Caller(route, http.headers.get("traceparent"), http.scope.get("meter"))
 
@@ -26,7 +39,7 @@ def stream_headers(state: AppState, *bodies: GenerateRequest) -> dict[str, str]:
     return _compute_headers(state, bodies) | {"x-accel-buffering": "no"}
 
 
-def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> dict[str, str]:
+def answer_headers(state: AppState, body: GenerateRequest, answer: Answered) -> dict[str, str]:
     timings = answer.timings
     return _compute_headers(state, (body,)) | {
         "x-compute-time": f"{timings.total_s:.9f}",
@@ -35,7 +48,7 @@ def answer_headers(state: AppState, body: GenerateRequest, answer: Answer) -> di
         "x-queue-time": _ms(timings.queue_s),
         "x-inference-time": _ms(timings.inference_s),
         "x-time-per-token": _ms(timings.per_token_s),
-        "x-prompt-tokens": str(answer.best.end.num_prompt_tokens),
+        "x-prompt-tokens": str(len(answer.request.prompt_ids)),
         "x-generated-tokens": str(timings.num_generated_tokens),
         **_grammar_warnings(answer),
     }
@@ -52,7 +65,7 @@ def summed_headers(
     return _compute_headers(state, tuple(bodies)) | sums
 
 
-def _grammar_warnings(answer: Answer) -> dict[str, str]:
+def _grammar_warnings(answer: Answered) -> dict[str, str]:
     """Return the header, which TGI does not have, of what in the grammar could not be enforced."""
     grammar = answer.request.grammar
     if grammar is None or not grammar.warnings:

@@ -32,6 +32,7 @@ def build_state(engine: AsyncEngine, settings: Settings) -> AppState:
         engine.tokenizer,
         GrammarValidator(None if settings.disable_grammar_support else engine.grammars),
         limits,
+        engine.model.vocab_size,
         settings.validation_workers,
     )
     observer = observer_for(engine, limits, settings.otlp_endpoint, settings.otlp_service_name)

@@ -6,8 +6,10 @@ A newly added route is guarded by default.
 import hmac
 from collections.abc import Callable
 
-from starlette.responses import Response
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from api.http.errors import response_to
 
 OPEN = frozenset(
     {
@@ -26,7 +28,8 @@ OPEN = frozenset(
 
 
 class ApiKey:
-    """ASGI middleware that answers 401 without a body, before the request's body is read.
+    """ASGI middleware that answers 401 before the request's body is read, in the format of errors
+    of the route.
 
     Requests for which `is_served` is False pass through to be answered 404, as in TGI.
     """
@@ -40,7 +43,7 @@ class ApiKey:
         if scope["type"] != "http" or self._may_pass(scope):
             await self._app(scope, receive, send)
         else:
-            await Response(status_code=401)(scope, receive, send)
+            await response_to(HTTPException(401), scope)(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from api.http.disconnect import ClientGone
 from api.http.errors import BodyRejected
-from api.http.serde import first_refusal
+from api.http.serde import field_at_fault, first_refusal
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -31,6 +31,7 @@ def parse_body(raw: bytes, model: type[Model]) -> Model:
             422,
             "Failed to deserialize the JSON body into the target type: "
             f"{first_refusal(error)}{where}",
+            field_at_fault(error),
         ) from None
 
 

@@ -10,11 +10,14 @@
     Overloaded, EngineDead        raised by the engine, 429 and 424
     TemplateError                 raised by the engine, 422
     BodyRejected                  plain text, for a body that could not be parsed
+    HTTPException                 no body, for a missing key, an unknown route or method
     ClientGone                    the client disconnected: nothing is sent
 
-Texts and statuses are those of TGI's router.
+These texts and statuses are those of TGI's router. A family of routes whose clients expect another
+shape has an `ErrorFormat` of its own.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import orjson
@@ -23,11 +26,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Match
+from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from api.http.disconnect import ClientGone
 from engine.async_engine import Overloaded
 from engine.core.errors import EngineDead, TemplateError
+
+ErrorFormat = Callable[[Exception], Response]
+"""Makes the response to any exception in the shape that the clients of some routes expect."""
 
 
 class ErrorResponse(TypedDict):
@@ -36,11 +43,20 @@ class ErrorResponse(TypedDict):
 
 
 class RequestError(Exception):
-    """A request that was parsed but cannot be served."""
+    """A request that was parsed but cannot be served.
+
+    field  the field of the body that is at fault, by TGI's name or the route's own
+    code   OpenAI's word for the kind of fault, where it has one
+    """
+
+    def __init__(self, text: str = "", *, field: str | None = None, code: str | None = None):
+        super().__init__(text)
+        self.field = field
+        self.code = code
 
 
 class ValidationError(RequestError):
-    """The request breaks a limit or a rule of TGI's API."""
+    """The request breaks a limit or a rule of the API."""
 
 
 class ToolError(RequestError):
@@ -50,8 +66,16 @@ class ToolError(RequestError):
 class Refused(RequestError):
     """An error that only one route answers."""
 
-    def __init__(self, status: int, error: str, error_type: str) -> None:
-        super().__init__(error)
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        error_type: str,
+        *,
+        field: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(error, field=field, code=code)
         self.status = status
         self.error_type = error_type
 
@@ -69,11 +93,12 @@ class IncompleteStream(RequestError):
 
 
 class BodyRejected(Exception):
-    """The body is not JSON of the expected shape."""
+    """The body is not JSON of the expected shape. `field` is the path of what is at fault."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, field: str | None = None) -> None:
         super().__init__(text)
         self.status = status
+        self.field = field
 
 
 REQUEST_ERRORS = (RequestError, Overloaded, EngineDead, TemplateError)
@@ -113,35 +138,53 @@ def wire_error(problem: Exception) -> WireError:
     raise TypeError(f"not a request's error: {problem!r}")
 
 
-def install_handlers(app: FastAPI) -> None:
-    for kind in REQUEST_ERRORS:
-        app.add_exception_handler(kind, _answer_request_error)
-    app.add_exception_handler(BodyRejected, _answer_rejection)
+def install_handlers(app: FastAPI, formats: Mapping[str, ErrorFormat]) -> None:
+    """Have exceptions answered. `formats` has the format of all paths that begin with a prefix; the
+    first prefix that fits counts, and all other paths have TGI's format.
+    """
+    app.state.error_formats = formats
+    for kind in (*REQUEST_ERRORS, BodyRejected, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientGone, _answer_nobody)
-    app.add_exception_handler(HTTPException, _answer_unrouted)
 
 
-async def _answer_request_error(_: Request, problem: Exception) -> Response:
-    error = wire_error(problem)
-    return Response(orjson.dumps(error.json()), error.status, media_type="application/json")
+def use_format(request: Request, format: ErrorFormat) -> None:
+    """Have the errors of `request` told in `format`, whatever its path is."""
+    request.scope["error_format"] = format
 
 
-async def _answer_rejection(_: Request, problem: Exception) -> Response:
-    assert isinstance(problem, BodyRejected)
-    return PlainTextResponse(str(problem), problem.status)
+def response_to(problem: Exception, scope: Scope) -> Response:
+    """Return the response to `problem` in the format of the request's route."""
+    formats: Mapping[str, ErrorFormat] = scope["app"].state.error_formats
+    by_path = (form for prefix, form in formats.items() if scope["path"].startswith(prefix))
+    format: ErrorFormat = scope.get("error_format") or next(by_path, tgi_response)
+    return format(problem)
+
+
+def tgi_response(problem: Exception) -> Response:
+    """Tell `problem` as TGI does."""
+    if isinstance(problem, BodyRejected):
+        return PlainTextResponse(str(problem), problem.status)
+    if isinstance(problem, HTTPException):
+        return Response(status_code=problem.status_code)
+    if isinstance(problem, REQUEST_ERRORS):
+        error = wire_error(problem)
+        return Response(orjson.dumps(error.json()), error.status, media_type="application/json")
+    return PlainTextResponse("Internal Server Error", 500)
+
+
+async def _answer(request: Request, problem: Exception) -> Response:
+    """Answer `problem`. The `allow` header of a 405 is computed here because Starlette lists the
+    methods of the first matching route only.
+    """
+    response = response_to(problem, request.scope)
+    if response.status_code == 405:
+        response.headers["allow"] = _allowed_methods(request)
+    return response
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
-
-
-async def _answer_unrouted(request: Request, problem: Exception) -> Response:
-    """Answer 404 or 405 without a body. The `allow` header is computed here because Starlette
-    lists the methods of the first matching route only.
-    """
-    assert isinstance(problem, HTTPException)
-    headers = {"allow": _allowed_methods(request)} if problem.status_code == 405 else None
-    return Response(status_code=problem.status_code, headers=headers)
 
 
 def _allowed_methods(request: Request) -> str:

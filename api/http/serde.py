@@ -60,6 +60,8 @@ I32 = Annotated[
 U32 = Annotated[int, Field(ge=0, le=U32_MAX), BeforeValidator(_integer("u32", 0, U32_MAX))]
 U64 = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("u64", 0, U64_MAX))]
 USIZE = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("usize", 0, U64_MAX))]
+SEED = Annotated[int, BeforeValidator(_integer("i64", -(2**63), U64_MAX))]
+"""A seed of OpenAI, an i64, or one of TGI, a u64."""
 
 
 def no_variant(name: str) -> PydanticCustomError:
@@ -108,14 +110,20 @@ def unexpected(value: object) -> str:
 
 
 def first_refusal(error: ValidationError) -> str:
-    """Return `{path: }{message}` of the error that serde would meet first.
-
-    Serde stops at its first error. It notices a missing field only at the end of the struct.
-    """
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda detail: detail["type"] == "missing")
+    """Return `{path: }{message}` of the error that serde would meet first, and stop at."""
+    first = _first(error)
     path = _path(first["loc"][:-1] if first["type"] in _REPORTED_AT_PARENT else first["loc"])
     return f"{path}: {_message(first)}" if path else _message(first)
+
+
+def field_at_fault(error: ValidationError) -> str | None:
+    """Return the path of the field that serde would refuse first, such as `messages[0].role`."""
+    return _path(_first(error)["loc"]) or None
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """Return the error that serde would meet first. It misses a field only at the struct's end."""
+    return min(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

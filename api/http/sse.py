@@ -36,6 +36,13 @@ def _on_one_line(frame: bytes) -> bytes:
     return _LINE_BREAK.sub(lambda found: _ESCAPES[found[0]], frame)
 
 
+async def begun(frames: AsyncGenerator[bytes, None]) -> None:
+    """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
+    Raises what it raises before, so that this can be told by the status.
+    """
+    await anext(frames)
+
+
 class EventStream(Response):
     """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 
@@ -56,16 +63,16 @@ class EventStream(Response):
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        with suppress(ClientGone):
-            await until_disconnect(receive, self._stream(send))
+        async with aclosing(self._frames):
+            with suppress(ClientGone):
+                await until_disconnect(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
-            async with aclosing(self._frames) as frames:
-                async for frame in frames:
-                    await self._write(send, _on_one_line(frame))
+            async for frame in self._frames:
+                await self._write(send, _on_one_line(frame))
         finally:
             keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

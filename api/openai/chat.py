@@ -1,118 +1,84 @@
-"""The answer to a chat, which is a text or the call of a tool."""
-
-from typing import NamedTuple
+"""The answer to a chat as a `chat.completion`, or as a stream of its chunks."""
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.chat.answer import ChatAnswer, collect
+from api.chat.generation import ChatGeneration
+from api.chat.prompt import prepare
+from api.chat.streaming import chat_stream
 from api.generation.headers import answer_headers, caller_of, stream_headers
-from api.generation.inference import Answer
 from api.generation.state import AppState, state_of
-from api.http import sse
 from api.http.disconnect import until_disconnect
 from api.http.errors import REQUEST_ERRORS
 from api.http.responses import json_response
-from api.openai.chat_prompt import ChatPrompt, prepare, prepare_without_tools
-from api.openai.chat_stream import chat_frames
-from api.openai.payloads import (
-    FINISH_REASONS,
-    SYSTEM_FINGERPRINT,
-    created_and_model,
-    logprobs,
-    total_usage,
-)
+from api.openai.chat_payloads import ChatUsage, chat_logprobs
+from api.openai.chat_stream import ChunkWriter
+from api.openai.chat_translation import chat_of, check_chat
+from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, new_id
 from api.openai.requests import ChatRequest
-from api.openai.responses import ChatCompletion, TextMessage, ToolMessage
-from api.openai.tools import NO_TOOL, Call, parse_call
-from api.telemetry.observation import Caller
+from api.openai.responses import ChatChoice, ChatCompletion, ChatMessage
 
 
-class ChatAnswer(NamedTuple):
-    """The answer to a chat, with the prompt that led to it and the call that it was read as."""
-
-    prompt: ChatPrompt
-    answer: Answer
-    call: Call | None
-
-
-async def answer_chat(http: HttpRequest, chat: ChatRequest) -> Response:
-    """Answer a chat that came by any route.
-
-    An error of the template or the tools is reported by the status, even if a stream was asked
-    for.
-    """
+async def answer_chat(http: HttpRequest, body: ChatRequest) -> Response:
+    """Answer a chat that came by any route. An error before the first token is told by status."""
     state = state_of(http)
     caller = caller_of(http, "chat_completions")
     state.observer.arrived()
     try:
+        check_chat(body, state.settings.max_concurrent_requests)
+        chat = chat_of(body)
         prompt = await prepare(state.engine.tokenizer, chat)
     except REQUEST_ERRORS as problem:
         state.observer.refused(caller, problem)
         raise
-    if chat.stream:
-        frames = chat_frames(state, chat, prompt, caller)
-        return sse.EventStream(frames, stream_headers(state, prompt.request))
-    work = _answer(state, chat, prompt, caller)
-    answered = await until_disconnect(http.receive, work)
-    headers = answer_headers(state, answered.prompt.request, answered.answer)
-    return json_response(_chat_completion(state, chat, answered), headers)
+    generation = ChatGeneration(state, chat, prompt, caller)
+    if body.stream:
+        headers = stream_headers(state, prompt.request)
+        return await chat_stream(http, generation.events(), ChunkWriter(state, body), headers)
+    answers = await until_disconnect(http.receive, collect(generation.events(), chat.n))
+    headers = answer_headers(state, generation.prompt.request, generation.run)
+    return json_response(_chat_completion(state, body, answers), headers)
 
 
-async def _answer(
-    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
-) -> ChatAnswer:
-    """Generate the answer. If the model chooses none of the tools, generate it again without
-    tools; the headers and the usage are then those of the second generation.
-    """
-    answer = await _complete(state, chat, prompt, caller)
-    if not prompt.uses_tools:
-        return ChatAnswer(prompt, answer, None)
-    call = parse_call(answer.best.end.generated_text)
-    if call.name != NO_TOOL:
-        return ChatAnswer(prompt, answer, call)
-    prompt = await prepare_without_tools(state.engine.tokenizer, chat)
-    return ChatAnswer(prompt, await _complete(state, chat, prompt, caller), None)
-
-
-async def _complete(
-    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
-) -> Answer:
-    return await state.inference.complete(
-        prompt.request, caller, prompt.extras, logprobs=bool(chat.logprobs)
-    )
-
-
-def _chat_completion(state: AppState, chat: ChatRequest, answered: ChatAnswer) -> ChatCompletion:
-    created, model = created_and_model(state, chat.model)
-    best = answered.answer.best
+def _chat_completion(
+    state: AppState, body: ChatRequest, answers: list[ChatAnswer]
+) -> ChatCompletion:
+    created, model = created_and_model(state, body.model)
     return {
         "object": "chat.completion",
-        "id": "",
+        "id": new_id("chatcmpl"),
         "created": created,
         "model": model,
         "system_fingerprint": SYSTEM_FINGERPRINT,
-        "choices": [
-            {
-                "index": 0,
-                "message": _message(best.end.generated_text, answered.call),
-                "logprobs": logprobs(best.tokens) if chat.logprobs else None,
-                "finish_reason": FINISH_REASONS[best.end.reason],
-            }
-        ],
-        "usage": total_usage(best.end),
+        "choices": [_choice(n, answer, bool(body.logprobs)) for n, answer in enumerate(answers)],
+        "usage": ChatUsage.of(answer.end.finished for answer in answers if answer.end).json(),
     }
 
 
-def _message(text: str, call: Call | None) -> TextMessage | ToolMessage:
+def _choice(index: int, answer: ChatAnswer, has_logprobs: bool) -> ChatChoice:
+    assert answer.end is not None
+    return {
+        "index": index,
+        "message": _message(answer),
+        "logprobs": chat_logprobs(answer.tokens) if has_logprobs else None,
+        "finish_reason": answer.end.reason,
+    }
+
+
+def _message(answer: ChatAnswer) -> ChatMessage:
+    call = answer.call
     if call is None:
-        return {"role": "assistant", "content": text}
+        return {"role": "assistant", "content": answer.text, "refusal": None}
     return {
         "role": "assistant",
+        "content": None,
+        "refusal": None,
         "tool_calls": [
             {
-                "id": "0",
+                "id": call.id,
                 "type": "function",
-                "function": {"description": None, "name": call.name, "arguments": call.arguments},
+                "function": {"name": call.name, "arguments": call.arguments},
             }
         ],
     }

@@ -1,172 +1,128 @@
-"""The answer to a chat as a stream of chunks, one for each token."""
+"""The answers to a chat as `chat.completion.chunk`s."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 
 import orjson
 
+from api.chat.events import (
+    ArgumentsDelta,
+    CallStarted,
+    ChatEvent,
+    Ended,
+    Started,
+    TextDelta,
+)
 from api.generation.state import AppState
-from api.generation.streaming import stream_frames
 from api.http import sse
-from api.http.errors import REQUEST_ERRORS
-from api.openai.chat_prompt import ChatPrompt, prepare_without_tools
-from api.openai.payloads import (
-    FINISH_REASONS,
-    SYSTEM_FINGERPRINT,
-    RunningUsage,
-    created_and_model,
-    error_event,
-    logprobs,
-    total_usage,
-)
+from api.openai.chat_payloads import ChatUsage, chat_logprobs
+from api.openai.errors import CHAT_ERRORS
+from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, new_id
 from api.openai.requests import ChatRequest
-from api.openai.responses import (
-    ChunkChoice,
-    FunctionDelta,
-    TextMessage,
-    ToolDelta,
-    Usage,
-)
-from api.openai.tools import NO_TOOL, CallReader, next_call_id
-from api.telemetry.observation import Caller
-from engine.core.request import Finished, TokenOutput
+from api.openai.responses import ChunkChoice, Delta, ToolCallDelta
+from engine.core.request import TokenOutput
 
 
-async def chat_frames(
-    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller
-) -> AsyncGenerator[bytes, None]:
-    """Yield the frames of the answer. An error is the last one before [DONE].
+class ChunkWriter:
+    """Writes the chunks of one stream. The part that all of them repeat is encoded once.
 
-    If the model chooses none of the tools, the chat is generated again without tools.
+    A token that shows no text has a chunk only if the chunk has something else to tell.
     """
-    call = CallReader() if prompt.uses_tools else None
-    async with aclosing(_frames(state, chat, prompt, caller, call)) as frames:
-        async for frame in frames:
-            if call is not None and call.name == NO_TOOL:
-                break
-            if frame:
-                yield frame
-    if call is not None and call.name == NO_TOOL:
-        async with aclosing(_frames_without_tools(state, chat, caller)) as frames:
-            async for frame in frames:
-                yield frame
-    yield sse.DONE
 
-
-async def _frames_without_tools(
-    state: AppState, chat: ChatRequest, caller: Caller
-) -> AsyncGenerator[bytes, None]:
-    try:
-        prompt = await prepare_without_tools(state.engine.tokenizer, chat)
-    except REQUEST_ERRORS as problem:
-        yield error_event(problem)
-        return
-    async with aclosing(_frames(state, chat, prompt, caller, None)) as frames:
-        async for frame in frames:
-            yield frame
-
-
-def _frames(
-    state: AppState, chat: ChatRequest, prompt: ChatPrompt, caller: Caller, call: CallReader | None
-) -> AsyncGenerator[bytes, None]:
-    """Generate. With `call` the chunks are those of a tool's call, else those of a text."""
-    running = RunningUsage() if chat.has_usage_in_every_chunk else None
-    stream = state.inference.stream(
-        prompt.request,
-        caller,
-        prompt.extras,
-        logprobs=bool(chat.logprobs),
-        on_validated=None if running is None else running.begin,
-    )
-    return stream_frames(stream, ChatFrameWriter(state, chat, call, running))
-
-
-class ChatFrameWriter:
-    """Writes the chunks of one stream. The part that all of them repeat is encoded once."""
-
-    def __init__(
-        self,
-        state: AppState,
-        chat: ChatRequest,
-        call: CallReader | None,
-        running: RunningUsage | None,
-    ) -> None:
-        created, model = created_and_model(state, chat.model)
+    def __init__(self, state: AppState, body: ChatRequest) -> None:
+        created, model = created_and_model(state, body.model)
         head = {
             "object": "chat.completion.chunk",
-            "id": "",
+            "id": new_id("chatcmpl"),
             "created": created,
             "model": model,
             "system_fingerprint": SYSTEM_FINGERPRINT,
         }
-        self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":'
-        self._has_logprobs = bool(chat.logprobs)
-        self._includes_usage = chat.includes_usage
-        self._call = call
-        self._call_id = next_call_id(chat.messages)
-        self._running = running
+        self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
+        self._usage_at_end = body.includes_usage
+        self._usage_in_all = body.has_usage_in_every_chunk
+        self._logprobs_in_all = bool(body.logprobs)
+        self._usage = ChatUsage()
+        self._with_role: set[int] = set()
+        self._calling: set[int] = set()
+        self._failed = False
+        # Most chunks tell nothing but a text, and differ in the text only.
+        self._plain = not (self._usage_in_all or self._logprobs_in_all)
+        self._after_text = b'},"logprobs":null,"finish_reason":null}' + self._chunk_end()
 
-    def token(self, output: TokenOutput) -> bytes:
-        """Return the chunk of a token, or nothing if it is no part of a call's arguments."""
-        usage = self._add_to_usage()
-        delta = self._delta(output)
-        return b"" if delta is None else self._frame(output, delta, None, usage)
-
-    def last(self, output: TokenOutput, end: Finished) -> bytes:
-        """Return the chunk with the finish reason, and the chunk of the usage if it was asked for.
-
-        TGI leaves the reason out of the calls of tools.
-        """
-        usage = self._add_to_usage()
-        delta = self._delta(output) or _text_delta("")
-        frame = self._frame(output, delta, FINISH_REASONS[end.reason], usage)
-        if self._includes_usage:
-            frame += self._chunk([], total_usage(end))
-        return frame
+    def frames(self, events: Sequence[ChatEvent]) -> bytes:
+        return b"".join([self._frame(event) for event in events])
 
     def error(self, problem: Exception) -> bytes:
-        return error_event(problem)
+        self._failed = True
+        return CHAT_ERRORS.event(problem)
 
-    def _add_to_usage(self) -> Usage | None:
-        return None if self._running is None else self._running.add_token()
+    def end(self) -> bytes:
+        """Return the chunk of the usage, if that was asked for, and the mark of the end."""
+        if not self._usage_at_end or self._failed:
+            return sse.DONE
+        usage = orjson.dumps(self._usage.json())
+        return self._head + b'],"usage":' + usage + b"}\n\n" + sse.DONE
 
-    def _delta(self, output: TokenOutput) -> TextMessage | ToolDelta | None:
-        text = "" if output.token.special else output.token.text
-        if self._call is None:
-            return _text_delta(text)
-        is_first = self._call.name is None
-        arguments = self._call.read(text)
-        if arguments is None:
-            return None
-        return _tool_delta(self._call_id, self._call.name if is_first else None, arguments)
+    def _frame(self, event: ChatEvent) -> bytes:
+        if type(event) is TextDelta:  # the most frequent by far
+            return self._text(event)
+        match event:
+            case ArgumentsDelta(choice, text, tokens):
+                call: ToolCallDelta = {"index": 0, "function": {"arguments": text}}
+                return self._delta(choice, {"tool_calls": [call]}, tokens, bool(text))
+            case CallStarted(choice, id, name, tokens):
+                return self._call(choice, id, name, tokens)
+            case Ended(choice, reason, _):
+                delta: Delta = {} if choice in self._calling else {"content": ""}
+                return self._choice(choice, delta, (), reason)
+            case Started(_, num_prompt_tokens):
+                self._usage.start(num_prompt_tokens)
+        return b""
 
-    def _frame(
-        self,
-        output: TokenOutput,
-        delta: TextMessage | ToolDelta,
-        finish_reason: str | None,
-        usage: Usage | None,
-    ) -> bytes:
-        choice: ChunkChoice = {
+    def _text(self, event: TextDelta) -> bytes:
+        choice, text, tokens = event
+        if not self._plain or choice not in self._with_role:
+            return self._delta(choice, {"content": text}, tokens, bool(text))
+        self._usage.num_generated_tokens += len(tokens)
+        if not text:
+            return b""
+        before = b'%b{"index":%d,"delta":{"content":' % (self._head, choice)
+        return before + orjson.dumps(text) + self._after_text
+
+    def _call(self, choice: int, id: str, name: str, tokens: Sequence[TokenOutput]) -> bytes:
+        self._calling.add(choice)
+        call: ToolCallDelta = {
             "index": 0,
-            "delta": delta,
-            "logprobs": logprobs([output]) if self._has_logprobs else None,
-            "finish_reason": finish_reason,
+            "id": id,
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
         }
-        return self._chunk([choice], usage)
+        return self._delta(choice, {"content": None, "tool_calls": [call]}, tokens, True)
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
-        rest = orjson.dumps(choices, option=orjson.OPT_SERIALIZE_NUMPY)
-        return self._head + rest + b',"usage":' + orjson.dumps(usage) + b"}\n\n"
+    def _delta(
+        self, choice: int, delta: Delta, tokens: Sequence[TokenOutput], has_text: bool
+    ) -> bytes:
+        self._usage.num_generated_tokens += len(tokens)
+        if has_text or (tokens and not self._plain):
+            return self._choice(choice, delta, tokens, None)
+        return b""
 
+    def _choice(
+        self, choice: int, delta: Delta, tokens: Sequence[TokenOutput], reason: str | None
+    ) -> bytes:
+        if choice not in self._with_role:
+            self._with_role.add(choice)
+            delta = {"role": "assistant", **delta}
+        content: ChunkChoice = {
+            "index": choice,
+            "delta": delta,
+            "logprobs": chat_logprobs(tokens) if self._logprobs_in_all and tokens else None,
+            "finish_reason": reason,
+        }
+        encoded = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        return self._head + encoded + self._chunk_end()
 
-def _text_delta(text: str) -> TextMessage:
-    return {"role": "assistant", "content": text}
-
-
-def _tool_delta(id: str, name: str | None, arguments: str) -> ToolDelta:
-    function: FunctionDelta = {"name": name, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "tool_calls": [{"index": 0, "id": id, "type": "function", "function": function}],
-    }
+    def _chunk_end(self) -> bytes:
+        if self._usage_in_all:
+            return b'],"usage":' + orjson.dumps(self._usage.json()) + b"}\n\n"
+        return b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"

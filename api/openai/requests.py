@@ -1,11 +1,12 @@
 """The request bodies of the OpenAI routes: TGI's, and what OpenAI's own clients send in addition.
 
 They accept more than TGI: null equals absent for every optional field, `stop` may be one string,
-and `response_format` may have TGI's shape or OpenAI's. Unknown fields are ignored, `logit_bias`
-and `user` among them.
+and `response_format` may have TGI's shape or OpenAI's. Unknown fields are ignored, among them those
+that change nothing in an answer, such as `user`, `store` and `metadata`.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AliasChoices,
@@ -21,9 +22,11 @@ from pydantic_core import PydanticCustomError
 from api.generation.request import WireRequest
 from api.http.serde import (
     F32,
+    SEED,
     U32,
-    U64,
+    U32_MAX,
     no_variant,
+    unexpected,
     untagged,
 )
 
@@ -38,7 +41,30 @@ def _list_of_prompts(value: object) -> object:
     if value == []:
         text = "Empty array detected. Do not use an empty array for the prompt."
         raise PydanticCustomError("serde", "{text}", {"text": text})
-    return [value] if isinstance(value, str) else value
+    is_one = isinstance(value, str) or (isinstance(value, list) and type(value[0]) is int)
+    return [value] if is_one else value
+
+
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+
+def _logit_bias(value: object) -> object:
+    """Check that the keys are token ids, which JSON has as strings."""
+    if isinstance(value, dict):
+        for key in value:
+            if not _TOKEN_ID.fullmatch(key):
+                text = f"invalid value: {unexpected(key)}, expected a token id"
+                raise PydanticCustomError("serde", "{text}", {"text": text})
+    return value
+
+
+TokenId = Annotated[int, Field(ge=0, le=U32_MAX)]
+"""An id in a long list, of which pydantic alone checks each in less time than `U32` does."""
+
+
+def _other_than_text(modalities: object) -> object:
+    """Return None for text, which is what every answer is."""
+    return None if modalities == ["text"] else modalities
 
 
 class StreamOptions(WireRequest):
@@ -48,7 +74,12 @@ class StreamOptions(WireRequest):
 
 
 class OpenAIRequest(WireRequest):
-    """The fields that chats and completions have in common."""
+    """The fields that chats and completions have in common.
+
+    Those named in `unsupported` would change the answer in a way that cannot be done.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ()
 
     model: str | None = None
     max_tokens: U32 | None = None
@@ -59,7 +90,9 @@ class OpenAIRequest(WireRequest):
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
     stop: Annotated[list[str], BeforeValidator(_list_of_stops)] = Field([])
-    seed: U64 | None = None
+    seed: SEED | None = None
+    n: U32 | None = None
+    logit_bias: Annotated[dict[str, F32] | None, BeforeValidator(_logit_bias)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -108,15 +141,24 @@ class ImageChunk(WireRequest):
     image_url: ImageUrl
 
 
-Chunk = Annotated[TextChunk | ImageChunk, Field(discriminator="type")]
+class RefusalChunk(WireRequest):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Chunk = Annotated[TextChunk | ImageChunk | RefusalChunk, Field(discriminator="type")]
 
 
 class Message(WireRequest):
-    """A message of a chat. Its `content` may be null, but may be absent only if there are calls."""
+    """A message of a chat. Its `content` may be null, but may be absent only if there are calls or
+    a refusal.
+    """
 
     role: str
     content: str | list[Chunk] | None = None
+    refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -129,7 +171,8 @@ class Message(WireRequest):
             ):
                 raise no_variant("MessageBody") from None
             raise
-        if "content" not in message.model_fields_set and not message.tool_calls:
+        has_other = message.tool_calls or message.refusal
+        if "content" not in message.model_fields_set and not has_other:
             raise no_variant("MessageBody")
         return message
 
@@ -141,6 +184,18 @@ class NamedFunction(WireRequest):
 class NamedTool(WireRequest):
     type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(WireRequest):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(WireRequest):
+    """OpenAI's choice of some of the tools, of which one may or must be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 class OpenAISchema(WireRequest):
@@ -164,17 +219,49 @@ class ResponseFormat(WireRequest):
         return self
 
 
+ToolChoice = str | NamedTool | AllowedToolsChoice
+
+
 class ChatRequest(OpenAIRequest):
+    """A body of `/v1/chat/completions`."""
+
+    unsupported: ClassVar[tuple[str, ...]] = (
+        "audio",
+        "function_call",
+        "functions",
+        "modalities",
+        "web_search_options",
+    )
+
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: list[Tool] | None = None
-    tool_choice: Annotated[str | NamedTool | None, untagged("ToolTypeDeserializer")] = None
+    tool_choice: Annotated[ToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    parallel_tool_calls: bool | None = None
+    """Accepted, and permitted either way: an answer has at most one call."""
     tool_prompt: str | None = None
     response_format: ResponseFormat | None = None
+    audio: JsonValue = None
+    function_call: JsonValue = None
+    functions: JsonValue = None
+    modalities: Annotated[JsonValue, BeforeValidator(_other_than_text)] = None
+    web_search_options: JsonValue = None
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: Annotated[list[str], untagged("PromptDeserializer"), BeforeValidator(_list_of_prompts)]
-    suffix: str | None = None
+    """A body of `/v1/completions`. A prompt is a text or a list of token ids."""
+
+    unsupported: ClassVar[tuple[str, ...]] = ("suffix",)
+
+    prompt: Annotated[
+        list[str] | list[list[TokenId]],
+        untagged("PromptDeserializer"),
+        BeforeValidator(_list_of_prompts),
+    ]
+    suffix: JsonValue = None
+    best_of: U32 | None = None
+    echo: bool | None = None
+    logprobs: U32 | None = None
+    """How many of the likeliest tokens to tell beside each token of the answer."""
     repetition_penalty: F32 | None = None

@@ -1,6 +1,6 @@
 """The JSON of the OpenAI routes' responses: typed dicts in the order of TGI's keys."""
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -14,20 +14,19 @@ class Usage(TypedDict):
 class TopLogprob(TypedDict):
     token: str
     logprob: float | None
+    bytes: list[int]
 
 
-class TokenLogprob(TypedDict):
-    token: str
-    logprob: float | None
+class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
 class Logprobs(TypedDict):
     content: list[TokenLogprob]
+    refusal: None
 
 
 class CalledFunction(TypedDict):
-    description: None
     name: str
     arguments: str
 
@@ -38,19 +37,16 @@ class ToolCallJson(TypedDict):
     function: CalledFunction
 
 
-class TextMessage(TypedDict):
+class ChatMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
-
-
-class ToolMessage(TypedDict):
-    role: Literal["assistant"]
-    tool_calls: list[ToolCallJson]
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCallJson]]
 
 
 class ChatChoice(TypedDict):
     index: int
-    message: TextMessage | ToolMessage
+    message: ChatMessage
     logprobs: Logprobs | None
     finish_reason: str
 
@@ -66,25 +62,26 @@ class ChatCompletion(TypedDict):
 
 
 class FunctionDelta(TypedDict):
-    name: str | None
+    name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
     index: int
-    id: str
-    type: Literal["function"]
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
     function: FunctionDelta
 
 
-class ToolDelta(TypedDict):
-    role: Literal["assistant"]
-    tool_calls: list[ToolCallDelta]
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
     index: int
-    delta: TextMessage | ToolDelta
+    delta: Delta
     logprobs: Logprobs | None
     finish_reason: str | None
 
@@ -96,24 +93,40 @@ class ChatCompletionChunk(TypedDict):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None
+    usage: NotRequired[Usage | None]
+
+
+class CompletionLogprobs(TypedDict):
+    """The logprobs of a completion's tokens, each in four lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+    text_offset: list[int]
 
 
 class CompletionChoice(TypedDict):
+    """A completion, or a part of one in a stream: its `finish_reason` is null but in the last."""
+
     index: int
     text: str
-    logprobs: None
-    finish_reason: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
 
 
-class Completion(TypedDict):
-    object: Literal["text_completion"]
+class CompletionHead(TypedDict):
     id: str
+    object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class Completion(CompletionHead):
+    """An answer, or a chunk of one."""
+
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: NotRequired[Usage | None]
 
 
 class ModelInfo(TypedDict):

@@ -40,6 +40,7 @@ class ModelInfo:
     """The model as it was loaded.
 
     sha, pipeline_tag  from the hub; None for a local model
+    vocab_size         number of its token ids, which are below it
     weight_bytes       memory of its parameters and buffers
     quantization       method by which its weights are quantised, if they are
     """
@@ -49,6 +50,7 @@ class ModelInfo:
     pipeline_tag: str | None
     dtype: str
     device: str
+    vocab_size: int
     weight_bytes: int
     quantization: str | None
 

@@ -38,7 +38,7 @@ MAX_IN_FLIGHT = 2
 
 
 class SampledToken(NamedTuple):
-    """The token drawn for one sequence.
+    """The token drawn for one sequence, or a token of its prompt.
 
     logprob  None unless it was asked for
     top      (token id, logprob) of the best alternatives, best first; empty unless asked for
@@ -60,13 +60,13 @@ new_sampled_token = cast(
 class StepOutput:
     """What one step produced, on the host.
 
-    tokens           one for each scheduled sequence that samples, in the batch's order; None if
-                     no sequence does
-    prompt_logprobs  one for each prompt row of the batch, in its order
+    tokens         one for each scheduled sequence that samples, in the batch's order; None if
+                   no sequence does
+    prompt_tokens  one for each prompt row of the batch, in its order
     """
 
     tokens: Iterable[SampledToken] | None = None
-    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tokens: list[SampledToken] = field(default_factory=list)
 
 
 class LaunchedStep(Protocol):
@@ -105,8 +105,8 @@ class Outputs(Protocol):
     def take_token(self, seq: Sequence, token: SampledToken) -> bool:
         """Take the last token of the sequence; True if the sequence has ended with it."""
 
-    def take_prompt_logprobs(self, seq: Sequence, start: int, logprobs: list[float]) -> None:
-        """Take the logprobs of the prompt's tokens after position `start`."""
+    def take_prompt_tokens(self, seq: Sequence, start: int, tokens: list[SampledToken]) -> None:
+        """Take the prompt's tokens after position `start`, with the logprobs asked for."""
 
     def take_failure(self, seq: Sequence, message: str) -> None:
         """The sequence has failed; nothing more comes from it."""
@@ -261,7 +261,7 @@ class StepPipeline:
     def _take(self, step: _Step, output: StepOutput) -> None:
         """The only loop over tokens on the host."""
         self.scheduler.complete(step.batch)
-        self._take_prompt_logprobs(step.batch, output.prompt_logprobs)
+        self._take_prompt_tokens(step.batch, output.prompt_tokens)
         if output.tokens is None:
             self._sample_next()
             return
@@ -284,19 +284,23 @@ class StepPipeline:
             except Exception as error:  # in its own text, stop strings or grammar
                 self.fail(seq, str(error) or repr(error))
 
-    def _take_prompt_logprobs(self, batch: Batch, logprobs: list[float]) -> None:
+    def _take_prompt_tokens(self, batch: Batch, tokens: list[SampledToken]) -> None:
         end = 0
         for entry in (batch.scheduled[i] for i in batch.prompted):
             start, end = end, end + entry.num_prompt_rows
             if not entry.sequence.is_finished:
-                self._outputs.take_prompt_logprobs(entry.sequence, entry.start, logprobs[start:end])
+                self._outputs.take_prompt_tokens(entry.sequence, entry.start, tokens[start:end])
 
     def _follow(self, seq: Sequence, constraint: ConstraintState, token: SampledToken) -> list[int]:
         """Tell the grammar which token was drawn; return the tokens that have to follow it.
 
-        If only one token is forced, the sampling already in flight produces it at no cost.
+        If only one token is forced, the sampling already in flight produces it at no cost. Where
+        the model's own logprobs are asked for, every token is sampled: only a step of the model
+        can tell how likely it finds a token that the grammar forces.
         """
         constraint.accept(token.token_id)
+        if seq.request.sampling.reports_raw:
+            return []
         forced = constraint.forced()
         if len(forced) <= 1:
             return []

@@ -23,9 +23,21 @@ class SamplingParams:
     """How the next token is chosen, in Text Generation Inference's order of steps.
 
     The default of each parameter switches its step off. `seed` (u64) is the only source of
-    randomness, and is unused when `do_sample` is False. `logprobs` returns the logprob of the
-    chosen token, `top_n_tokens` that many alternatives with their logprobs. `watermark` makes the
-    generated text detectable (see `kernels/watermark.py`).
+    randomness, and is unused when `do_sample` is False. `watermark` makes the generated text
+    detectable (see `kernels/watermark.py`).
+
+    `logit_bias` has (token id, bias) pairs, each id once and within the model's vocabulary: the
+    bias is added to the token's logit before any other step. A token that a grammar forbids stays
+    forbidden.
+
+    `frequency_penalty` is Text Generation Inference's, times the token's share of the context.
+    `output_frequency_penalty` is OpenAI's, times how often the token was generated. A request
+    uses at most one of them, for the device counts the tokens of a prompt only for the first.
+
+    `logprobs` returns the logprob of the chosen token, `top_n_tokens` that many alternatives with
+    their logprobs. They are those of the scores that the token is chosen by, or with
+    `raw_logprobs` those of the model's own distribution, as if no other parameter and no grammar
+    were there.
     """
 
     do_sample: bool = False
@@ -36,10 +48,18 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    output_frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: bool = False
     top_n_tokens: int = 0
+    raw_logprobs: bool = False
     watermark: bool = False
+
+    @property
+    def reports_raw(self) -> bool:
+        """Whether logprobs of the model's own distribution are returned."""
+        return self.raw_logprobs and (self.logprobs or self.top_n_tokens > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +113,9 @@ class Request:
     Sequences share cached prefixes only under the same `cache_salt`, so that no client can learn
     from timing what another has sent. It must come from verified credentials, never from a
     request's body.
+
+    `prompt_logprobs` returns the prompt's tokens with their logprobs in the model's own
+    distribution, and then `prompt_top_tokens` that many alternatives at each position.
     """
 
     request_id: str
@@ -102,6 +125,7 @@ class Request:
     cache_salt: bytes = b""
     grammar: TokenConstraint | None = None
     prompt_logprobs: bool = False
+    prompt_top_tokens: int = 0
 
 
 class Token(NamedTuple):
@@ -144,13 +168,15 @@ class ReachedStop(NamedTuple):
 class Finished:
     """The last event of a sequence that ended as requested.
 
-    generated_text  without special tokens and without the prompt; with all of its last token
-    seed            None for greedy decoding
-    queue_s         seconds from acceptance to the first step
-    inference_s     seconds from the first step to the end
-    prompt          the prompt's tokens with their logprobs, if those were requested
-    stop            the stop string that the last token completed, also where that token ends the
-                    sequence for another `reason`, which is then the one that is told
+    generated_text     without special tokens and without the prompt; with all of its last token
+    seed               None for greedy decoding
+    queue_s            seconds from acceptance to the first step
+    inference_s        seconds from the first step to the end
+    prompt             the prompt's tokens with their logprobs, if those were requested
+    prompt_top_tokens  the alternatives at each of the prompt's tokens, if those were requested;
+                       none at the first token, which nothing predicts
+    stop               the stop string that the last token completed, also where that token ends the
+                       sequence for another `reason`, which is then the one that is told
     """
 
     reason: FinishReason
@@ -161,6 +187,7 @@ class Finished:
     queue_s: float
     inference_s: float
     prompt: tuple[Token, ...] = ()
+    prompt_top_tokens: tuple[tuple[Token, ...], ...] = ()
     stop: ReachedStop | None = None
 
     @property

@@ -28,8 +28,7 @@ class Shards:
 
     def __init__(self, model_id: str, revision: str, index: Path) -> None:
         weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        self._started = time.perf_counter()
-        self._ended = self._started
+        self._ended = time.perf_counter()
         self._pool = ThreadPoolExecutor(_NUM_PARALLEL, "skiff-download")
         self._paths: dict[str, Future[str]] = {
             name: self._pool.submit(self._download, model_id, name, revision)
@@ -45,10 +44,9 @@ class Shards:
         self._ended = max(self._ended, time.perf_counter())
         return path
 
-    @property
-    def seconds(self) -> float:
-        """How long the download took, once it has ended."""
-        return self._ended - self._started
+    def seconds_since(self, start: float) -> float:
+        """Return how long after `start` the download took, once it has ended."""
+        return max(self._ended - start, 0.0)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

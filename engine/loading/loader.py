@@ -1,6 +1,7 @@
 """Loads a model with its tokenizer, and prepares and verifies it for the engine."""
 
 import json
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,10 +76,11 @@ def load(
     cold_start = cold_start or ColdStart()
     with cold_start.phase("download"):
         checkpoint = locate(config.model_id, config.revision)
+    started = time.perf_counter()
     with cold_start.phase("load"):
         model, tokenizer = _load(checkpoint, config)
     if checkpoint.shards is not None:
-        cold_start.move(checkpoint.shards.seconds, "load", "download")
+        cold_start.move(checkpoint.shards.seconds_since(started), "load", "download")
     with cold_start.phase("verify"):
         try:
             return prepare_model(model, tokenizer, checkpoint, ops, check)
@@ -139,6 +141,7 @@ def prepare_model(
             pipeline_tag=checkpoint.pipeline_tag,
             dtype=str(model.dtype).removeprefix("torch."),
             device=_device_name(model.device),
+            vocab_size=model.config.get_text_config().vocab_size,
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),

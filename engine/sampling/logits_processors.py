@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling import GENERATED
+from kernels.sampling import GENERATED, IN_PROMPT, SMALL_TEMPERATURE
 
 Rows = Tensor | slice
 """Some rows of the batch: an int64 index, or a slice when it is all of them."""
@@ -67,22 +67,28 @@ class _PerRow:
 
 
 class Penalties:
-    """The three penalties, each of which lowers the scores of tokens in the context.
+    """The four penalties, each of which lowers the scores of tokens in the context.
 
     Repetition penalty r: x * r where x < 0, else x / r, once per token in the context.
     Frequency penalty f: x - f * (occurrences in the context / its length).
     Presence penalty p, OpenAI's: x - p for each token that was generated.
+    Output frequency penalty o, OpenAI's: x - o * (how often the token was generated).
 
     The context is prompt and output so far, counted per slot on the device, because the
     newest tokens may not have reached the host yet.
 
     slots       [rows used] int64
-    repetition, frequency, presence  [rows used, 1] float32
+    repetition, frequency, presence, output_frequency  [rows used, 1] float32
     counts      [slots, vocab_size] int32, of all slots; the bit `GENERATED` marks the tokens
-                that were generated
+                that were generated, `IN_PROMPT` those of a prompt that is not counted
     """
 
-    PARAMETERS = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    PARAMETERS = (
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "output_frequency_penalty",
+    )
     _SLOTS = "penalised_slots"
 
     def __init__(
@@ -92,6 +98,7 @@ class Penalties:
         repetition: Tensor,
         frequency: Tensor,
         presence: Tensor,
+        output_frequency: Tensor,
         counts: Tensor,
     ):
         self.rows = rows
@@ -99,6 +106,7 @@ class Penalties:
         self.repetition = repetition
         self.frequency = frequency
         self.presence = presence
+        self.output_frequency = output_frequency
         self.counts = counts
 
     @classmethod
@@ -114,16 +122,19 @@ class Penalties:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], counts: Tensor) -> Self:
         rows, slots = rows_of(cls._SLOTS, arrays), arrays[cls._SLOTS]
-        repetition, frequency, presence = (arrays[name][:, None] for name in cls.PARAMETERS)
-        return cls(rows, slots, repetition, frequency, presence, counts)
+        repetition, frequency, presence, output_frequency = (
+            arrays[name][:, None] for name in cls.PARAMETERS
+        )
+        return cls(rows, slots, repetition, frequency, presence, output_frequency, counts)
 
     def __call__(self, scores: Tensor) -> None:
         x, marked = scores[self.rows], self.counts[self.slots]
-        counts = marked & (GENERATED - 1)
+        counts = marked & (IN_PROMPT - 1)
         repeated = torch.where(x < 0, x * self.repetition, x / self.repetition)
-        x = torch.where(counts > 0, repeated, x)
-        share = counts / counts.sum(dim=-1, keepdim=True)
+        x = torch.where(marked > 0, repeated, x)
+        share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
         x = x - self.frequency * share
+        x = x - self.output_frequency * counts
         scores[self.rows] = torch.where(marked >= GENERATED, x - self.presence, x)
 
     def count(self, ids: Tensor) -> None:
@@ -134,13 +145,20 @@ class Penalties:
 
 
 class Temperature(_PerRow):
-    """Divide the scores by the temperature."""
+    """Divide the scores by the temperature.
+
+    A small one divides their distances from the row's highest score instead, which no softmax
+    tells apart: the highest is 0 then, however small the temperature is.
+    """
 
     parameter = "temperature"
     neutral = 1.0
 
     def apply(self, scores: Tensor) -> Tensor:
-        return scores / self.values
+        is_small = self.values < SMALL_TEMPERATURE
+        highest = scores.amax(dim=-1, keepdim=True)
+        reference = torch.where(is_small & highest.isfinite(), highest, 0.0)
+        return (scores - reference) / self.values
 
 
 class TopK(_PerRow):

@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.core.request import SamplingParams
 from engine.sampling.slots import SamplingSlots
 
+RAW = "raw_logprobs"
+"""The array of a plan, [rows] int32, that says which rows report the model's own logprobs."""
 TIE_MARGIN = 16
 """How many tokens that tie with the n-th best are still found."""
 
@@ -48,14 +50,16 @@ class SampledTokens:
 class SamplingKind(NamedTuple):
     """The part of a step's sampling that the host decides; a captured graph serves one kind.
 
-    plain      all rows are greedy, and every other parameter is neutral
-    logprobs   whether logprobs of the sampled tokens are computed
-    penalties  whether a row has a penalty, so that token counts are read and updated
-    num_top    how many top tokens are computed for each row
+    plain         all rows are greedy, and every other parameter is neutral
+    logprobs      whether logprobs of the sampled tokens are computed
+    raw_logprobs  whether some of them are those of the model's own distribution
+    penalties     whether a row has a penalty, so that token counts are read and updated
+    num_top       how many top tokens are computed for each row
     """
 
     plain: bool
     logprobs: bool
+    raw_logprobs: bool
     penalties: bool
     num_top: int
 
@@ -80,12 +84,40 @@ class Sampler(Protocol):
         """Plan one step; `positions` [rows] belong to the tokens that will be sampled."""
 
     def sample(
-        self, logits: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind, /
+        self,
+        logits: Tensor,
+        arrays: Mapping[str, Tensor],
+        kind: SamplingKind,
+        raw: Tensor | None = None,
+        /,
     ) -> SampledTokens:
-        """Sample from `logits` [rows, vocab_size], in the model's dtype, which are overwritten.
+        """Sample from `logits` [rows, vocab_size], of any float type, which are overwritten.
 
         `arrays` has the plan's arrays on the device, perhaps among others; `kind` is the plan's.
+        `raw` are the model's own logits, if the kind asks for their logprobs and `logits` are
+        others.
         """
+
+    def report(self, logits: Tensor, ids: Tensor, num_top: int, /) -> SampledTokens:
+        """Return the logprobs of the tokens `ids` [rows] in the softmax of the logits.
+
+        The `num_top` best tokens come with theirs, and with up to `TIE_MARGIN` more.
+        """
+
+
+def report_raw(is_raw: Tensor, raw: SampledTokens, sampled: SampledTokens) -> SampledTokens:
+    """Report the logprobs and top tokens of `raw` in the rows where `is_raw` [rows] is not 0."""
+    assert raw.logprobs is not None
+    assert sampled.logprobs is not None
+    logprobs = torch.where(is_raw != 0, raw.logprobs, sampled.logprobs)
+    if raw.top_ids is None or sampled.top_ids is None:
+        return SampledTokens(sampled.ids, logprobs)
+    assert raw.top_logprobs is not None
+    assert sampled.top_logprobs is not None
+    in_row = is_raw[:, None] != 0
+    top_ids = torch.where(in_row, raw.top_ids, sampled.top_ids)
+    top_logprobs = torch.where(in_row, raw.top_logprobs, sampled.top_logprobs)
+    return SampledTokens(sampled.ids, logprobs, top_ids, top_logprobs)
 
 
 @overload

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from engine.core.request import SamplingParams
-from kernels.sampling import GENERATED
+from kernels.sampling import GENERATED, IN_PROMPT
 
-HOST_ONLY = ("seed", "logprobs", "watermark")
+HOST_ONLY = ("seed", "logprobs", "raw_logprobs", "logit_bias", "watermark")
 """Parameters that are not values of a sampling step.
 
-The seed becomes noise keys, `logprobs` decides on the host which results are computed, and
-the watermark changes the logits before sampling starts.
+The seed becomes noise keys, `logprobs` and `raw_logprobs` decide on the host which results are
+computed, and biases and the watermark change the logits before sampling starts.
 """
 STEP_PARAMETERS = tuple(f.name for f in fields(SamplingParams) if f.name not in HOST_ONLY)
 """Parameters that every sampler has to heed."""
@@ -29,14 +29,27 @@ _PARAMETERS = np.dtype(
     [
         (f.name, np.uint64 if f.name == "seed" else _TYPES[type(f.default)])
         for f in fields(SamplingParams)
+        if f.name != "logit_bias"  # of any length: kept beside the records
     ]
 )
+_TEMPERATURES = 2.0**-100, 2.0**100
+"""Range of the temperatures that scores are divided by.
+
+At its ends a text is greedy or uniform as beyond them, and no quotient leaves float32's range.
+"""
 
 
 def check_heeded(sampler: str, names: Iterable[str]) -> None:
     """Assert that a sampler heeds every step parameter, and no other."""
     differing = sorted(set(names) ^ set(STEP_PARAMETERS))
     assert not differing, f"{sampler} and SamplingParams differ in {', '.join(differing)}"
+
+
+def storable(params: SamplingParams) -> SamplingParams:
+    """Limit the temperature, and drop the wish for raw logprobs where none are asked for."""
+    lowest, highest = _TEMPERATURES
+    temperature = min(max(params.temperature, lowest), highest)
+    return replace(params, temperature=temperature, raw_logprobs=params.reports_raw)
 
 
 class SamplingSlots:
@@ -48,6 +61,7 @@ class SamplingSlots:
         self._parameters = np.zeros(max_sequences + 1, dtype=_PARAMETERS)
         # Most slots of a batch are often plain: greedy, and every other parameter neutral.
         self._is_plain = np.ones(max_sequences + 1, dtype=np.bool_)
+        self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._counts: Tensor | None = None
         self.set_parameters(max_sequences, _NEUTRAL)
 
@@ -55,11 +69,19 @@ class SamplingSlots:
 
     def set_parameters(self, slot: int, params: SamplingParams) -> None:
         """Store the parameters of a sequence that is new to this slot."""
-        self._parameters[slot] = tuple(getattr(params, name) for name in _PARAMETERS.names or ())
+        stored = storable(params)
+        self._parameters[slot] = tuple(getattr(stored, name) for name in _PARAMETERS.names or ())
+        self._set_bias(slot, params.logit_bias)
         steps_only = replace(params, **{name: getattr(_NEUTRAL, name) for name in HOST_ONLY})
         self._is_plain[slot] = steps_only == _NEUTRAL
         if self.needs_counts(slot):
             self.all_counts()  # allocated by this thread, before the step's own thread reads it
+
+    def _set_bias(self, slot: int, logit_bias: tuple[tuple[int, float], ...]) -> None:
+        self._biases.pop(slot, None)
+        if logit_bias:
+            ids, biases = zip(*logit_bias, strict=True)
+            self._biases[slot] = np.array(ids, np.int64), np.array(biases, np.float32)
 
     def parameters(self, slots: np.ndarray) -> np.ndarray:
         """The records of these slots, with one field for each sampling parameter."""
@@ -72,6 +94,11 @@ class SamplingSlots:
     def want_logprobs(self, slots: np.ndarray) -> bool:
         return bool(self._parameters["logprobs"][slots].any())
 
+    def report_raw(self, slots: np.ndarray) -> np.ndarray:
+        """Which of these slots report logprobs of the model's own distribution, [slots] bool."""
+        raw: np.ndarray = self._parameters["raw_logprobs"][slots]
+        return raw
+
     def have_penalties(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots have a penalty, [slots] bool."""
         p = self._parameters[slots]
@@ -79,6 +106,7 @@ class SamplingSlots:
             (p["repetition_penalty"] != 1)
             | (p["frequency_penalty"] != 0)
             | (p["presence_penalty"] != 0)
+            | (p["output_frequency_penalty"] != 0)
         )
 
     def needs_counts(self, slot: int) -> bool:
@@ -87,6 +115,29 @@ class SamplingSlots:
     def watermarked(self, slots: np.ndarray) -> np.ndarray:
         """Return the indices of these slots that are watermarked, [n] int64."""
         return np.flatnonzero(self._parameters["watermark"][slots])
+
+    def biases(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the logit biases of these slots as arrays to upload; none if no slot has any.
+
+        biased_rows  [n] int64 indices of these slots
+        biased_ids   [n] int64 token ids
+        biases       [n] float32
+        """
+        if not self._biases:
+            return {}
+        biased = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in self._biases]
+        if not biased:
+            return {}
+        ids, biases = zip(*(self._biases[slot] for _, slot in biased), strict=True)
+        return {
+            "biased_rows": np.repeat([row for row, _ in biased], [len(b) for b in biases]),
+            "biased_ids": np.concatenate(ids),
+            "biases": np.concatenate(biases),
+        }
+
+    def counts_prompt(self, slot: int) -> bool:
+        """Whether the token counts of this slot include the prompt's."""
+        return bool(self._parameters["output_frequency_penalty"][slot] == 0)
 
     # -- in stream order --------------------------------------------------------------
 
@@ -100,8 +151,16 @@ class SamplingSlots:
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return self._counts
 
-    def start_counts(self, slot: int, token_ids: Tensor, num_prompt_tokens: int) -> None:
-        """Count the known tokens, [n] int64, of a sequence that is new to this slot."""
+    def start_counts(
+        self, slot: int, token_ids: Tensor, num_prompt_tokens: int, counts_prompt: bool = True
+    ) -> None:
+        """Count the known tokens, [n] int64, of a sequence that is new to this slot.
+
+        If `counts_prompt` is False, the prompt's are only marked as such.
+        """
         counts = self.all_counts()[slot].zero_()
-        counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
+        counted = token_ids if counts_prompt else token_ids[num_prompt_tokens:]
+        counts.index_add_(0, counted, torch.ones_like(counted, dtype=torch.int32))
+        if not counts_prompt:
+            counts[token_ids[:num_prompt_tokens]] |= IN_PROMPT
         counts[token_ids[num_prompt_tokens:]] |= GENERATED

@@ -2,7 +2,7 @@
 
 Greedy sequences take the argmax. Sampled ones take the argmax of scores plus noise that
 is a function of (seed, position, token id), see `kernels.sampling`. Logprobs are those
-of the processed scores, as Text Generation Inference reports them.
+of the processed scores, as Text Generation Inference reports them, or of the logits.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,20 @@ from engine.sampling.logits_processors import (
     rows_of,
     select,
 )
-from engine.sampling.sampler import TIE_MARGIN, SampledTokens, SamplingKind, SamplingPlan
+from engine.sampling.sampler import (
+    RAW,
+    TIE_MARGIN,
+    SampledTokens,
+    SamplingKind,
+    SamplingPlan,
+    report_raw,
+)
 from engine.sampling.slots import SamplingSlots, check_heeded
 from kernels.sampling import gumbel_noise, noise_keys
 
 _NOISE = "noise_keys"
+_REPORTED_ROWS = 32
+"""Rows whose logprobs are computed at a time: they take 28 bytes per token of the vocabulary."""
 
 HEEDED = (
     *Penalties.PARAMETERS,
@@ -45,11 +54,14 @@ class TorchSampler:
 
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
         logprobs = self.slots.want_logprobs(slots)
+        is_raw = self.slots.report_raw(slots)
+        arrays = {RAW: is_raw.astype(np.int32)} if is_raw.any() else {}
         if self.slots.are_plain(slots):
-            return SamplingPlan({}, SamplingKind(True, logprobs, penalties=False, num_top=0))
+            kind = SamplingKind(True, logprobs, bool(arrays), penalties=False, num_top=0)
+            return SamplingPlan(arrays, kind)
         p = self.slots.parameters(slots)
         penalised = self.slots.have_penalties(slots)
-        arrays = Penalties.plan(penalised, slots, p)
+        arrays |= Penalties.plan(penalised, slots, p)
         for processor in PROCESSORS:
             arrays |= processor.plan(p[processor.parameter])
         if p["do_sample"].any():
@@ -58,17 +70,43 @@ class TorchSampler:
         kind = SamplingKind(
             plain=False,
             logprobs=logprobs or num_top > 0,
+            raw_logprobs=RAW in arrays,
             penalties=bool(penalised.any()),
             num_top=num_top,
         )
         return SamplingPlan(arrays, kind)
 
     def sample(
-        self, logits: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind
+        self,
+        logits: Tensor,
+        arrays: Mapping[str, Tensor],
+        kind: SamplingKind,
+        raw: Tensor | None = None,
     ) -> SampledTokens:
         scores = logits.float()
+        if kind.raw_logprobs and not kind.plain and raw is None:
+            raw, scores = scores, scores.clone()
         if kind.plain:
-            return _with_logprobs(scores, scores.argmax(dim=-1), kind)
+            sampled = _reported(scores, scores.argmax(dim=-1), kind)
+        else:
+            sampled = self._sample(scores, arrays, kind)
+        if not kind.raw_logprobs or raw is None:
+            return sampled
+        return report_raw(arrays[RAW], self.report(raw, sampled.ids, kind.num_top), sampled)
+
+    def report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
+        groups = zip(logits.split(_REPORTED_ROWS), ids.split(_REPORTED_ROWS), strict=True)
+        parts = [_with_logprobs(rows.float(), row_ids, num_top) for rows, row_ids in groups]
+        return SampledTokens(
+            ids,
+            _joined([part.logprobs for part in parts]),
+            _joined([part.top_ids for part in parts]),
+            _joined([part.top_logprobs for part in parts]),
+        )
+
+    def _sample(
+        self, scores: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind
+    ) -> SampledTokens:
         penalties = None
         if kind.penalties:
             penalties = Penalties.from_arrays(arrays, self.slots.all_counts())
@@ -79,7 +117,7 @@ class TorchSampler:
         ids = _choose(scores, arrays)
         if penalties is not None:
             penalties.count(ids)
-        return _with_logprobs(scores, ids, kind)
+        return _reported(scores, ids, kind)
 
 
 def _choose(scores: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -94,15 +132,23 @@ def _choose(scores: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
     return scores.argmax(dim=-1).index_copy_(0, rows, sampled)
 
 
-def _with_logprobs(scores: Tensor, ids: Tensor, kind: SamplingKind) -> SampledTokens:
-    if not kind.logprobs:
-        return SampledTokens(ids)
+def _reported(scores: Tensor, ids: Tensor, kind: SamplingKind) -> SampledTokens:
+    return _with_logprobs(scores, ids, kind.num_top) if kind.logprobs else SampledTokens(ids)
+
+
+def _with_logprobs(scores: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
     logprobs = scores.log_softmax(dim=-1)
     chosen = logprobs.gather(-1, ids[:, None])[:, 0]
-    if not kind.num_top:
+    if not num_top:
         return SampledTokens(ids, chosen)
-    top_ids = _best(logprobs, kind.num_top + TIE_MARGIN)
+    top_ids = _best(logprobs, num_top + TIE_MARGIN)
     return SampledTokens(ids, chosen, top_ids, logprobs.gather(-1, top_ids))
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Put the rows of all parts in one tensor, if there are parts."""
+    rows = [part for part in parts if part is not None]
+    return torch.cat(rows) if rows else None
 
 
 def _best(scores: Tensor, k: int) -> Tensor:

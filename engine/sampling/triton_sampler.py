@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from engine.core.request import SamplingParams
-from engine.sampling.sampler import TIE_MARGIN, SampledTokens, SamplingKind, SamplingPlan
-from engine.sampling.slots import STEP_PARAMETERS, SamplingSlots, check_heeded
+from engine.sampling.sampler import (
+    RAW,
+    TIE_MARGIN,
+    SampledTokens,
+    SamplingKind,
+    SamplingPlan,
+    report_raw,
+)
+from engine.sampling.slots import STEP_PARAMETERS, SamplingSlots, check_heeded, storable
 from kernels import fused_sampling
 from kernels.sampling import ROW_PARAMETERS, noise_keys
 
@@ -33,35 +40,79 @@ class TritonSampler:
         self._rows = np.zeros(max_sequences + 1, dtype=ROW_PARAMETERS)
         self._rows["slot"] = np.arange(max_sequences + 1)
         self.set_parameters(max_sequences, SamplingParams())
+        # The row of a distribution that is reported: neutral, with top tokens.
+        reported = self._rows[-1:].copy()
+        reported["top_n_tokens"] = 1
+        self._reported = torch.from_numpy(_words(reported)).to(device)
 
     def set_parameters(self, slot: int, params: SamplingParams) -> None:
         self.slots.set_parameters(slot, params)
-        limited = replace(params, top_k=min(params.top_k, self._vocab_size))
+        limited = replace(storable(params), top_k=min(params.top_k, self._vocab_size))
         row = self._rows[slot]
         for name in STEP_PARAMETERS:
             row[name] = getattr(limited, name)
 
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> SamplingPlan:
-        kind, rows = self._kind(slots), self._rows[slots]
+        is_raw = self.slots.report_raw(slots)
+        kind, rows = self._kind(slots, bool(is_raw.any())), self._rows[slots]
         if not kind.plain:
             rows["noise_key"] = noise_keys(self.slots.parameters(slots)["seed"], positions)
             rows["context_length"] = positions
-        return SamplingPlan({_ARRAY: rows.view(np.int32).reshape(len(rows), -1)}, kind)
+        return SamplingPlan({_ARRAY: _words(rows), RAW: is_raw.astype(np.int32)}, kind)
 
-    def _kind(self, slots: np.ndarray) -> SamplingKind:
+    def _kind(self, slots: np.ndarray, raw_logprobs: bool) -> SamplingKind:
         logprobs = self.slots.want_logprobs(slots)
         if self.slots.are_plain(slots):
-            return SamplingKind(plain=True, logprobs=logprobs, penalties=False, num_top=0)
-        num_top = int(self.slots.parameters(slots)["top_n_tokens"].max())
-        if num_top:  # rounded up, so that few kinds have to be captured
-            num_top = -(-(num_top + TIE_MARGIN) // _NUM_TOP_STEP) * _NUM_TOP_STEP
-        penalties = bool(self.slots.have_penalties(slots).any())
-        return SamplingKind(plain=False, logprobs=logprobs, penalties=penalties, num_top=num_top)
+            return SamplingKind(True, logprobs, raw_logprobs, penalties=False, num_top=0)
+        return SamplingKind(
+            plain=False,
+            logprobs=logprobs,
+            raw_logprobs=raw_logprobs,
+            penalties=bool(self.slots.have_penalties(slots).any()),
+            num_top=_num_computed(int(self.slots.parameters(slots)["top_n_tokens"].max())),
+        )
 
     def sample(
-        self, logits: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind
+        self,
+        logits: Tensor,
+        arrays: Mapping[str, Tensor],
+        kind: SamplingKind,
+        raw: Tensor | None = None,
     ) -> SampledTokens:
         if kind.plain:
-            return SampledTokens(*fused_sampling.greedy(logits, kind.logprobs))
-        counts = self.slots.all_counts() if kind.penalties else None
-        return SampledTokens(*fused_sampling.sample(logits, arrays[_ARRAY], counts, kind.num_top))
+            sampled = SampledTokens(*fused_sampling.greedy(logits, kind.logprobs))
+        else:
+            counts = self.slots.all_counts() if kind.penalties else None
+            results = fused_sampling.sample(logits, arrays[_ARRAY], counts, kind.num_top)
+            sampled = SampledTokens(*results)
+            raw = logits if raw is None else raw
+        if not kind.raw_logprobs or raw is None:
+            return sampled
+        return report_raw(arrays[RAW], self._report(raw, sampled.ids, kind.num_top), sampled)
+
+    def report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
+        return self._report(logits, ids, _num_computed(num_top))
+
+    def _report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
+        """Return what `report` does, with exactly `num_top` tokens.
+
+        The kernels give the logprob of each row's best token; any other's is a difference from it.
+        """
+        if num_top:
+            parameters = self._reported.expand(len(ids), -1).contiguous()
+            best = SampledTokens(*fused_sampling.sample(logits, parameters, None, num_top))
+        else:
+            best = SampledTokens(*fused_sampling.greedy(logits, want_logprobs=True))
+        assert best.logprobs is not None
+        scores = logits.gather(-1, torch.stack([ids, best.ids], dim=-1)).float()
+        return replace(best, ids=ids, logprobs=scores[:, 0] - scores[:, 1] + best.logprobs)
+
+
+def _words(rows: np.ndarray) -> np.ndarray:
+    """View rows of `ROW_PARAMETERS` as the int32 words, [rows, words], that the kernels read."""
+    return rows.view(np.int32).reshape(len(rows), -1)
+
+
+def _num_computed(num_top: int) -> int:
+    """How many top tokens are computed: rounded up, so that few kinds have to be captured."""
+    return -(-(num_top + TIE_MARGIN) // _NUM_TOP_STEP) * _NUM_TOP_STEP if num_top else 0

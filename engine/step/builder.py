@@ -6,6 +6,7 @@ calls and reaches the device in one copy.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -49,15 +50,26 @@ class StepInputs:
     arrays: dict[str, Tensor]
 
 
+class NewContext(NamedTuple):
+    """What is known of a sequence that is new to its slot and has a penalty.
+
+    counts_prompt  whether the prompt's tokens are counted, not only marked
+    """
+
+    slot: int
+    num_tokens: int
+    num_prompt_tokens: int
+    counts_prompt: bool
+
+
 @dataclass(frozen=True, slots=True)
 class NewContexts:
     """The known tokens of sequences that are new to their slots and have a penalty.
 
-    contexts   slot, number of known tokens, and number of prompt tokens of each sequence
     token_ids  the known tokens of all these sequences, one after the other
     """
 
-    contexts: list[tuple[int, int, int]]
+    contexts: list[NewContext]
     token_ids: PackedArrays
 
 
@@ -65,16 +77,18 @@ class NewContexts:
 class HostStep:
     """One step as plain data, which can be pickled: all that the runner needs to launch it.
 
-    arrays       to upload
-    host_arrays  that attention reads on the host
-    sampling     which kind of sampling; None when nothing is sampled
-    graph        shape of the captured graph that runs the step; None: no graph
-    num_sampled  number of sampled rows, not counting the padding of a graph
-    update       block tables that changed, if the device has to know
-    contexts     tokens to count before sampling
-    extras       arrays for optional work, which most steps do not have and graphs leave out:
-                 `watermarked` [n] int64 indices of sampled rows, `prompt_ids` [prompt rows]
-                 int64 whose logprobs are asked for, `copied` [2, n] int64 blocks from and to
+    arrays          to upload
+    host_arrays     that attention reads on the host
+    sampling        which kind of sampling; None when nothing is sampled
+    graph           shape of the captured graph that runs the step; None: no graph
+    num_sampled     number of sampled rows, not counting the padding of a graph
+    num_prompt_top  how many alternatives to each prompt token are asked for
+    update          block tables that changed, if the device has to know
+    contexts        tokens to count before sampling
+    extras          arrays for optional work, which most steps do not have and graphs leave out:
+                    `watermarked` [n] int64 indices of sampled rows, the arrays of
+                    `SamplingSlots.biases`, `prompt_ids` [prompt rows] int64 whose logprobs are
+                    asked for, `copied` [2, n] int64 blocks from and to
     """
 
     arrays: PackedArrays
@@ -82,6 +96,7 @@ class HostStep:
     sampling: SamplingKind | None
     graph: GraphShape | None
     num_sampled: int
+    num_prompt_top: int = 0
     update: PackedArrays | None = None
     contexts: NewContexts | None = None
     extras: PackedArrays | None = None
@@ -138,7 +153,13 @@ class StepBuilder:
             input_ids = _padded(input_ids, padding, 0)
         sequences = StepSequences(slots, starts, lengths)
         step = self._pack(sequences, input_ids, samples, _prompt_rows(batch, lengths), graph)
-        return replace(step, update=update, contexts=contexts, extras=extras)
+        num_top = max(
+            (batch.scheduled[i].sequence.request.prompt_top_tokens for i in batch.prompted),
+            default=0,
+        )
+        return replace(
+            step, num_prompt_top=num_top, update=update, contexts=contexts, extras=extras
+        )
 
     def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
         """Return a step of padding alone for this graph, sampled with these parameters."""
@@ -199,10 +220,12 @@ class StepBuilder:
 
     def _extra_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
         watermarked = self._sampler.slots.watermarked(sampled_slots)
-        if not (watermarked.size or batch.prompted or batch.copies):
+        biases = self._sampler.slots.biases(sampled_slots)
+        if not (watermarked.size or biases or batch.prompted or batch.copies):
             return None
         arrays = {
             "watermarked": watermarked,
+            **biases,
             "prompt_ids": np.array(_prompt_ids(batch), dtype=np.int64),
             "copied": np.array(batch.copies, dtype=np.int64).reshape(-1, 2).T,
         }
@@ -220,14 +243,18 @@ class StepBuilder:
         """Store the parameters of sequences that are new to their slots."""
         for seq in sequences:
             self._sampler.set_parameters(seq.slot, seq.request.sampling)
-        counted = [seq for seq in sequences if self._sampler.slots.needs_counts(seq.slot)]
+        slots = self._sampler.slots
+        counted = [seq for seq in sequences if slots.needs_counts(seq.slot)]
         if not counted:
             return None
         token_ids = [np.array(seq.token_ids, dtype=np.int64) for seq in counted]
-        return NewContexts(
-            [(seq.slot, len(seq.token_ids), seq.num_prompt_tokens) for seq in counted],
-            PackedArrays({"token_ids": np.concatenate(token_ids)}),
-        )
+        contexts = [
+            NewContext(
+                seq.slot, len(seq.token_ids), seq.num_prompt_tokens, slots.counts_prompt(seq.slot)
+            )
+            for seq in counted
+        ]
+        return NewContexts(contexts, PackedArrays({"token_ids": np.concatenate(token_ids)}))
 
     def _update_tables(self, batch: Batch) -> PackedArrays | None:
         width = self._block_tables.shape[1]

@@ -84,10 +84,9 @@ class ModelStep:
 
 
 def _output(result: StepResult) -> StepOutput:
-    logprobs = result.prompt_logprobs
     return StepOutput(
         tokens=None if result.sampled is None else _tokens(result.sampled),
-        prompt_logprobs=[] if logprobs is None else logprobs.tolist(),
+        prompt_tokens=[] if result.prompt is None else list(_tokens(result.prompt)),
     )
 
 

@@ -17,7 +17,7 @@ from engine.device.stream import Pending, Stream
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.sampling.factory import make_sampler
-from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind, to_host
+from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind
 from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
 from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
 
@@ -56,12 +56,12 @@ def build_runner(
 class StepResult:
     """A step's result, on the host.
 
-    sampled          None when nothing was sampled
-    prompt_logprobs  [prompt rows] float32; None when none were asked for
+    sampled  None when nothing was sampled
+    prompt   the prompt tokens whose logprobs were asked for; None when none were
     """
 
     sampled: SampledTokens | None
-    prompt_logprobs: Tensor | None
+    prompt: SampledTokens | None
 
 
 @dataclass(slots=True)
@@ -162,58 +162,78 @@ class ModelRunner:
     def _start_counts(self, new: NewContexts) -> None:
         """Count the known tokens of sequences that are new to their slots."""
         token_ids = new.token_ids.upload(self._device)["token_ids"]
-        lengths = [num_tokens for _, num_tokens, _ in new.contexts]
-        for (slot, _, num_prompt_tokens), known in zip(
-            new.contexts, token_ids.split(lengths), strict=True
-        ):
-            self._sampler.slots.start_counts(slot, known, num_prompt_tokens)
+        lengths = [context.num_tokens for context in new.contexts]
+        for context, known in zip(new.contexts, token_ids.split(lengths), strict=True):
+            self._sampler.slots.start_counts(
+                context.slot, known, context.num_prompt_tokens, context.counts_prompt
+            )
 
     @torch.inference_mode()
     def _run_sampling(self, forward: Forward, masks: PackedArrays | None) -> StepResult:
         step, inputs, logits = forward.step, forward.inputs, forward.logits
         assert inputs is not None
         assert logits is not None, "the forward failed"
-        prompt_logprobs = None
-        if step.extras is not None:
-            arrays = step.extras.upload(self._device)
-            prompt_logprobs = self._run_optional_work(arrays, step.num_sampled, inputs, logits)
-        if masks is not None:
-            arrays = masks.upload(self._device)
-            self._context.ops.mask_tokens(logits, arrays["rows"], arrays["masks"])
-        sampled = None
-        if step.sampling is not None:
-            if forward.graphs is None:
-                sampled = self._sample(logits[: step.num_sampled], inputs, step.sampling)
-            else:
-                sampled = self._sample_graph(forward.graphs, step, logits, step.sampling)
-            sampled = sampled.to_host(step.num_sampled)
-        return StepResult(sampled, prompt_logprobs)
-
-    def _run_optional_work(
-        self, extras: dict[str, Tensor], num_sampled: int, inputs: StepInputs, logits: Tensor
-    ) -> Tensor | None:
-        """Copy blocks, watermark logits, and return the logprobs of prompt tokens, where asked."""
+        extras = {} if step.extras is None else step.extras.upload(self._device)
         if "copied" in extras:
             copy_blocks(self._context.pools, *extras["copied"])
+        prompt = None
+        if "prompt_ids" in extras:
+            prompt_logits = logits[step.num_sampled :]
+            prompt = self._sampler.report(prompt_logits, extras["prompt_ids"], step.num_prompt_top)
+            prompt = prompt.to_host(len(prompt_logits))
+        sampled = None
+        if step.sampling is not None:
+            logits = logits[: len(inputs.sampled_slots)]
+            scores = self._change(logits, inputs, extras, masks, step.sampling)
+            sampled = self._run_sampler(forward, logits, scores, step.sampling)
+            sampled = sampled.to_host(step.num_sampled)
+        return StepResult(sampled, prompt)
+
+    def _change(
+        self,
+        logits: Tensor,
+        inputs: StepInputs,
+        extras: dict[str, Tensor],
+        masks: PackedArrays | None,
+        kind: SamplingKind,
+    ) -> Tensor:
+        """Return the logits with watermark, biases and the masks of grammars, where asked.
+
+        They are changed in place, unless logprobs of the model's own are to be reported, or there
+        are biases: float32 holds those, which may leave nothing of a half precision's digits.
+        """
+        is_changed = "watermarked" in extras or "biases" in extras or masks is not None
+        if is_changed and kind.raw_logprobs:
+            logits = logits.clone()
         if "watermarked" in extras:
             rows = inputs.kept_rows[: len(inputs.sampled_slots)]
             previous = self._known(inputs.input_ids[rows], inputs.sampled_slots)
             self._context.ops.watermark(logits, extras["watermarked"], previous, *self._watermark)
-        if "prompt_ids" not in extras:
-            return None
-        logprobs = logits[num_sampled:].float().log_softmax(-1)
-        chosen = logprobs.gather(-1, extras["prompt_ids"][:, None])[:, 0]
-        return to_host(chosen, len(chosen))
+        if "biases" in extras:
+            logits = logits.float()
+            logits[extras["biased_rows"], extras["biased_ids"]] += extras["biases"]
+        if masks is not None:
+            arrays = masks.upload(self._device)
+            self._context.ops.mask_tokens(logits, arrays["rows"], arrays["masks"])
+        return logits
 
-    def _sample_graph(
-        self, graphs: ShapeGraphs, step: HostStep, logits: Tensor, kind: SamplingKind
+    def _run_sampler(
+        self, forward: Forward, logits: Tensor, scores: Tensor, kind: SamplingKind
     ) -> SampledTokens:
-        """Replay the sampling; where it was not captured yet, run it and capture it afterwards."""
-        if graphs.forward is not None and kind in graphs.sampling:
+        """Sample from the scores, which the logits may have been copied to.
+
+        A graph samples from the logits themselves; a copy is sampled kernel by kernel. What was
+        not captured yet is captured after it has run.
+        """
+        graphs, shape, inputs = forward.graphs, forward.step.graph, forward.inputs
+        assert inputs is not None
+        is_copy = scores is not logits
+        is_captured = graphs is not None and graphs.forward is not None and kind in graphs.sampling
+        if graphs is not None and is_captured and not is_copy:
             return graphs.sampling[kind].replay()
-        sampled = self._sample(logits, graphs.inputs, kind)
-        if step.graph is not None and step.graph.steps in self._captures:
-            self._capture(graphs, step.graph, kind)
+        sampled = self._sample(scores, inputs, kind, logits if is_copy else None)
+        if graphs is not None and shape is not None and not is_captured:
+            self._capture(graphs, shape, kind)
         return sampled
 
     def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:
@@ -222,6 +242,8 @@ class ModelRunner:
         If one capture fails, none is tried again for steps like it.
         """
         assert self._graphs is not None
+        if shape.steps not in self._captures:
+            return
         try:
             if graphs.forward is None:
                 graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))
@@ -260,7 +282,9 @@ class ModelRunner:
         """Replace `ON_DEVICE` among the token ids by the last token sampled in the slot."""
         return torch.where(token_ids == ON_DEVICE, self._last_ids[slots], token_ids)
 
-    def _sample(self, logits: Tensor, inputs: StepInputs, kind: SamplingKind) -> SampledTokens:
-        sampled = self._sampler.sample(logits, inputs.arrays, kind)
+    def _sample(
+        self, logits: Tensor, inputs: StepInputs, kind: SamplingKind, raw: Tensor | None = None
+    ) -> SampledTokens:
+        sampled = self._sampler.sample(logits, inputs.arrays, kind, raw)
         self._last_ids[inputs.sampled_slots] = sampled.ids
         return sampled

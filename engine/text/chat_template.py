@@ -39,8 +39,12 @@ class ChatTemplate:
         names = tree.find_all(nodes.Name)
         return any(name.name == "tools" and name.ctx == "load" for name in names)
 
+    def mentions(self, word: str) -> bool:
+        """Whether `word` is anywhere in the template, such as the name of a role or a field."""
+        return re.search(rf"\b{re.escape(word)}\b", self._source or "") is not None
+
     def render(
-        self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None = None
+        self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None = None
     ) -> str:
         """Return the prompt for the assistant's next message.
 
@@ -51,11 +55,12 @@ class ChatTemplate:
         """
         if self._source is None:
             raise TemplateError("template not found")
-        if messages and messages[-1]["role"] == "assistant":
+        last = messages[-1] if messages else {}
+        if last.get("role") == "assistant" and not last.get("tool_calls"):
             return self._continued(messages, tools)
         return self._apply(messages, tools, add_generation_prompt=True)
 
-    def _continued(self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None) -> str:
+    def _continued(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None) -> str:
         """Return the prompt up to the end of the last message.
 
         A mark at the end of its content tells where that is, even if the template trims the
@@ -76,7 +81,7 @@ class ChatTemplate:
 
     def _apply(
         self,
-        messages: Seq[dict[str, str]],
+        messages: Seq[dict[str, Any]],
         tools: Seq[dict[str, Any]] | None,
         add_generation_prompt: bool,
     ) -> str:

@@ -37,6 +37,8 @@ _OPTIONS = {
     # Ignore a keyword that cannot be enforced, with a warning, as clients of outlines expect.
     "lenient": True,
 }
+_EMBEDDED = {"x-guidance": _OPTIONS}
+"""The options of a schema that is part of a larger grammar."""
 _MAX_PATTERNS = 32
 """Patterns of a schema that are tried one by one, which takes half a second at most for each."""
 _NUM_TRIED = 32
@@ -125,14 +127,8 @@ class GrammarCompiler:
         """Compile a grammar of the JSON that is valid under `schema`. Raises GrammarError."""
         if not isinstance(schema, dict):
             raise GrammarError("a schema is an object")
-        try:
-            whole = closed(schema)
-            source = orjson.dumps(whole).decode()
-        except RecursionError:
-            raise GrammarError("it is nested too deeply") from None
-        except TypeError as error:
-            raise GrammarError(str(error)) from None
-        return self._cached("json", source, lambda: self._compile_schema(whole))
+        whole, source = _closed([schema])
+        return self._cached("json", source, lambda: self._compile_schema(*whole))
 
     def regex(self, pattern: str) -> Grammar:
         """Compile a grammar of the texts that `pattern` matches as a whole.
@@ -140,6 +136,30 @@ class GrammarCompiler:
         The syntax is that of Rust's regex. Raises GrammarError.
         """
         return self._cached("regex", pattern, lambda: self._compile_regex(pattern))
+
+    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
+        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
+
+        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
+        alone. Raises GrammarError.
+        """
+        names = [name for name, _ in tools]
+        try:
+            schemas, source = _closed([schema for _, schema in tools])
+            return self._cached(
+                "call", _json(names) + source, lambda: self._compile_call(names, schemas)
+            )
+        except GrammarError as error:
+            raise self._fault_of_one(tools) or error from None
+
+    def _fault_of_one(self, tools: Seq[tuple[str, dict[str, Any]]]) -> GrammarError | None:
+        """Return the error of the first tool whose schema is not valid alone either."""
+        for name, schema in tools:
+            try:
+                self.json_schema(schema)
+            except GrammarError as error:
+                return GrammarError(f"the parameters of tool {name}: {error}")
+        return None
 
     def _cached(self, kind: str, source: str, compile: Callable[[], Grammar]) -> Grammar:
         _check_size(source)
@@ -162,6 +182,15 @@ class GrammarCompiler:
 
     def _compile_schema(self, schema: dict[str, Any]) -> Grammar:
         warnings: list[str] = []
+        return self._compile(_json_grammar(self._followed(schema, warnings)), warnings)
+
+    def _compile_call(self, names: Seq[str], schemas: Seq[dict[str, Any]]) -> Grammar:
+        warnings: list[str] = []
+        followed = [self._followed(schema, warnings) for schema in schemas]
+        return self._compile(_call_grammar(names, followed), warnings)
+
+    def _followed(self, schema: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+        """Return what can be followed of a schema. The rest adds to the `warnings`."""
         faults: dict[str, str] = {}
 
         def fault_of(pattern: str) -> str:
@@ -175,7 +204,7 @@ class GrammarCompiler:
             raise GrammarError("it is nested too deeply") from None
         if followed is False:
             raise GrammarError("Unsatisfiable schema: no value of it ends")
-        return self._compile(_json_grammar(followed), warnings)
+        return followed
 
     def _find_pattern_fault(self, pattern: str) -> str:
         """Return why a pattern cannot be followed, even if it is all there is; "" if it can."""
@@ -214,8 +243,38 @@ class GrammarCompiler:
             matcher.consume_token(int(choose(token_ids)))
 
 
+def _closed(schemas: Seq[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Return the schemas as they are read, and their JSON. Raises GrammarError."""
+    try:
+        whole = [closed(schema) for schema in schemas]
+        return whole, _json(whole)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except TypeError as error:
+        raise GrammarError(str(error)) from None
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _call_grammar(names: Seq[str], schemas: Seq[dict[str, Any]]) -> str:
+    """Return a Lark grammar, in which each JSON schema is a document of its own."""
+    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(names)))]
+    for n, (name, schema) in enumerate(zip(names, schemas, strict=True)):
+        head = f'{{"name": {_json(name)}, "parameters": '
+        lines += [
+            f'call_{n}: {_json(head)} parameters_{n} "}}"',
+            f"parameters_{n}: %json {_json(schema | _EMBEDDED)}",
+        ]
+    try:
+        return LLMatcher.grammar_from_lark("\n".join(lines))
+    except ValueError as error:
+        raise GrammarError(str(error)) from None
+
+
 def _json_grammar(schema: Any) -> str:
-    source = orjson.dumps(schema).decode()
+    source = _json(schema)
     try:
         return LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
     except ValueError as error:

@@ -85,7 +85,7 @@ async def test_only_two_parameters_of_an_instance_are_used() -> None:
 
 
 async def test_the_prediction_of_a_call_is_the_generated_text() -> None:
-    text = '{"function": {"_name": "clock"}}'
+    text = '{"name": "clock", "parameters": {}}'
     engine = ScriptedEngine(lambda _: [[output(text), finished(text, 1)]])
     tools = [{"type": "function", "function": {"name": "clock"}}]
     answer = await post("/vertex", {"instances": [CHAT | {"tools": tools}]}, engine)

@@ -60,10 +60,10 @@ class ExpectedText:
             (seq.request.cache_salt, bytes(self.tokens[: i + 1])) for i in range(len(self.tokens))
         ]
 
-    def prompt_logprobs(self, start: int, num_rows: int) -> list[float]:
-        """Return the logprobs of the tokens after these positions, one number a prefix."""
+    def prompt_tokens(self, start: int, num_rows: int) -> list[SampledToken]:
+        """Return the tokens after these positions, their logprobs one number a prefix."""
         prefixes = self.prefixes[start + 1 : start + 1 + num_rows]
-        return [-float(crc32(tokens)) for _, tokens in prefixes]
+        return [SampledToken(tokens[-1], -float(crc32(tokens)), []) for _, tokens in prefixes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Step:
         samples = any(entry.samples for entry in self.batch.scheduled)
         return StepOutput(
             [SampledToken(token, None, []) for token in self._tokens] if samples else None,
-            self._device.prompt_logprobs(self),
+            self._device.prompt_tokens(self),
         )
 
     def wait(self) -> None:
@@ -227,11 +227,11 @@ class Device:
             self.tokens[entry.slot].append(drawn[-1])
         return drawn
 
-    def prompt_logprobs(self, step: Step) -> list[float]:
+    def prompt_tokens(self, step: Step) -> list[SampledToken]:
         return [
-            logprob
+            token
             for entry in step.batch.scheduled
-            for logprob in self.expected[entry.sequence].prompt_logprobs(
+            for token in self.expected[entry.sequence].prompt_tokens(
                 entry.start, entry.num_prompt_rows
             )
         ]

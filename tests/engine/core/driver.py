@@ -101,7 +101,7 @@ class Driver:
     failed: list[Sequence] = field(default_factory=list)
     rewound_forks: list[Sequence] = field(default_factory=list)
     """Forks that a rewind has sent back to the queue."""
-    prompt_logprobs: dict[Sequence, list[float]] = field(default_factory=dict)
+    prompt_tokens: dict[Sequence, list[SampledToken]] = field(default_factory=dict)
     orphans: list[Sequence] = field(default_factory=list)
     """Forks whose leader has failed."""
 
@@ -196,7 +196,7 @@ class Driver:
         assert token.token_id == seq.token_ids[-1]
         assert seq.token_ids == tokens[: len(seq.token_ids)], "the sequence got a wrong token"
         if seq.request.prompt_logprobs:
-            num_known = len(self.prompt_logprobs.get(seq, []))
+            num_known = len(self.prompt_tokens.get(seq, []))
             assert num_known == seq.num_prompt_tokens - 1, (
                 "a token came before the prompt's logprobs"
             )
@@ -206,14 +206,14 @@ class Driver:
         self.finished.append(seq)
         return True
 
-    def take_prompt_logprobs(self, seq: Sequence, start: int, logprobs: list[float]) -> None:
+    def take_prompt_tokens(self, seq: Sequence, start: int, tokens: list[SampledToken]) -> None:
         assert seq.request.prompt_logprobs
         assert seq in self.live
-        assert start + len(logprobs) < seq.num_prompt_tokens
-        assert logprobs == self.expected[seq].prompt_logprobs(start, len(logprobs))
-        known = self.prompt_logprobs.setdefault(seq, [])
+        assert start + len(tokens) < seq.num_prompt_tokens
+        assert tokens == self.expected[seq].prompt_tokens(start, len(tokens))
+        known = self.prompt_tokens.setdefault(seq, [])
         assert start <= len(known), "the logprobs of some positions were skipped"
-        known[start : start + len(logprobs)] = logprobs
+        known[start : start + len(tokens)] = tokens
 
     def take_failure(self, seq: Sequence, message: str) -> None:
         """Note the failure. A sequence fails only if it was alone in a lost step."""

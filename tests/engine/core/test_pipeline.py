@@ -80,8 +80,8 @@ class TestPromptLogprobs:
         plain = driver.add(prompt(7, stem=1), 2)
         first, second = (driver.add(prompt(n, n), 2, prompt_logprobs=True) for n in (20, 10))
         decode(driver, 1)
-        assert plain not in driver.prompt_logprobs
-        assert [len(driver.prompt_logprobs[seq]) for seq in (first, second)] == [19, 9]
+        assert plain not in driver.prompt_tokens
+        assert [len(driver.prompt_tokens[seq]) for seq in (first, second)] == [19, 9]
         driver.drain()
 
     def test_the_logprobs_of_a_sequence_aborted_in_flight_are_skipped(self) -> None:
@@ -90,7 +90,7 @@ class TestPromptLogprobs:
         driver.launch()
         driver.abort(first)
         driver.collect()
-        assert set(driver.prompt_logprobs) == {second}
+        assert set(driver.prompt_tokens) == {second}
         driver.drain()
 
 

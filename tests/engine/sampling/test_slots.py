@@ -25,9 +25,12 @@ USED: dict[str, Any] = {
     "repetition_penalty": 1.5,
     "frequency_penalty": 0.5,
     "presence_penalty": 0.5,
+    "output_frequency_penalty": 0.5,
+    "logit_bias": ((3, -1.5), (7, 100.0)),
     "seed": 7,
     "logprobs": True,
     "top_n_tokens": 2,
+    "raw_logprobs": True,
     "watermark": True,
 }
 """A value of every parameter that is not its neutral one."""
@@ -35,7 +38,8 @@ both_samplers = pytest.mark.parametrize("make", [TorchSampler, TritonSampler])
 
 
 def test_each_sampler_heeds_exactly_the_parameters_of_a_step() -> None:
-    names = {f.name for f in fields(SamplingParams)} - {"seed", "logprobs", "watermark"}
+    others = {"seed", "logprobs", "raw_logprobs", "logit_bias", "watermark"}
+    names = {f.name for f in fields(SamplingParams)} - others
     assert set(STEP_PARAMETERS) == names
     assert set(torch_sampler.HEEDED) == names
     assert set(triton_sampler.HEEDED) == names
@@ -63,14 +67,40 @@ def differ(one: SamplingPlan, other: SamplingPlan) -> bool:
 def test_every_parameter_changes_the_plan_of_a_step(
     make: type[TorchSampler] | type[TritonSampler], name: str
 ) -> None:
-    sampled = replace(NEUTRAL, do_sample=name != "do_sample")
+    sampled = replace(NEUTRAL, do_sample=name != "do_sample", logprobs=name == "raw_logprobs")
     changed = replace(sampled, **{name: USED[name]})
-    if name == "watermark":  # not in the plan: the runner changes the logits before sampling
-        sampler = make(1, 10, CPU)
-        sampler.set_parameters(0, changed)
-        assert sampler.slots.watermarked(np.array([1, 0])).tolist() == [1]
-    else:
-        assert differ(plan(make, sampled), plan(make, changed))
+    assert differ(plan(make, sampled), plan(make, changed)) or name in ("watermark", "logit_bias")
+
+
+@both_samplers
+def test_what_changes_the_logits_before_sampling_is_known_by_row(
+    make: type[TorchSampler] | type[TritonSampler],
+) -> None:
+    sampler: Sampler = make(3, 10, CPU)
+    sampler.set_parameters(0, replace(NEUTRAL, watermark=True))
+    sampler.set_parameters(1, replace(NEUTRAL, logit_bias=((3, -1.5), (7, 100.0))))
+    sampler.set_parameters(2, replace(NEUTRAL, logit_bias=((0, 2.0),)))
+    slots = np.array([2, 3, 0, 1])
+    assert sampler.slots.watermarked(slots).tolist() == [2]
+    biases = {name: array.tolist() for name, array in sampler.slots.biases(slots).items()}
+    assert biases == {
+        "biased_rows": [0, 3, 3],
+        "biased_ids": [0, 3, 7],
+        "biases": [2.0, -1.5, 100.0],
+    }
+    for slot in (1, 2):  # the slots get other sequences
+        sampler.set_parameters(slot, NEUTRAL)
+    assert sampler.slots.biases(slots) == {}
+
+
+@both_samplers
+def test_raw_logprobs_matter_only_where_logprobs_are_asked_for(
+    make: type[TorchSampler] | type[TritonSampler],
+) -> None:
+    raw = replace(NEUTRAL, raw_logprobs=True)
+    assert not plan(make, raw).kind.raw_logprobs
+    assert plan(make, replace(raw, logprobs=True)).kind.raw_logprobs
+    assert plan(make, replace(raw, top_n_tokens=1)).kind.raw_logprobs
 
 
 @both_samplers
