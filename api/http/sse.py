@@ -26,6 +26,13 @@ def event(payload: object) -> bytes:
     return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
+async def begun(frames: AsyncGenerator[bytes, None]) -> None:
+    """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
+    Raises what it raises before, so that this can be told by the status.
+    """
+    await anext(frames)
+
+
 def _on_one_line(frame: bytes) -> bytes:
     """Escape the line breaks that JSON allows in its strings.
 
@@ -34,13 +41,6 @@ def _on_one_line(frame: bytes) -> bytes:
     if frame.isascii():
         return frame
     return _LINE_BREAK.sub(lambda found: _ESCAPES[found[0]], frame)
-
-
-async def begun(frames: AsyncGenerator[bytes, None]) -> None:
-    """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
-    Raises what it raises before, so that this can be told by the status.
-    """
-    await anext(frames)
 
 
 class EventStream(Response):

@@ -8,8 +8,9 @@ import random
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -125,10 +126,23 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """Compile a grammar of the JSON that is valid under `schema`. Raises GrammarError."""
-        if not isinstance(schema, dict):
-            raise GrammarError("a schema is an object")
-        whole, source = _closed([schema])
-        return self._cached("json", source, lambda: self._compile_schema(*whole))
+        whole, source = _closed_source(schema)
+        return self._cached("json", source, lambda: self._compile_schema(whole))
+
+    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
+        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
+
+        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
+        alone. Raises GrammarError, which names the tool whose schema is at fault.
+        """
+        schemas: list[tuple[str, Any]] = []
+        sources: list[str] = []
+        for name, schema in tools:
+            with _named_fault(name):
+                whole, source = _closed_source(schema)
+            schemas.append((name, whole))
+            sources += [name, source]
+        return self._cached("call", _json(sources), lambda: self._compile_call(schemas))
 
     def regex(self, pattern: str) -> Grammar:
         """Compile a grammar of the texts that `pattern` matches as a whole.
@@ -136,30 +150,6 @@ class GrammarCompiler:
         The syntax is that of Rust's regex. Raises GrammarError.
         """
         return self._cached("regex", pattern, lambda: self._compile_regex(pattern))
-
-    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
-        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
-
-        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
-        alone. Raises GrammarError.
-        """
-        names = [name for name, _ in tools]
-        try:
-            schemas, source = _closed([schema for _, schema in tools])
-            return self._cached(
-                "call", _json(names) + source, lambda: self._compile_call(names, schemas)
-            )
-        except GrammarError as error:
-            raise self._fault_of_one(tools) or error from None
-
-    def _fault_of_one(self, tools: Seq[tuple[str, dict[str, Any]]]) -> GrammarError | None:
-        """Return the error of the first tool whose schema is not valid alone either."""
-        for name, schema in tools:
-            try:
-                self.json_schema(schema)
-            except GrammarError as error:
-                return GrammarError(f"the parameters of tool {name}: {error}")
-        return None
 
     def _cached(self, kind: str, source: str, compile: Callable[[], Grammar]) -> Grammar:
         _check_size(source)
@@ -182,15 +172,24 @@ class GrammarCompiler:
 
     def _compile_schema(self, schema: dict[str, Any]) -> Grammar:
         warnings: list[str] = []
-        return self._compile(_json_grammar(self._followed(schema, warnings)), warnings)
+        return self._compile(_json_grammar(self._followable(schema, warnings)), warnings)
 
-    def _compile_call(self, names: Seq[str], schemas: Seq[dict[str, Any]]) -> Grammar:
+    def _compile_call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
         warnings: list[str] = []
-        followed = [self._followed(schema, warnings) for schema in schemas]
-        return self._compile(_call_grammar(names, followed), warnings)
+        followable: list[tuple[str, Any]] = []
+        for name, schema in tools:
+            with _named_fault(name):
+                followable.append((name, self._followable(schema, warnings)))
+        try:
+            return self._compile(_call_grammar(followable), warnings)
+        except GrammarError:
+            for name, schema in tools:
+                with _named_fault(name):
+                    self._compile_schema(schema)
+            raise
 
-    def _followed(self, schema: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
-        """Return what can be followed of a schema. The rest adds to the `warnings`."""
+    def _followable(self, schema: dict[str, Any], warnings: list[str]) -> Any:
+        """Return the schema without what cannot be followed, each of which adds a warning."""
         faults: dict[str, str] = {}
 
         def fault_of(pattern: str) -> str:
@@ -243,10 +242,12 @@ class GrammarCompiler:
             matcher.consume_token(int(choose(token_ids)))
 
 
-def _closed(schemas: Seq[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Return the schemas as they are read, and their JSON. Raises GrammarError."""
+def _closed_source(schema: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the closed schema and its JSON."""
+    if not isinstance(schema, dict):
+        raise GrammarError("a schema is an object")
     try:
-        whole = [closed(schema) for schema in schemas]
+        whole = closed(schema)
         return whole, _json(whole)
     except RecursionError:
         raise GrammarError("it is nested too deeply") from None
@@ -254,23 +255,29 @@ def _closed(schemas: Seq[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         raise GrammarError(str(error)) from None
 
 
-def _json(value: Any) -> str:
-    return orjson.dumps(value).decode()
+@contextmanager
+def _named_fault(tool: str) -> Iterator[None]:
+    """Have an error name the tool whose schema is at fault."""
+    try:
+        yield
+    except GrammarError as error:
+        raise GrammarError(f"the parameters of tool {tool}: {error}") from None
 
 
-def _call_grammar(names: Seq[str], schemas: Seq[dict[str, Any]]) -> str:
-    """Return a Lark grammar, in which each JSON schema is a document of its own."""
-    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(names)))]
-    for n, (name, schema) in enumerate(zip(names, schemas, strict=True)):
-        head = f'{{"name": {_json(name)}, "parameters": '
+def _call_grammar(tools: Seq[tuple[str, Any]]) -> str:
+    """Return a grammar in Lark's language, in which each schema is a document of its own."""
+    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
+    for n, (name, schema) in enumerate(tools):
+        head = '{"name": ' + _json(name) + ', "parameters": '
         lines += [
             f'call_{n}: {_json(head)} parameters_{n} "}}"',
             f"parameters_{n}: %json {_json(schema | _EMBEDDED)}",
         ]
-    try:
-        return LLMatcher.grammar_from_lark("\n".join(lines))
-    except ValueError as error:
-        raise GrammarError(str(error)) from None
+    return LLMatcher.grammar_from_lark("\n".join(lines))
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
 
 
 def _json_grammar(schema: Any) -> str:
