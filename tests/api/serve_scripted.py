@@ -47,7 +47,7 @@ if __name__ == "__main__":
     module = types.ModuleType("engine.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
     sys.modules["engine.engine"] = module
-    hub.check_model_id = lambda *_: None  # type: ignore[assignment]
+    hub.check_model_id = lambda *_: None
     scripted.ScriptedGeneration = SlowGeneration  # type: ignore[misc]
     server.AsyncEngine = lambda *_, **__: scripted.ScriptedEngine(twenty_tokens)  # type: ignore
     sys.exit(server.main(sys.argv[1:]))
