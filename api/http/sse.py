@@ -23,6 +23,11 @@ def event(payload: object) -> bytes:
     return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
+def typed_event(payload: Mapping[str, object]) -> bytes:
+    """Return `payload` as one event that is named by its `type`."""
+    return f"event: {payload['type']}\n".encode() + event(payload)
+
+
 class EventStream(Response):
     """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 
