@@ -5,7 +5,7 @@ at fault, if there is one.
 """
 
 import uuid
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NotRequired
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -35,9 +35,18 @@ ErrorType = Literal[
 ]
 
 
+_CODES = frozenset({"thread_unsupported_request"})
+"""The codes of faults that Anthropic has too. The others are OpenAI's."""
+
+
+class ErrorDetails(TypedDict):
+    error_code: str
+
+
 class ErrorObject(TypedDict):
     type: ErrorType
     message: str
+    details: NotRequired[ErrorDetails]
 
 
 class ErrorBody(TypedDict):
@@ -50,6 +59,7 @@ class _Fault(NamedTuple):
     status: int
     type: ErrorType
     message: str
+    code: str | None = None
 
 
 def error_response(problem: Exception) -> Response:
@@ -69,11 +79,10 @@ ERROR_FORMATS: dict[str, ErrorFormat] = {"/v1/messages": error_response}
 
 
 def _body(fault: _Fault) -> ErrorBody:
-    return {
-        "type": "error",
-        "error": {"type": fault.type, "message": fault.message},
-        "request_id": f"req_{uuid.uuid4().hex}",
-    }
+    error: ErrorObject = {"type": fault.type, "message": fault.message}
+    if fault.code in _CODES:
+        error["details"] = {"error_code": fault.code}
+    return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}
 
 
 def _fault(problem: Exception) -> _Fault:
@@ -89,7 +98,7 @@ def _fault(problem: Exception) -> _Fault:
         case TemplateError():
             return _Fault(400, "invalid_request_error", f"messages: {wire_error(problem).error}")
         case RequestError() if wire_error(problem).status == 422:
-            return _Fault(400, "invalid_request_error", _with_field(problem))
+            return _Fault(400, "invalid_request_error", _with_field(problem), problem.code)
     known = isinstance(problem, REQUEST_ERRORS)
     # The text of an unexpected exception may quote the request.
     return _Fault(500, "api_error", wire_error(problem).error if known else "Internal server error")

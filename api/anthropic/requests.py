@@ -109,9 +109,12 @@ class PromptRequest(WireRequest):
 
 
 class MessagesRequest(PromptRequest):
-    """A body of `/v1/messages`. Those fields that `unsupported` names cannot be served."""
+    """A body of `/v1/messages`. Nothing is stored, so `messages` must be the whole conversation.
 
-    unsupported: ClassVar[tuple[str, ...]] = ("mcp_servers",)
+    Those fields that `unsupported` names would change the answer in a way that cannot be done.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("thread", "mcp_servers", "compaction")
 
     max_tokens: U32
     stop_sequences: list[str] | None = None
@@ -120,4 +123,6 @@ class MessagesRequest(PromptRequest):
     top_p: F32 | None = None
     stream: bool | None = None
 
+    thread: JsonValue = None
     mcp_servers: JsonValue = None
+    compaction: JsonValue = None

@@ -18,13 +18,17 @@ from api.http.errors import ValidationError
 
 _BREAK = "\n"
 """Stands between the text blocks of one message, as in vLLM."""
+_UNSUPPORTED_CODES = {"thread": "thread_unsupported_request"}
+"""The codes that make Anthropic's client do without a field."""
 
 
 def chat_of(body: MessagesRequest) -> Chat:
     """Translate `body`. Raises ValidationError."""
     for field in body.unsupported:
         if getattr(body, field):
-            raise ValidationError(f"`{field}` is not supported", field=field)
+            raise ValidationError(
+                f"`{field}` is not supported", field=field, code=_UNSUPPORTED_CODES.get(field)
+            )
     return _chat(body, _parameters(body))
 
 

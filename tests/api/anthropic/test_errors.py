@@ -56,6 +56,7 @@ def error_of(answer: httpx2.Response) -> tuple[int, str, str]:
         ({"top_k": -1}, "top_k"),
         ({"output_config": {"format": {"type": "regex"}}}, "output_config.format"),
         ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers"),
+        ({"compaction": {"type": "manual"}}, "compaction"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -69,6 +70,19 @@ async def test_a_bad_request_is_400_and_names_the_field(
     assert (status, type) == (400, "invalid_request_error")
     assert named in message
     assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}]
+)
+async def test_a_thread_is_refused_so_that_the_client_sends_the_whole_conversation(
+    thread: Any,
+) -> None:
+    async with client(saying()) as http:
+        answer = await http.post(PATH, json=ASKED | {"thread": thread})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
 
 
 async def test_the_model_must_be_named() -> None:
