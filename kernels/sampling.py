@@ -29,10 +29,10 @@ ROW_PARAMETERS = np.dtype(
 )
 """What `kernels.fused_sampling` reads for each row: words of 4 bytes, uploaded as int32.
 
-Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, the
-repetition penalty 1, other penalties 0. `do_sample` and `top_n_tokens` are only compared with 0.
-`slot` is the row's index in the token counts and `context_length` the number of its tokens; only
-penalties read them.
+Neutral values switch a step off: temperature 1, top_k 0, top_p 1, typical_p 1, the repetition
+penalty 1, other penalties 0. The temperature is from 2^-100 to 2^100. `do_sample` and
+`top_n_tokens` are only compared with 0. `slot` is the row's index in the token counts and
+`context_length` the number of its tokens; only penalties read them.
 """
 
 GENERATED = 1 << 30

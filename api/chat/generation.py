@@ -1,6 +1,6 @@
 """The generation of the answers to a chat, as events that any dialect can encode."""
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 from api.chat.call import CallReader, new_call_id
@@ -19,14 +19,9 @@ from api.generation.inference import Run
 from api.generation.state import AppState
 from api.telemetry.observation import Caller
 from engine.core.request import Delivery, Finished, FinishReason, TokenOutput
+from engine.core.stop_text import StopText
 
 Events = AsyncGenerator[list[ChatEvent], None]
-
-_END_REASONS: dict[FinishReason, EndReason] = {
-    FinishReason.LENGTH: "length",
-    FinishReason.EOS_TOKEN: "stop",
-    FinishReason.STOP_SEQUENCE: "stop",
-}
 
 
 class ChatGeneration:
@@ -73,7 +68,13 @@ class ChatGeneration:
             n=len(choices),
         ) as self.run:
             num_prompt_tokens = len(self.run.request.prompt_ids)
-            answers = [_answer(prompt, choice, num_prompt_tokens) for choice in choices]
+            stop = self.run.request.stopping.stop
+            answers: list[_Answer] = [
+                _Call(choice, num_prompt_tokens, stop, prompt.in_words)
+                if prompt.is_call
+                else _Text(choice, num_prompt_tokens, stop)
+                for choice in choices
+            ]
             yield [event for answer in answers for event in answer.start()]
             async with aclosing(self.run.deliveries()) as deliveries:
                 async for index, delivery in deliveries:
@@ -81,40 +82,56 @@ class ChatGeneration:
             in_words += [answer.choice for answer in answers if answer.is_in_words]
 
 
-def _answer(prompt: ChatPrompt, choice: int, num_prompt_tokens: int) -> "_Text | _Call":
-    if prompt.is_call:
-        return _Call(choice, num_prompt_tokens, prompt.in_words)
-    return _Text(choice, num_prompt_tokens)
+class _Answer:
+    """One answer. Its text ends before the first stop string."""
 
-
-class _Text:
-    """An answer in words."""
-
-    is_in_words = False
-
-    def __init__(self, choice: int, num_prompt_tokens: int) -> None:
+    def __init__(self, choice: int, num_prompt_tokens: int, stop: Sequence[str]) -> None:
         self.choice = choice
-        self._num_prompt_tokens = num_prompt_tokens
+        self._started = Started(choice, num_prompt_tokens)
+        self._stop = StopText(stop)
+
+    @property
+    def is_in_words(self) -> bool:
+        """Whether the answer turned out to be the wish to answer in words."""
+        return False
 
     def start(self) -> list[ChatEvent]:
-        return [Started(self.choice, self._num_prompt_tokens)]
+        """Return the events before the first delivery."""
+        return [self._started]
+
+    def read(self, delivery: Delivery) -> list[ChatEvent]:
+        """Return the events of a delivery."""
+        raise NotImplementedError
+
+    def _texts(self, delivery: Delivery) -> Iterator[tuple[TokenOutput, str]]:
+        """Yield each token with the text that can be shown after it."""
+        outputs, end = delivery
+        for output in outputs:
+            text = self._stop.push(output.token.text, output.token.special)
+            if end is not None and output is outputs[-1]:
+                text += self._stop.flush()
+            yield output, text
+
+
+class _Text(_Answer):
+    """An answer in words."""
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
         events: list[ChatEvent] = [
-            TextDelta(self.choice, _text(output), (output,)) for output in delivery.tokens
+            TextDelta(self.choice, text, (output,)) for output, text in self._texts(delivery)
         ]
-        end = delivery.end
-        if isinstance(end, Finished):
-            events.append(Ended(self.choice, _END_REASONS[end.reason], end))
+        if isinstance(delivery.end, Finished):
+            events.append(Ended(self.choice, _end_reason(delivery.end), delivery.end))
         return events
 
 
-class _Call:
+class _Call(_Answer):
     """An answer that is the call of a tool. It has no events if that is the tool `in_words`."""
 
-    def __init__(self, choice: int, num_prompt_tokens: int, in_words: str | None) -> None:
-        self.choice = choice
-        self._num_prompt_tokens = num_prompt_tokens
+    def __init__(
+        self, choice: int, num_prompt_tokens: int, stop: Sequence[str], in_words: str | None
+    ) -> None:
+        super().__init__(choice, num_prompt_tokens, stop)
         self._in_words = in_words
         self._call = CallReader()
         self._unnamed: list[TokenOutput] = []
@@ -125,24 +142,21 @@ class _Call:
 
     def start(self) -> list[ChatEvent]:
         """Return nothing while the answer may turn out to be in words."""
-        return [] if self._in_words is not None else [self._started()]
+        return [] if self._in_words is not None else [self._started]
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
-        events = [event for output in delivery.tokens for event in self._token(output)]
+        events = [event for piece in self._texts(delivery) for event in self._piece(*piece)]
         end = delivery.end
         if not isinstance(end, Finished) or self.is_in_words:
             return events
         if self._call.name is None:
             events += self._nameless()
-        reason: EndReason = "tool_calls" if self._call.is_complete else _END_REASONS[end.reason]
+        reason = "tool_calls" if self._call.is_complete else _end_reason(end)
         return [*events, Ended(self.choice, reason, end)]
 
-    def _started(self) -> Started:
-        return Started(self.choice, self._num_prompt_tokens)
-
-    def _token(self, output: TokenOutput) -> Iterator[ChatEvent]:
+    def _piece(self, output: TokenOutput, text: str) -> Iterator[ChatEvent]:
         was_named = self._call.name is not None
-        arguments = self._call.read(_text(output))
+        arguments = self._call.read(text)
         if self._call.name is None:
             self._unnamed.append(output)
         elif self.is_in_words:
@@ -154,16 +168,18 @@ class _Call:
 
     def _named(self, name: str, arguments: str, output: TokenOutput) -> Iterator[ChatEvent]:
         if self._in_words is not None:
-            yield self._started()
+            yield self._started
         yield CallStarted(self.choice, new_call_id(), name, (*self._unnamed, output))
         if arguments:
             yield ArgumentsDelta(self.choice, arguments, ())
 
     def _nameless(self) -> list[ChatEvent]:
         """Return the events of a call that was cut before it had a name: an empty text."""
-        start = [] if self._in_words is None else [self._started()]
+        start: list[ChatEvent] = [] if self._in_words is None else [self._started]
         return [*start, TextDelta(self.choice, "", tuple(self._unnamed))]
 
 
-def _text(output: TokenOutput) -> str:
-    return "" if output.token.special else output.token.text
+def _end_reason(end: Finished) -> EndReason:
+    """Return the reason of a text: `stop` if the last allowed token completed a stop string."""
+    is_cut = end.reason is FinishReason.LENGTH and end.stop is None
+    return "length" if is_cut else "stop"

@@ -5,7 +5,9 @@ it is offered one more, which stands for an answer in words.
 """
 
 import asyncio
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ from api.http.errors import ToolError
 from api.http.serde import json_text
 
 TemplateMessage = dict[str, Any]
-"""A message as chat templates take it: a `role` and a `content`."""
+"""A message as chat templates take it: a `role` and a `content`, and what else they know."""
 
 ANY_OBJECT: dict[str, JsonValue] = {"type": "object"}
 """The JSON schema of an object with any properties."""
@@ -39,6 +41,8 @@ class ChatTokenizer(Protocol):
     @property
     def chat_uses_tools(self) -> bool: ...
 
+    def chat_mentions(self, word: str) -> bool: ...
+
     def render_chat(
         self, messages: Sequence[TemplateMessage], tools: Sequence[dict[str, Any]] | None = None
     ) -> str: ...
@@ -48,8 +52,8 @@ class ChatTokenizer(Protocol):
 class ChatPrompt:
     """A chat as a generation.
 
-    If it `is_call`, the model generates the call of a tool. `in_words` is the name of the tool that
-    stands for an answer in words, or None if that may not be chosen.
+    If it `is_call`, the model generates the call of a tool, else a text. `in_words` is the name of
+    the tool that stands for an answer in words, or None if that may not be chosen.
     """
 
     request: GenerateRequest
@@ -61,10 +65,9 @@ class ChatPrompt:
 async def prepare(tokenizer: ChatTokenizer, chat: Chat) -> ChatPrompt:
     """Translate `chat`. Raises ToolError or TemplateError.
 
-    The chat template runs in a thread.
+    If there are tools, a grammar of the chat's parameters counts for an answer in words only. The
+    chat template runs in a thread.
     """
-    if chat.tools and chat.parameters.grammar is not None:
-        raise ToolError("Grammar and tools are mutually exclusive")
     in_words = None if chat.must_call or not chat.tools else _unused_name(chat.tools)
     tools = chat.tools if in_words is None else (*chat.tools, Tool(in_words, _IN_WORDS))
     calls = tuple((tool.name, _object_schema(tool)) for tool in tools)
@@ -100,7 +103,10 @@ def _object_schema(tool: Tool) -> dict[str, JsonValue]:
     if schema is True:
         return ANY_OBJECT
     if not isinstance(schema, dict) or not _may_be_object(schema.get("type", "object")):
-        raise ToolError(f"The parameters of tool {tool.name} are not the JSON schema of an object")
+        raise ToolError(
+            f"The parameters of tool {tool.name} are not the JSON schema of an object",
+            field="tools",
+        )
     return {**schema, "type": "object"}
 
 
@@ -110,12 +116,15 @@ def _may_be_object(type: JsonValue) -> bool:
 
 def _render(tokenizer: ChatTokenizer, chat: Chat, tools: Sequence[Tool]) -> str:
     """Render the prompt. If the template does not list tools, the last message does."""
+    messages = _template_messages(tokenizer, chat.messages)
     if not tools:
-        return tokenizer.render_chat(_template_messages(chat.messages))
+        return tokenizer.render_chat(messages)
     described = _template_tools(tools)
     listed = "" if tokenizer.chat_uses_tools else json_text(described) + "\n"
-    appendix = f"\n---\n{listed}{chat.tool_prompt or _DEFAULT_TOOL_PROMPT}"
-    return tokenizer.render_chat(_template_messages(chat.messages, appendix), described)
+    last = chat.messages[-1] if chat.messages else None
+    if last is not None and (last.text or not last.calls):
+        messages[-1]["content"] += f"\n---\n{listed}{chat.tool_prompt or _DEFAULT_TOOL_PROMPT}"
+    return tokenizer.render_chat(messages, described)
 
 
 def _template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -131,16 +140,44 @@ def _template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _template_messages(messages: Sequence[Message], appendix: str = "") -> list[TemplateMessage]:
-    """Return the messages for the template, with `appendix` after the last one if it has text."""
-    rendered = [{"role": message.role, "content": _content(message)} for message in messages]
-    if messages and (messages[-1].text or not messages[-1].calls):
-        rendered[-1]["content"] += appendix
+def _template_messages(
+    tokenizer: ChatTokenizer, messages: Sequence[Message]
+) -> list[TemplateMessage]:
+    """Return the messages for the template. What it does not know is told in words it does."""
+    knows_developers = tokenizer.chat_mentions("developer")
+    knows_calls = tokenizer.chat_mentions("tool_calls")
+    return [_template_message(message, knows_developers, knows_calls) for message in messages]
+
+
+def _template_message(
+    message: Message, knows_developers: bool, knows_calls: bool
+) -> TemplateMessage:
+    is_unknown = message.role == "developer" and not knows_developers
+    rendered: TemplateMessage = {
+        "role": "system" if is_unknown else message.role,
+        "content": message.text,
+    }
+    if message.calls and knows_calls:
+        rendered["tool_calls"] = [_template_call(call) for call in message.calls]
+    elif message.calls:
+        separator = "\n" if message.text else ""
+        rendered["content"] += separator + _calls_json(message.calls)
+    if message.call_id is not None:
+        rendered["tool_call_id"] = message.call_id
     return rendered
 
 
-def _content(message: Message) -> str:
-    return message.text or (_calls_json(message.calls) if message.calls else "")
+def _template_call(call: PastCall) -> dict[str, Any]:
+    """Return a call as templates expect it that know calls: with the arguments as an object."""
+    arguments = call.arguments
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    return {
+        "id": call.id,
+        "type": call.type,
+        "function": {"name": call.name, "arguments": arguments},
+    }
 
 
 def _calls_json(calls: Sequence[PastCall]) -> str:

@@ -34,23 +34,20 @@ async def chat_stream(
     Raises the error of a request that is refused, so that its status tells.
     """
     frames = _frames(events, writer)
-    first = await until_disconnect(http.receive, _next(frames))
-    return sse.EventStream(frames, headers, first)
-
-
-async def _next(frames: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(frames)
+    await until_disconnect(http.receive, sse.begun(frames))
+    return sse.EventStream(frames, headers)
 
 
 async def _frames(events: Events, writer: ChatWriter) -> AsyncGenerator[bytes, None]:
-    """Yield the frames of each list of events in one piece. The first may be empty."""
+    """Yield an empty piece when the request is admitted, then the frames of each list of events."""
     is_admitted = False
     try:
         async with aclosing(events):
             async for pending in events:
-                frames = writer.frames(pending)
-                if frames or not is_admitted:
+                if not is_admitted:
                     is_admitted = True
+                    yield b""
+                if frames := writer.frames(pending):
                     yield frames
     except REQUEST_ERRORS as problem:
         if not is_admitted:

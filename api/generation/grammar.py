@@ -53,18 +53,20 @@ class GrammarValidator:
     async def validate_calls(self, tools: ToolSchemas) -> "Grammar":
         """Compile the grammar of a call of any of `tools`."""
         if self._compiler is None:
-            raise ValidationError("grammar is not supported")
-        return await self._compile(self._compiler.call, tools)
+            raise ValidationError("grammar is not supported", field="tools")
+        return await self._compile(self._compiler.call, tools, "tools")
 
-    async def _compile(self, compile: "Callable[[Any], Grammar]", source: object) -> "Grammar":
+    async def _compile(
+        self, compile: "Callable[[Any], Grammar]", source: object, field: str = "grammar"
+    ) -> "Grammar":
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 return await loop.run_in_executor(self._workers, compile, source)
         except GrammarError as error:
-            raise _not_valid(str(error)) from None
+            raise _not_valid(str(error), field) from None
         except TimeoutError:
-            raise _not_valid("it takes too long to compile") from None
+            raise _not_valid("it takes too long to compile", field) from None
 
 
 def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
@@ -83,8 +85,8 @@ def _schema(type: str, value: JsonValue) -> dict[str, JsonValue]:
     return value
 
 
-def _not_valid(detail: str) -> ValidationError:
+def _not_valid(detail: str, field: str = "grammar") -> ValidationError:
     """Return the error with a limited `detail`: the compiler may quote the whole grammar in it."""
     if len(detail) > _MAX_DETAIL:
         detail = detail[:_MAX_DETAIL] + "..."
-    return ValidationError(f"grammar is not valid: {detail}", field="grammar")
+    return ValidationError(f"grammar is not valid: {detail}", field=field)

@@ -228,6 +228,7 @@ def _siblings(request: Request, n: int) -> list[Request]:
             request,
             request_id=f"{request.request_id}-{k}",
             sampling=replace(request.sampling, seed=(request.sampling.seed + k) % 2**64),
+            prompt_logprobs=False,  # the first one has them
         )
         for k in range(1, n)
     )

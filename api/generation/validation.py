@@ -34,6 +34,7 @@ class Extras:
     frequency_penalty  as OpenAI means it: for each time that a token was generated
     raw_logprobs       logprobs are those of the model, before any parameter changes them
     any_schema         a JSON schema may have no `properties`, which TGI requires
+    max_top_tokens     how many top tokens may be asked for, even if the settings allow fewer
     calls              the tools of which the text is a call
     prompt_ids         the tokens of the prompt, in place of `inputs`, which are then not read
     prompt_logprobs    tell the logprobs of the prompt, whatever the settings are
@@ -47,8 +48,9 @@ class Extras:
     logit_bias: tuple[tuple[int, float], ...] = ()
     raw_logprobs: bool = False
     any_schema: bool = False
+    max_top_tokens: int = 0
     calls: ToolSchemas = ()
-    prompt_ids: tuple[int, ...] | None = None
+    prompt_ids: Sequence[int] | None = None
     prompt_logprobs: bool = False
     prompt_top_tokens: int = 0
 
@@ -111,6 +113,7 @@ class Validator:
         """
         parameters = body.parameters
         self._check_parameters(parameters)
+        self._check_top_n(parameters.top_n_tokens or 0, extras.max_top_tokens)
         self._check_extras(extras)
         prompt_ids = await self._prompt_ids(body, extras)
         self._check_length(len(prompt_ids), parameters.max_new_tokens)
@@ -138,7 +141,6 @@ class Validator:
         self._check_stop(parameters.stop)
         if best_of > 1 and parameters.seed is not None:
             raise ValidationError("`seed` must not be set when `best_of` > 1", field="seed")
-        self._check_top_n(parameters.top_n_tokens or 0)
 
     def _check_stop(self, stop: list[str]) -> None:
         limit = self._limits.max_stop_sequences
@@ -147,8 +149,8 @@ class Validator:
                 f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}", field="stop"
             )
 
-    def _check_top_n(self, top_n: int) -> None:
-        limit = self._limits.max_top_n_tokens
+    def _check_top_n(self, top_n: int, least_limit: int) -> None:
+        limit = max(self._limits.max_top_n_tokens, least_limit)
         if top_n > limit:
             raise ValidationError(
                 f"`top_n_tokens` must be >= 0 and <= {limit}. Given: {top_n}", field="top_n_tokens"

@@ -28,18 +28,22 @@ def typed_event(payload: Mapping[str, object]) -> bytes:
     return f"event: {payload['type']}\n".encode() + event(payload)
 
 
+async def begun(frames: AsyncGenerator[bytes, None]) -> None:
+    """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
+    Raises what it raises before, so that this can be told by the status.
+    """
+    await anext(frames)
+
+
 class EventStream(Response):
     """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 
-    `first` is a piece that was taken from `frames` already. When the client disconnects, `frames`
-    is closed at once, even while it is waiting.
+    When the client disconnects, `frames` is closed at once, even while it is waiting.
     """
 
     keep_alive_s = 15.0
 
-    def __init__(
-        self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str], first: bytes = b""
-    ) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
         # Response.__init__ is not called: it would set a content-length of 0.
         self.status_code = 200
         self.background = None
@@ -47,7 +51,6 @@ class EventStream(Response):
             {"content-type": "text/event-stream", "cache-control": "no-cache", **headers}
         )
         self._frames = frames
-        self._first = first
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -59,8 +62,6 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
-            if self._first:
-                await self._write(send, self._first)
             async for frame in self._frames:
                 await self._write(send, frame)
         finally:

@@ -14,7 +14,7 @@ from api.http.errors import REQUEST_ERRORS
 from api.http.responses import json_response
 from api.openai.chat_payloads import ChatUsage, chat_logprobs
 from api.openai.chat_stream import ChunkWriter
-from api.openai.chat_translation import chat_of
+from api.openai.chat_translation import chat_of, check_chat
 from api.openai.payloads import SYSTEM_FINGERPRINT, created_and_model, new_id
 from api.openai.requests import ChatRequest
 from api.openai.responses import ChatChoice, ChatCompletion, ChatMessage
@@ -26,6 +26,7 @@ async def answer_chat(http: HttpRequest, body: ChatRequest) -> Response:
     caller = caller_of(http, "chat_completions")
     state.observer.arrived()
     try:
+        check_chat(body, state.settings.max_concurrent_requests)
         chat = chat_of(body)
         prompt = await prepare(state.engine.tokenizer, chat)
     except REQUEST_ERRORS as problem:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from api.generation.contract import f32
+from api.openai.payloads import usage
 from api.openai.responses import Logprobs, TokenLogprob, TopLogprob, Usage
 from engine.core.request import Finished, Token, TokenOutput
 
@@ -16,22 +17,18 @@ class ChatUsage:
 
     @classmethod
     def of(cls, ends: Iterable[Finished]) -> "ChatUsage":
-        usage = cls()
+        total = cls()
         for end in ends:
-            usage.start(end.num_prompt_tokens)
-            usage.num_generated_tokens += end.num_generated_tokens
-        return usage
+            total.start(end.num_prompt_tokens)
+            total.num_generated_tokens += end.num_generated_tokens
+        return total
 
     def start(self, num_prompt_tokens: int) -> None:
         """Count the prompt of one answer. An answer in words may have a shorter one than a call."""
         self.num_prompt_tokens = max(self.num_prompt_tokens, num_prompt_tokens)
 
     def json(self) -> Usage:
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_generated_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_generated_tokens,
-        }
+        return usage(self.num_prompt_tokens, self.num_generated_tokens)
 
 
 def chat_logprobs(outputs: Sequence[TokenOutput]) -> Logprobs:

@@ -25,11 +25,18 @@ def check(body: OpenAIRequest, max_concurrent: int) -> None:
             "`stream_options` is only allowed when `stream` is true", field="stream_options"
         )
     limit = min(_MAX_CHOICES, max_concurrent)
-    _check_range("n", body.n, 1, limit)
-    _check_range("top_p", body.top_p, 0.0, 1.0)
-    _check_range("temperature", body.temperature, 0.0, float("inf"))
+    check_range("n", body.n, 1, limit)
+    check_range("top_p", body.top_p, 0.0, 1.0)
+    check_range("temperature", body.temperature, 0.0, float("inf"))
     for bias in (body.logit_bias or {}).values():
-        _check_range("logit_bias", bias, -_MAX_BIAS, _MAX_BIAS)
+        check_range("logit_bias", bias, -_MAX_BIAS, _MAX_BIAS)
+
+
+def check_range(field: str, value: float | None, low: float, high: float) -> None:
+    """Raise ValidationError if `value` is given and is out of range."""
+    if value is not None and not low <= value <= high:
+        bounds = f">= {low}" if high == float("inf") else f">= {low} and <= {high}"
+        raise ValidationError(f"`{field}` must be {bounds}. Given: {value}", field=field)
 
 
 def generate_parameters(
@@ -61,19 +68,13 @@ def generate_parameters(
 
 def extras(body: OpenAIRequest, add_special_tokens: bool, any_schema: bool = False) -> Extras:
     """Return the parameters that only these routes have."""
-    bias = (body.logit_bias or {}).items()
+    bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
     return Extras(
         add_special_tokens=add_special_tokens,
         ignore_eos=bool(body.ignore_eos),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=tuple((int(token_id), value) for token_id, value in bias),
+        logit_bias=tuple(bias.items()),
         raw_logprobs=True,
         any_schema=any_schema,
     )
-
-
-def _check_range(field: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        bounds = f">= {low}" if high == float("inf") else f">= {low} and <= {high}"
-        raise ValidationError(f"`{field}` must be {bounds}. Given: {value}", field=field)

@@ -62,6 +62,11 @@ TokenId = Annotated[int, Field(ge=0, le=U32_MAX)]
 """An id in a long list, of which pydantic alone checks each in less time than `U32` does."""
 
 
+def _other_than_text(modalities: object) -> object:
+    """Return None for text, which is what every answer is."""
+    return None if modalities == ["text"] else modalities
+
+
 class StreamOptions(WireRequest):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -136,15 +141,24 @@ class ImageChunk(WireRequest):
     image_url: ImageUrl
 
 
-Chunk = Annotated[TextChunk | ImageChunk, Field(discriminator="type")]
+class RefusalChunk(WireRequest):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Chunk = Annotated[TextChunk | ImageChunk | RefusalChunk, Field(discriminator="type")]
 
 
 class Message(WireRequest):
-    """A message of a chat. Its `content` may be null, but may be absent only if there are calls."""
+    """A message of a chat. Its `content` may be null, but may be absent only if there are calls or
+    a refusal.
+    """
 
     role: str
     content: str | list[Chunk] | None = None
+    refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -157,7 +171,8 @@ class Message(WireRequest):
             ):
                 raise no_variant("MessageBody") from None
             raise
-        if "content" not in message.model_fields_set and not message.tool_calls:
+        has_other = message.tool_calls or message.refusal
+        if "content" not in message.model_fields_set and not has_other:
             raise no_variant("MessageBody")
         return message
 
@@ -169,6 +184,18 @@ class NamedFunction(WireRequest):
 class NamedTool(WireRequest):
     type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(WireRequest):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(WireRequest):
+    """OpenAI's choice of some of the tools, of which one may or must be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 class OpenAISchema(WireRequest):
@@ -192,14 +219,34 @@ class ResponseFormat(WireRequest):
         return self
 
 
+ToolChoice = str | NamedTool | AllowedToolsChoice
+
+
 class ChatRequest(OpenAIRequest):
+    """A body of `/v1/chat/completions`."""
+
+    unsupported: ClassVar[tuple[str, ...]] = (
+        "audio",
+        "function_call",
+        "functions",
+        "modalities",
+        "web_search_options",
+    )
+
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: list[Tool] | None = None
-    tool_choice: Annotated[str | NamedTool | None, untagged("ToolTypeDeserializer")] = None
+    tool_choice: Annotated[ToolChoice | None, untagged("ToolTypeDeserializer")] = None
+    parallel_tool_calls: bool | None = None
+    """Accepted, and permitted either way: an answer has at most one call."""
     tool_prompt: str | None = None
     response_format: ResponseFormat | None = None
+    audio: JsonValue = None
+    function_call: JsonValue = None
+    functions: JsonValue = None
+    modalities: Annotated[JsonValue, BeforeValidator(_other_than_text)] = None
+    web_search_options: JsonValue = None
 
 
 class CompletionRequest(OpenAIRequest):

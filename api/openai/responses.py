@@ -96,21 +96,37 @@ class ChatCompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class CompletionLogprobs(TypedDict):
+    """The logprobs of a completion's tokens, each in four lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+    text_offset: list[int]
+
+
 class CompletionChoice(TypedDict):
+    """A completion, or a part of one in a stream: its `finish_reason` is null but in the last."""
+
     index: int
     text: str
-    logprobs: None
-    finish_reason: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
 
 
-class Completion(TypedDict):
-    object: Literal["text_completion"]
+class CompletionHead(TypedDict):
     id: str
+    object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class Completion(CompletionHead):
+    """An answer, or a chunk of one."""
+
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: NotRequired[Usage | None]
 
 
 class ModelInfo(TypedDict):

@@ -1,12 +1,14 @@
 """The translation of a body of `/v1/responses` to a chat."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import takewhile
 
 from api.chat.prompt import ANY_OBJECT
 from api.chat.request import Chat, Message, PastCall, Tool
 from api.generation.request import GrammarType
 from api.http.errors import ValidationError
-from api.openai.parameters import check, extras, generate_parameters
+from api.openai.parameters import check, check_range, extras, generate_parameters
 from api.openai.requests import OpenAIRequest
 from api.responses.requests import (
     AllowedTools,
@@ -26,6 +28,8 @@ from api.responses.requests import (
 _TEXT_BREAK = "\n"
 """Stands between the parts of one message, as in vLLM."""
 _SYSTEM_BREAK = "\n\n"
+_SYSTEM_ROLES = ("system", "developer")
+_MAX_TOP_LOGPROBS = 20
 
 
 def chat_of(body: ResponsesRequest) -> Chat:
@@ -39,13 +43,17 @@ def chat_of(body: ResponsesRequest) -> Chat:
         max_tokens=body.max_output_tokens, temperature=body.temperature, top_p=body.top_p
     )
     check(common, max_concurrent=1)
+    check_range("top_logprobs", body.top_logprobs, 0, _MAX_TOP_LOGPROBS)
     tools, must_call = _callable_tools(body)
     return Chat(
         messages=_messages(body),
         parameters=generate_parameters(
             common, top_n_tokens=body.top_logprobs, grammar=_grammar(body.text)
         ),
-        extras=extras(common, add_special_tokens=False, any_schema=True),
+        extras=replace(
+            extras(common, add_special_tokens=False, any_schema=True),
+            max_top_tokens=_MAX_TOP_LOGPROBS,
+        ),
         tools=tuple(Tool(tool.name, tool.description, tool.parameters) for tool in tools),
         must_call=must_call,
         logprobs=body.has_logprobs,
@@ -94,11 +102,11 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
         given.append(Message("user", body.input))
     else:
         given += _turns(body.input)
-    num_first = next((n for n, message in enumerate(given) if message.role != "system"), len(given))
-    if num_first < 2:
+    first = list(takewhile(lambda message: message.role in _SYSTEM_ROLES, given))
+    if len(first) < 2:
         return tuple(given)
-    system = _SYSTEM_BREAK.join(message.text for message in given[:num_first])
-    return (Message("system", system), *given[num_first:])
+    system = _SYSTEM_BREAK.join(message.text for message in first)
+    return (Message(first[0].role, system), *given[len(first) :])
 
 
 def _turns(items: Iterable[Item]) -> list[Message]:
@@ -109,7 +117,6 @@ def _turns(items: Iterable[Item]) -> list[Message]:
     for item in items:
         match item:
             case MessageItem(role=role):
-                role = "system" if role == "developer" else role
                 turns.append(Message(role, _text(item.content)))
             case CallItem():
                 turns.append(_with_call(turns, item))

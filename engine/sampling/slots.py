@@ -32,7 +32,11 @@ _PARAMETERS = np.dtype(
         if f.name != "logit_bias"  # of any length: kept beside the records
     ]
 )
-_FLOAT32 = np.finfo(np.float32)
+_TEMPERATURES = 2.0**-100, 2.0**100
+"""Range of the temperatures that scores are divided by.
+
+At its ends a text is greedy or uniform as beyond them, and no quotient leaves float32's range.
+"""
 
 
 def check_heeded(sampler: str, names: Iterable[str]) -> None:
@@ -42,13 +46,10 @@ def check_heeded(sampler: str, names: Iterable[str]) -> None:
 
 
 def storable(params: SamplingParams) -> SamplingParams:
-    """Bring the temperature into the range of float32's normal numbers.
-
-    Beyond it the text is greedy or uniform as it is at the limits, but dividing by 0 or infinity
-    would leave NaN.
-    """
-    temperature = min(max(params.temperature, float(_FLOAT32.tiny)), float(_FLOAT32.max))
-    return replace(params, temperature=temperature)
+    """Limit the temperature, and drop the wish for raw logprobs where none are asked for."""
+    lowest, highest = _TEMPERATURES
+    temperature = min(max(params.temperature, lowest), highest)
+    return replace(params, temperature=temperature, raw_logprobs=params.reports_raw)
 
 
 class SamplingSlots:
@@ -95,8 +96,8 @@ class SamplingSlots:
 
     def report_raw(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots report logprobs of the model's own distribution, [slots] bool."""
-        p = self._parameters[slots]
-        return p["raw_logprobs"] & (p["logprobs"] | (p["top_n_tokens"] > 0))
+        raw: np.ndarray = self._parameters["raw_logprobs"][slots]
+        return raw
 
     def have_penalties(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots have a penalty, [slots] bool."""

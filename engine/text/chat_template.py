@@ -38,8 +38,12 @@ class ChatTemplate:
         names = tree.find_all(nodes.Name)
         return any(name.name == "tools" and name.ctx == "load" for name in names)
 
+    def mentions(self, word: str) -> bool:
+        """Whether `word` is anywhere in the template, such as the name of a role or a field."""
+        return re.search(rf"\b{re.escape(word)}\b", self._source or "") is not None
+
     def render(
-        self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None = None
+        self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None = None
     ) -> str:
         """Return the prompt for the assistant's next message.
 
@@ -56,7 +60,7 @@ class ChatTemplate:
         except Exception as error:
             raise TemplateError(_detail(error)) from error
 
-    def _continued(self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None) -> str:
+    def _continued(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None) -> str:
         """Return the prompt up to the end of the last message, trimmed at its end.
 
         Text Generation Inference cuts the prompt at the message's last occurrence, which may be
@@ -69,7 +73,7 @@ class ChatTemplate:
             return self._apply(messages, tools, continued=False)
 
     def _apply(
-        self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None, continued: bool
+        self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None, continued: bool
     ) -> str:
         rendered = self._hf.apply_chat_template(
             list(messages),

@@ -88,8 +88,12 @@ class Tokenizer:
     def chat_uses_tools(self) -> bool:
         return self._chat.uses_tools
 
+    def chat_mentions(self, word: str) -> bool:
+        """See ChatTemplate.mentions."""
+        return self._chat.mentions(word)
+
     def render_chat(
-        self, messages: Seq[dict[str, str]], tools: Seq[dict[str, Any]] | None = None
+        self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None = None
     ) -> str:
         """See ChatTemplate.render. Raises TemplateError."""
         return self._chat.render(messages, tools)

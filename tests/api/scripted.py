@@ -69,11 +69,15 @@ class WordTokenizer:
         self.gate.set()
         self.error: Exception | None = None
         self.chat_uses_tools = False
+        self.words: set[str] = set()
         self.template_error: Exception | None = None
-        self.chats: list[tuple[Sequence[dict[str, str]], Sequence[dict[str, Any]] | None]] = []
+        self.chats: list[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]] | None]] = []
+
+    def chat_mentions(self, word: str) -> bool:
+        return word in self.words
 
     def render_chat(
-        self, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
         """Return `role: content` of each message, joined by bars."""
         self.chats.append((messages, tools))
@@ -89,6 +93,9 @@ class WordTokenizer:
         spans = [(start, min(start + 3, size)) for start in range(0, size, 3)]
         tokens = [(stop - start, start, stop) for start, stop in spans]
         return [(BOS, 0, 0), *tokens] if add_special_tokens else tokens
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
+        return " ".join(map(str, token_ids))
 
     def encode(
         self, text: str, truncate: int | None = None, add_special_tokens: bool = True

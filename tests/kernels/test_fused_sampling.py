@@ -26,7 +26,7 @@ from engine.sampling.logits_processors import (
 )
 from kernels import fused_sampling
 from kernels.fused_sampling import _gumbel, greedy, sample
-from kernels.sampling import GENERATED, ROW_PARAMETERS, gumbel_noise, noise_keys
+from kernels.sampling import GENERATED, IN_PROMPT, ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
 from tests.thorough import THOROUGH
@@ -69,7 +69,12 @@ def run(
 
 
 def has_penalty(p: np.ndarray) -> np.ndarray:
-    neutral = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
+    neutral = {
+        "repetition_penalty": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0,
+        "output_frequency_penalty": 0,
+    }
     return np.any([p[name] != value for name, value in neutral.items()], axis=0)
 
 
@@ -83,6 +88,7 @@ def process(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> Tens
             torch.from_numpy(p["repetition_penalty"][used])[:, None],
             torch.from_numpy(p["frequency_penalty"][used])[:, None],
             torch.from_numpy(p["presence_penalty"][used])[:, None],
+            torch.from_numpy(p["output_frequency_penalty"][used])[:, None],
             counts,
         )(scores)
     scores += 0.0
@@ -133,7 +139,7 @@ def check(logits: Tensor, p: np.ndarray, counts: Tensor | None = None) -> None:
             continue
         scores = process(row, own, before)[0]
         expected = scores.log_softmax(-1)
-        atol = 1e-5 + 4 * EPS * float(scores.abs().nan_to_num(posinf=0).max())
+        atol = 1e-5 + 4 * EPS * float(scores.max().abs())
         torch.testing.assert_close(logprobs[i], expected[ids[i]], rtol=1e-5, atol=atol)
         check_choice(scores, own, int(ids[i]))
         if own["top_n_tokens"][0]:
@@ -185,18 +191,19 @@ def random_rows(rng: np.random.Generator, n: int, counts: Tensor) -> np.ndarray:
 
     parameters = rows(
         n,
-        temperature=some(1, 0.3, 0.9, 2.5),
+        temperature=some(1, 1e-30, 1e-4, 0.3, 0.9, 2.5),
         top_k=some(0, 1, 3, 10, 100, 10_000),
         top_p=some(1, 0.05, 0.6, 0.95),
         typical_p=some(1, 0.2, 0.7),
         repetition_penalty=some(1, 0.5, 1.2, 3),
         frequency_penalty=some(0, -1.5, 0.3, 2),
         presence_penalty=some(0, -0.5, 1.5),
+        output_frequency_penalty=some(0, -1, 0.5),
         do_sample=rng.integers(0, 2, n),
         top_n_tokens=rng.integers(0, 2, n),
         noise_key=rng.integers(-(2**31), 2**31, (n, 2)),
     )
-    lengths = (counts & (GENERATED - 1)).sum(-1)
+    lengths = (counts & (IN_PROMPT - 1)).sum(-1)
     parameters["context_length"] = lengths.numpy()[parameters["slot"]]
     return parameters
 
@@ -206,6 +213,7 @@ def random_counts(rng: np.random.Generator, num_slots: int, vocab_size: int) -> 
     counts[rng.random((num_slots, vocab_size)) < 0.7] = 0
     counts[:, 0] += 1
     counts[(counts > 0) & (rng.random((num_slots, vocab_size)) < 0.5)] |= GENERATED
+    counts[rng.random((num_slots, vocab_size)) < 0.3] |= IN_PROMPT
     return torch.from_numpy(counts.astype(np.int32))
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from api.generation.grammar import GrammarValidator
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.generation.validation import Validator
-from api.openai.chat_translation import chat_of
+from api.openai.chat_translation import chat_of, check_chat
 from api.openai.requests import ChatRequest, Message, Tool
 from api.settings.config import read_settings
 from engine.core.request import SamplingParams
@@ -25,6 +25,10 @@ def generate(**parameters: Any) -> tuple[str, dict[str, Any]]:
     return "/generate", {"inputs": "x", "parameters": parameters}
 
 
+def complete(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return "/v1/completions", {"prompt": "x"} | fields
+
+
 FROM_WIRE: dict[str, tuple[tuple[str, dict[str, Any]], object]] = {
     "do_sample": (generate(do_sample=True), True),
     "temperature": (generate(temperature=0.5), 0.5),
@@ -34,9 +38,12 @@ FROM_WIRE: dict[str, tuple[tuple[str, dict[str, Any]], object]] = {
     "repetition_penalty": (generate(repetition_penalty=1.5), 1.5),
     "frequency_penalty": (generate(frequency_penalty=0.5), 0.5),
     "presence_penalty": (("/v1/chat/completions", CHAT | {"presence_penalty": 0.5}), 0.5),
+    "output_frequency_penalty": (complete(frequency_penalty=0.5), 0.5),
+    "logit_bias": (complete(logit_bias={"7": 1.5, "8": -1}), ((7, 1.5), (8, -1.0))),
     "seed": (generate(seed=3), 3),
     "logprobs": (generate(details=True), True),
     "top_n_tokens": (generate(details=True, top_n_tokens=2), 2),
+    "raw_logprobs": (complete(), True),
     "watermark": (generate(watermark=True), True),
 }
 """Each field of `SamplingParams`: a request that sets it, and the value that it then has."""
@@ -50,8 +57,8 @@ NOT_VALIDATED = {
 
 NOT_IN_PROMPT = {
     "model": "the response reads it",
+    "parallel_tool_calls": "an answer has at most one call, which either value permits",
     "stream": "the route reads it",
-    "stream_options": "the response reads it",
 }
 """The fields of `ChatRequest` that its translation does not read, and why."""
 
@@ -107,6 +114,7 @@ def test_the_translation_of_a_chat_reads_every_field_of_it() -> None:
     message = Message(role="user", content="x")
     chat = recorder.record(ChatRequest)(messages=[message], tools=[tool])
     recorder.names.clear()
+    check_chat(chat, 128)
     chat_of(chat)
     unread = set(ChatRequest.model_fields) - recorder.names
     assert unread == set(NOT_IN_PROMPT)

@@ -1,8 +1,10 @@
 """/v1/chat/completions without a stream: its answer to the byte, and what the engine gets."""
 
+import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -11,12 +13,15 @@ import pytest
 from engine.core.errors import TemplateError
 from engine.core.request import (
     Event,
+    Failed,
     FinishReason,
+    ReachedStop,
     Request,
     SamplingParams,
 )
 from tests.api.client import client
 from tests.api.scripted import (
+    HOLD,
     ScriptedEngine,
     ScriptedGrammar,
     finished,
@@ -53,6 +58,12 @@ def without_id(answer: httpx2.Response) -> bytes:
     id = answer.json()["id"]
     assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", id)
     return answer.content.replace(id.encode(), b"")
+
+
+def chunks_of(answer: httpx2.Response) -> list[dict[str, Any]]:
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 async def asked(**body: Any) -> Request:
@@ -111,8 +122,10 @@ async def test_every_token_has_its_logprob_and_the_top_ones() -> None:
     assert engine.requests[0].sampling.top_n_tokens == 2
 
 
-async def test_top_logprobs_without_logprobs_are_not_computed() -> None:
-    assert not (await asked(top_logprobs=2)).sampling.logprobs
+async def test_up_to_twenty_top_logprobs_may_be_asked_for() -> None:
+    request = await asked(logprobs=True, top_logprobs=20)
+    assert request.sampling.top_n_tokens == 20
+    assert request.sampling.raw_logprobs
 
 
 @pytest.mark.parametrize(
@@ -143,7 +156,7 @@ async def test_the_model_is_the_served_one_or_the_name_asked_for(
 async def test_a_chat_samples_at_a_temperature_of_one_and_adds_no_special_tokens() -> None:
     request = await asked()
     seed = request.sampling.seed
-    assert request.sampling == SamplingParams(do_sample=True, seed=seed)
+    assert request.sampling == SamplingParams(do_sample=True, seed=seed, raw_logprobs=True)
     assert len(request.prompt_ids) == 3
     assert request.stopping.max_new_tokens == 2048 - 3
 
@@ -154,6 +167,7 @@ async def test_parameters_reach_the_engine() -> None:
         top_p=0.5,
         frequency_penalty=0.25,
         presence_penalty=-1.5,
+        logit_bias={"5": -100},
         seed=7,
         stop=["a", "b"],
         max_tokens=9,
@@ -163,9 +177,11 @@ async def test_parameters_reach_the_engine() -> None:
         do_sample=True,
         temperature=0.5,
         top_p=0.5,
-        frequency_penalty=0.25,
+        output_frequency_penalty=0.25,
         presence_penalty=-1.5,
+        logit_bias=((5, -100.0),),
         seed=7,
+        raw_logprobs=True,
     )
     assert request.stopping.stop == ("a", "b")
     assert request.stopping.max_new_tokens == 9
@@ -176,10 +192,6 @@ async def test_a_temperature_of_zero_is_greedy() -> None:
     request = await asked(temperature=0, top_p=1)
     assert not request.sampling.do_sample
     assert request.sampling.temperature == 1.0
-
-
-async def test_top_p_below_one_samples_even_at_a_temperature_of_zero() -> None:
-    assert (await asked(temperature=0, top_p=0.9)).sampling.do_sample
 
 
 @pytest.mark.parametrize(
@@ -208,14 +220,93 @@ async def test_null_equals_absent() -> None:
     assert without_id(await ask(**dict.fromkeys(names.split()))) == without_id(await ask())
 
 
-async def test_unknown_fields_are_ignored() -> None:
+async def test_fields_that_change_no_answer_are_accepted() -> None:
     more: dict[str, Any] = {
-        "n": 2,
         "user": "me",
-        "logit_bias": {"50256": -100},
+        "store": True,
         "metadata": {"a": "b"},
+        "parallel_tool_calls": False,
+        "service_tier": "auto",
+        "modalities": ["text"],
+        "unheard_of": 1,
     }
     assert without_id(await ask(**more)) == without_id(await ask())
+
+
+# Several answers.
+
+
+def by_seed(request: Request) -> Sequence[list[Event]]:
+    seed = str(request.sampling.seed)
+    return [[output("seed ")], [output(seed), finished(f"seed {seed}", 2)]]
+
+
+SEEDED = [f"seed {2**64 - 1}", "seed 0", "seed 1"]
+
+
+async def test_n_answers_have_seeds_that_follow_one_another() -> None:
+    answer = await ask(ScriptedEngine(by_seed), n=3, seed=2**64 - 1)
+    told = answer.json()
+    assert [choice["message"]["content"] for choice in told["choices"]] == SEEDED
+    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
+    assert told["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert answer.headers["x-generated-tokens"] == "6"
+
+
+async def test_n_streamed_answers_are_the_unstreamed_ones() -> None:
+    options = {"include_usage": True}
+    streamed = await ask(
+        ScriptedEngine(by_seed), n=3, seed=2**64 - 1, stream=True, stream_options=options
+    )
+    *chunks, last = chunks_of(streamed)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    for index, text in enumerate(SEEDED):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["delta"]["content"] for choice in own) == text
+        assert ["role" in choice["delta"] for choice in own] == [True, False, False]
+        assert [choice["finish_reason"] for choice in own] == [None, None, "length"]
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_n_answers_need_a_permit_each(stream: bool) -> None:
+    assert (await ask(ScriptedEngine(permits=2), n=3, stream=stream)).status_code == 429
+    assert (await ask(ScriptedEngine(permits=3), n=3, stream=stream)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_fails_ends_the_others(stream: bool) -> None:
+    def script(_: Request) -> Sequence[list[Event]]:
+        return [HOLD] if len(engine.requests) == 2 else [[Failed("bad luck")]]
+
+    engine = ScriptedEngine(script)
+    answer = await ask(engine, n=2, stream=stream)
+    assert "Request failed during generation: bad luck" in answer.text
+    assert engine.num_aborts >= 1
+
+
+# Stop strings.
+
+
+@pytest.mark.parametrize("reason", [FinishReason.STOP_SEQUENCE, FinishReason.LENGTH])
+async def test_the_text_is_cut_before_its_stop_string(reason: FinishReason) -> None:
+    def script(_: Request) -> Sequence[list[Event]]:
+        end = replace(finished("It is lovely", 3, reason), stop=ReachedStop("is l", "It "))
+        return [[output("It i")], [output("s")], [output(" lovely"), end]]
+
+    stop = ["is l", "none"]
+    (choice,) = (await ask(ScriptedEngine(script), stop=stop)).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("It ", "stop")
+    streamed = chunks_of(await ask(ScriptedEngine(script), stop=stop, stream=True))
+    choices = [chunk["choices"][0] for chunk in streamed]
+    assert "".join(choice["delta"]["content"] for choice in choices) == "It "
+    assert choices[-1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_that_might_have_become_a_stop_string_is_shown_at_the_end(stream: bool) -> None:
+    answer = await ask(stop=["you and me"], stream=stream)
+    assert "you" in answer.text
 
 
 # Formats.
@@ -282,9 +373,14 @@ FLAT = (
         ({"role": "assistant", "tool_calls": [CALL]}, FLAT),
         ({"role": "assistant", "content": None, "tool_calls": [CALL]}, FLAT),
         ({"role": "assistant", "content": "", "tool_calls": [CALL]}, FLAT),
-        ({"role": "assistant", "content": "a", "tool_calls": [CALL]}, "a"),
+        ({"role": "assistant", "content": "a", "tool_calls": [CALL]}, f"a\n{FLAT}"),
+        ({"role": "assistant", "content": [], "tool_calls": [CALL]}, FLAT),
+        ({"role": "assistant", "refusal": "no"}, "no"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "no"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "no"),
         ({"role": "assistant", "content": "a", "tool_calls": None}, "a"),
-        ({"role": "tool", "content": "sunny", "tool_call_id": "0"}, "sunny"),
+        ({"role": "tool", "content": [{"type": "text", "text": "sunny"}]}, "sunny"),
+        ({"role": "system", "content": [{"type": "text", "text": "a"}]}, "a"),
     ],
 )
 async def test_a_template_sees_a_role_and_a_text(message: dict[str, Any], content: str) -> None:
@@ -293,6 +389,38 @@ async def test_a_template_sees_a_role_and_a_text(message: dict[str, Any], conten
     assert answer.status_code == 200, answer.text
     role = message["role"]
     assert engine.tokenizer.chats == [([*HELLO, {"role": role, "content": content}], None)]
+
+
+async def test_the_result_of_a_tool_names_its_call() -> None:
+    engine = ScriptedEngine()
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "call_1"}
+    assert (await ask(engine, messages=[*HELLO, result])).status_code == 200
+    assert engine.tokenizer.chats[0][0][1] == result
+
+
+@pytest.mark.parametrize(("words", "role"), [(set(), "system"), ({"developer"}, "developer")])
+async def test_a_developer_is_the_system_unless_the_template_knows_it(
+    words: set[str], role: str
+) -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer.words = words
+    await ask(engine, messages=[{"role": "developer", "content": "Be brief"}, *HELLO])
+    assert engine.tokenizer.chats[0][0][0] == {"role": role, "content": "Be brief"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), ('{"a"', '{"a"')]
+)
+async def test_a_template_that_knows_calls_gets_them_with_their_arguments(
+    arguments: Any, told: Any
+) -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer.words = {"tool_calls"}
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": "a", "tool_calls": [call]}
+    assert (await ask(engine, messages=[*HELLO, message])).status_code == 200
+    expected = CALL | {"function": {"name": "f", "arguments": told}}
+    assert engine.tokenizer.chats[0][0][1] == message | {"tool_calls": [expected]}
 
 
 async def test_numbers_beyond_64_bits_in_a_call_are_kept() -> None:
@@ -305,41 +433,56 @@ async def test_numbers_beyond_64_bits_in_a_call_are_kept() -> None:
 # Refusals.
 
 
-async def refused(**body: Any) -> tuple[int, dict[str, str]]:
+def error(message: str, field: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": field,
+            "code": code,
+        }
+    }
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "http://a/b.png"}}
+TGIS_OBJECT = {"type": "json_object", "value": {"type": "object"}}
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"top_p": 1.5}, "top_p", "`top_p` must be >= 0.0 and <= 1.0. Given: 1.5"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "`presence_penalty` must be >= -2.0"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "`frequency_penalty` must be >= -2.0"),
+    ({"temperature": -1}, "temperature", "`temperature` must be >= 0.0. Given: -1.0"),
+    ({"max_tokens": 0}, "max_tokens", "`max_new_tokens` must be strictly positive"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "`top_logprobs` must be >= 0 and"),
+    ({"top_logprobs": 2}, "top_logprobs", "`top_logprobs` is only allowed when `logprobs` is"),
+    ({"n": 0}, "n", "`n` must be >= 1 and <= 128. Given: 0"),
+    ({"n": 129}, "n", "`n` must be >= 1 and <= 128. Given: 129"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "`logit_bias` must be >= -100.0 and"),
+    ({"response_format": TGIS_OBJECT}, "response_format", "grammar is not valid: Grammar must"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "image modality is not"),
+    ({"tool_choice": "required"}, "tool_choice", "`tool_choice` is only allowed when `tools`"),
+    ({"tool_choice": "f", "tools": []}, "tool_choice", "`tool_choice` is only allowed when"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "`stream_options` is only"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "text"), REFUSED)
+async def test_a_refusal_names_the_field(body: dict[str, Any], field: str, text: str) -> None:
     answer = await ask(**body)
-    return answer.status_code, answer.json()
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith(f"Input validation error: {text}")
+    assert answer.json() == error(message, field)
 
 
 @pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ({"top_p": 1.5}, "`top_p` must be > 0.0 and < 1.0"),
-        ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
-        ({"presence_penalty": 2.5}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
-        ({"frequency_penalty": -3}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-        ({"temperature": -1}, "`temperature` must be strictly positive"),
-        ({"max_tokens": 0}, "`max_new_tokens` must be strictly positive"),
-        ({"top_logprobs": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
-        (
-            {"response_format": {"type": "json_object", "value": {"type": "object"}}},
-            "grammar is not valid: Grammar must have a 'properties' field",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}],
-                    }
-                ]
-            },
-            "image modality is not supported",
-        ),
-    ],
+    "field", ["audio", "function_call", "functions", "modalities", "web_search_options"]
 )
-async def test_validation_errors_of_a_chat_are_tgis(body: dict[str, Any], text: str) -> None:
-    told = {"error": f"Input validation error: {text}", "error_type": "validation"}
-    assert await refused(**body) == (422, told)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_cannot_be_served_is_refused(field: str, stream: bool) -> None:
+    answer = await ask(**{field: ["audio"]}, stream=stream)
+    assert answer.status_code == 400
+    told = f"Input validation error: `{field}` is not supported"
+    assert answer.json() == error(told, field, "unsupported_parameter")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -347,16 +490,15 @@ async def test_a_chat_that_the_template_refuses_is_reported_by_status(stream: bo
     engine = ScriptedEngine(permits=0)
     engine.tokenizer.template_error = TemplateError("template not found")
     answer = await ask(engine, stream=stream)
-    assert answer.status_code == 422
-    assert answer.content == (
-        b'{"error":"Template error: template not found","error_type":"template_error"}'
-    )
+    assert answer.status_code == 400
+    assert answer.json() == error("Template error: template not found", "messages")
 
 
-async def test_overload_is_429() -> None:
-    answer = await ask(ScriptedEngine(permits=0))
+@pytest.mark.parametrize("stream", [False, True])
+async def test_overload_is_429(stream: bool) -> None:
+    answer = await ask(ScriptedEngine(permits=0), stream=stream)
     assert answer.status_code == 429
-    assert answer.content == b'{"error":"Model is overloaded","error_type":"overloaded"}'
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
 
 
 SHAPE = "Failed to deserialize the JSON body into the target type: "
@@ -395,14 +537,16 @@ SHAPE = "Failed to deserialize the JSON body into the target type: "
         ({"tools": [{"type": "function"}]}, "tools[0]: missing field `function`"),
     ],
 )
-async def test_a_body_of_another_shape_is_rejected_in_text(body: dict[str, Any], text: str) -> None:
+async def test_a_body_of_another_shape_is_refused(body: dict[str, Any], text: str) -> None:
     answer = await ask(**body)
-    assert answer.status_code == 422
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    assert answer.text.startswith(f"{SHAPE}{text} at line 1 column ")
+    assert answer.status_code == 400
+    told = answer.json()["error"]
+    assert told["message"].startswith(f"{SHAPE}{text} at line 1 column ")
+    assert told["param"].startswith(next(iter(body)))
 
 
 async def test_messages_are_required() -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post(PATH, json={})
-    assert answer.text == f"{SHAPE}missing field `messages` at line 1 column 2"
+    message = f"{SHAPE}missing field `messages` at line 1 column 2"
+    assert answer.json()["error"]["message"] == message

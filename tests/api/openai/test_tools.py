@@ -80,6 +80,11 @@ def called(answer: httpx2.Response) -> dict[str, Any]:
     return call
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 EMPTY: dict[str, Any] = {"type": "object", "additionalProperties": False}
 SCHEMAS = {"weather": CITY, "clock": EMPTY, "no_tool": EMPTY}
 
@@ -92,6 +97,8 @@ SCHEMAS = {"weather": CITY, "clock": EMPTY, "no_tool": EMPTY}
         ("required", ("weather", "clock")),
         ("clock", ("clock",)),
         ({"type": "function", "function": {"name": "weather"}}, ("weather",)),
+        (allowed("auto", "clock"), ("clock", "no_tool")),
+        (allowed("required", "clock", "weather"), ("clock", "weather")),
     ],
 )
 async def test_the_grammar_is_a_call_of_one_of_the_tools(
@@ -275,27 +282,61 @@ async def test_an_empty_list_of_tools_may_have_a_response_format() -> None:
     assert (await ask(engine, **body)).json()["choices"][0]["message"]["content"] == "{}"
 
 
+NEWS = {"type": "function", "function": {"name": "news"}}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ({"tool_choice": "news"}, "Tool with name news not found"),
-        (
-            {"tool_choice": {"type": "function", "function": {"name": "news"}}},
-            "Tool with name news not found",
-        ),
-        (
-            {"response_format": {"type": "json_object"}},
-            "Grammar and tools are mutually exclusive",
-        ),
-    ],
+    "choice",
+    ["news", NEWS, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NEWS]}}],
 )
-async def test_tools_that_cannot_be_offered_are_refused(
-    body: dict[str, Any], text: str, stream: bool
-) -> None:
-    answer = await ask(saying(), stream=stream, **body)
-    assert answer.status_code == 422
-    assert answer.json() == {"error": f"Tool error: {text}", "error_type": "tool_error"}
+async def test_a_tool_that_is_not_there_is_refused(choice: object, stream: bool) -> None:
+    answer = await ask(saying(), stream=stream, tool_choice=choice)
+    assert answer.status_code == 400
+    told = answer.json()["error"]
+    assert told["message"] == "Tool error: Tool with name news not found"
+    assert told["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize("parameters", [False, 5, "text", [], {"type": "string"}, {"type": []}])
+async def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    answer = await ask(saying(), tools=[tool])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tools"
+
+
+async def test_an_answer_in_words_follows_the_response_format() -> None:
+    schema = {"properties": {"a": {"type": "string"}}}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    engine = saying(*NO_TOOL)
+    answer = await ask(engine, response_format=format)
+    assert answer.status_code == 200
+    kinds = [grammar_of(request) for request in engine.requests]
+    assert [kind.kind for kind in kinds if isinstance(kind, ScriptedGrammar)] == ["call", "json"]
+    assert kinds[1] == ScriptedGrammar("json", schema)
+
+
+async def test_of_n_answers_each_is_a_call_or_in_words() -> None:
+    def script(request: Request) -> Sequence[list[Event]]:
+        if request.grammar is None:
+            return [[output("Hi"), finished("Hi", 1, FinishReason.EOS_TOKEN)]]
+        said: list[list[Event]] = steps(CALL if request.sampling.seed % 2 else NO_TOOL)
+        return said
+
+    told = (await ask(ScriptedEngine(script), n=4, seed=1)).json()
+    reasons = [choice["finish_reason"] for choice in told["choices"]]
+    assert reasons == ["tool_calls", "stop", "tool_calls", "stop"]
+    assert [choice["message"]["content"] for choice in told["choices"]] == [None, "Hi"] * 2
+    ids = [c["message"]["tool_calls"][0]["id"] for c in told["choices"] if c["index"] % 2 == 0]
+    assert len(set(ids)) == 2
+    assert told["usage"]["completion_tokens"] == 2 * (len(CALL) + 1) + 2
+    ends = {}
+    streamed = await ask(ScriptedEngine(script), n=4, seed=1, stream=True)
+    for event in streamed.text.split("\n\n")[:-2]:
+        (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+        ends[choice["index"]] = choice["finish_reason"]
+    assert [ends[index] for index in range(4)] == reasons
 
 
 # Streams.

@@ -184,6 +184,17 @@ def test_temperature_divides_the_scores(batch: tuple[Tensor, np.ndarray]) -> Non
 
 
 @examples
+@given(score_rows(), st.integers(-100, -11), st.floats(1, 1.875, width=32))
+def test_a_small_temperature_divides_the_distances_from_the_highest_score(
+    scores: Tensor, exponent: int, mantissa: float
+) -> None:
+    temperature = mantissa * 2.0**exponent
+    processed = process("temperature", scores, np.full(len(scores), temperature, np.float32))
+    exact = (scores - scores.amax(-1, keepdim=True)).double() / temperature
+    torch.testing.assert_close(processed.double(), exact, rtol=1e-6, atol=0)
+
+
+@examples
 @given(batches("top_k"))
 def test_top_k_keeps_scores_that_reach_the_kth_highest(batch: tuple[Tensor, np.ndarray]) -> None:
     def reference(row: np.ndarray, k: float) -> tuple[np.ndarray, np.ndarray]:
