@@ -107,10 +107,10 @@ def _fault(problem: Exception) -> _Fault:
             return _Fault(503, "server_error")
         case TemplateError():
             return _Fault(400, "invalid_request_error", "inputs")
-        case Refused(status=status):
-            return _Fault(status, "invalid_request_error", problem.field, problem.code)
         case RequestError() if wire_error(problem).status == 422:
             return _Fault(400, "invalid_request_error", problem.field, problem.code)
+        case Refused(status=status):
+            return _Fault(status, "invalid_request_error", problem.field, problem.code)
     return _Fault(500, "server_error")
 
 

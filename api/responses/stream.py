@@ -26,6 +26,7 @@ from api.responses.payloads import (
     output_text,
     token_logprobs,
 )
+from engine.async_engine import Overloaded
 
 Event = dict[str, Any]
 """An event without its number."""
@@ -49,9 +50,8 @@ class EventWriter:
     def error(self, problem: Exception) -> bytes:
         """Return the event of a response that failed, with what there is of its output."""
         output = [] if self._item is None else [self._item.json("incomplete")]
-        failed = self._response.failed(
-            output, {"code": "server_error", "message": wire_error(problem).error}
-        )
+        code = "rate_limit_exceeded" if isinstance(problem, Overloaded) else "server_error"
+        failed = self._response.failed(output, {"code": code, "message": wire_error(problem).error})
         return self._numbered([{"type": "response.failed", "response": failed}])
 
     def end(self) -> bytes:
