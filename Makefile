@@ -4,12 +4,14 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.installed
+LM_EVAL := .venv-lm-eval
+LM_EVAL_READY := $(LM_EVAL)/.installed
 # Tests run in two processes of one thread each: most tests keep one thread busy or wait for a
 # server.
 SPREAD := OMP_NUM_THREADS=1
 TWO := -n 2 --dist worksteal
 
-.PHONY: serve test check clients fuzz thorough lint vast bench gpu image-check clean help
+.PHONY: serve test check clients lm-eval fuzz thorough lint vast bench gpu image-check clean help
 
 serve: $(READY)  ## serve MODEL_ID, or the built-in model, on 127.0.0.1 and PORT (8080)
 	@$(PYTHON) -m api --hostname 127.0.0.1 --port $${PORT:-8080}
@@ -26,6 +28,9 @@ check: lint  ## lint, types and the fast tests
 clients: $(READY) $(CLIENTS_READY)  ## real clients against the real server with the built-in model
 	$(SPREAD) $(CLIENTS)/bin/python -m pytest -n 2 --dist loadfile clients
 	$(SPREAD) $(PYTHON) -m pytest $(TWO) clients/test_huggingface_hub.py
+
+lm-eval: $(LM_EVAL_READY)  ## lm-evaluation-harness scores a task over HTTP as with transformers
+	TQDM_DISABLE=1 $(SPREAD) $(LM_EVAL)/bin/python -m pytest --timeout=1800 clients/test_lm_eval.py
 
 fuzz: $(READY) $(CLIENTS_READY)  ## 2,000 random requests, generated from the OpenAPI document
 	FUZZ_CASES=2000 $(CLIENTS)/bin/python -m pytest clients/test_fuzz.py --timeout=3600
@@ -55,8 +60,8 @@ gpu: $(READY)  ## the GPU tests and the GPU benchmark; needs a CUDA device
 image-check: $(READY)  ## carry out Dockerfile.cuda in a clean root and serve from it; needs root
 	$(PYTHON) -m tests.image.in_a_root --build-arg "PRECOMPILE=--targets 90 --dtypes float32"
 
-clean:  ## remove both virtual environments
-	rm -rf $(VENV) $(CLIENTS)
+clean:  ## remove the virtual environments
+	rm -rf $(VENV) $(CLIENTS) $(LM_EVAL)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -71,4 +76,12 @@ $(READY): requirements.txt
 $(CLIENTS_READY): requirements-clients.txt
 	python3 -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --disable-pip-version-check -r requirements-clients.txt
+	@touch $@
+
+# It sees the packages of .venv, such as torch and transformers, and adds the harness.
+$(LM_EVAL_READY): requirements-lm-eval.txt $(READY)
+	python3 -m venv $(LM_EVAL)
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(LM_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/skiff.pth
+	$(LM_EVAL)/bin/pip install --disable-pip-version-check -r requirements-lm-eval.txt
 	@touch $@

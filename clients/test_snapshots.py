@@ -175,6 +175,10 @@ CASES = [
     completion("completion_sampled", temperature=1.2, top_p=0.9, seed=42, model="mine"),
     completion("completion_stream", stream=True),
     completion("completion_stream_eos", prompt=CHAT_PROMPT, max_tokens=60, stream=True),
+    completion("completion_choices", prompt=[PROMPT, "One, two,"], n=2, seed=7, temperature=1.5),
+    completion("completion_echo", echo=True, logprobs=2),
+    completion("completion_stop", stop="is the", max_tokens=20, stream=True),
+    completion("completion_stream_logprobs", stream=True, logprobs=1, **USAGE),
     generate("invocations_generate", "/invocations", max_new_tokens=2),
     chat("invocations_chat", "/invocations"),
     completion("invocations_completion", "/invocations"),
@@ -195,16 +199,17 @@ CASES = [
     generate("refused_stream_prefill", "/generate_stream", decoder_input_details=True),
     generate("refused_full", "/generate", full=...),
     generate("refused_stream_full", "/generate_stream", full=...),
-    chat("refused_chat", top_p=0.0),
-    chat("refused_chat_stream", top_p=0.0, stream=True),
+    chat("refused_chat", top_p=1.5),
+    chat("refused_chat_stream", top_p=1.5, stream=True),
     chat("refused_chat_full"),
     chat("refused_chat_stream_full", stream=True),
     chat("refused_tool_name", tools=[TOOL], tool_choice="get_news"),
     chat("refused_tool_and_format", tools=[TOOL], **BY_FORMAT),
     chat("refused_tool_cut_short", **TOOLS | {"max_tokens": 3}),
     completion("refused_suffix", suffix="!"),
+    completion("refused_token_id", prompt=[49152]),
     completion("refused_prompts", prompt=["x"] * 5),
-    completion("refused_completion_stream", stream=True, top_p=0.0),
+    completion("refused_completion_stream", stream=True, top_p=1.5),
     Case("refused_vertex_empty", "/vertex", {"instances": []}),
     Case("refused_vertex_instance", "/vertex", {"instances": [{"inputs": ""}]}),
     # not read at all: 5.3
@@ -225,9 +230,13 @@ CASES = [
     chat("unread_no_messages", messages=...),
     chat("unread_message", messages=[{"role": "user"}]),
     completion("unread_no_prompts", prompt=[]),
+    Case("unread_openai_not_json", "/v1/completions", text="{"),
+    Case("unread_openai_wrong_type", "/v1/completions", {"prompt": "x"}, content_type=None),
     Case("unread_invocations", "/invocations", {"text": "x"}),
     # the rest of HTTP
     Case("no_such_route", "/generates", method="GET"),
+    Case("no_such_openai_route", "/v1/embeddings", {"input": "x"}),
+    Case("no_such_openai_method", "/v1/completions", method="GET"),
     Case("no_such_method", "/generate", method="GET"),
 ]
 for case in CASES:
@@ -289,9 +298,11 @@ def _timeless(name: str, value: str) -> str:
 
 
 def _dateless(value: Any) -> Any:
+    """Return the JSON of an answer without its date and its id."""
     if isinstance(value, dict) and "created" in value and value.get("object") != "list":
         assert value["created"] > 1_700_000_000
-        return value | {"created": "<now>"}
+        assert re.fullmatch(r"(chat)?cmpl-[0-9a-f]{32}", value["id"])
+        return value | {"created": "<now>", "id": f"{value['id'].partition('-')[0]}-<id>"}
     return value
 
 

@@ -1,7 +1,7 @@
 """The generation of the answers to a chat, as events that any dialect can encode."""
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from api.chat.call import CallReader, new_call_id
 from api.chat.events import (
@@ -45,50 +45,43 @@ class ChatGeneration:
         The first list comes as soon as the request is admitted. It and others may be empty. Raises
         `REQUEST_ERRORS`, before the first list if the request is refused.
         """
-        in_words: list[int] = []
-        async with aclosing(self._ask(list(range(self._chat.n)), in_words)) as asked:
-            async for events in asked:
-                yield events
-        if in_words:
-            self.prompt = await prepare_in_words(self._state.engine.tokenizer, self._chat)
-            async with aclosing(self._ask(in_words, [])) as asked:
-                async for events in asked:
-                    yield events
+        choices = list(range(self._chat.n))
+        while choices:
+            async with self._begin(len(choices)) as self.run:
+                answers = [self._answer(choice) for choice in choices]
+                yield [event for answer in answers for event in answer.start()]
+                async with aclosing(self.run.deliveries()) as deliveries:
+                    async for pending in deliveries:
+                        yield [
+                            event
+                            for number, delivery in pending
+                            for event in answers[number].read(delivery)
+                        ]
+            choices = [answer.choice for answer in answers if answer.is_in_words]
+            if choices:
+                self.prompt = await prepare_in_words(self._state.engine.tokenizer, self._chat)
 
-    async def _ask(self, choices: list[int], in_words: list[int]) -> Events:
-        """Generate the answers numbered `choices`. The numbers of those that turn out to be no
-        call are added to `in_words`; they have no events.
-        """
+    def _begin(self, n: int) -> AbstractAsyncContextManager[Run]:
         prompt = self.prompt
-        async with self._state.inference.begin(
-            prompt.request,
-            self._caller,
-            prompt.extras,
-            logprobs=self._chat.logprobs,
-            n=len(choices),
-        ) as self.run:
-            num_prompt_tokens = len(self.run.request.prompt_ids)
-            stop = self.run.request.stopping.stop
-            answers: list[_Answer] = [
-                _Call(choice, num_prompt_tokens, stop, prompt.in_words)
-                if prompt.is_call
-                else _Text(choice, num_prompt_tokens, stop)
-                for choice in choices
-            ]
-            yield [event for answer in answers for event in answer.start()]
-            async with aclosing(self.run.deliveries()) as deliveries:
-                async for index, delivery in deliveries:
-                    yield answers[index].read(delivery)
-            in_words += [answer.choice for answer in answers if answer.is_in_words]
+        return self._state.inference.begin(
+            prompt.request, self._caller, prompt.extras, logprobs=self._chat.logprobs, n=n
+        )
+
+    def _answer(self, choice: int) -> "_Answer":
+        request = self.run.request
+        started = Started(choice, len(request.prompt_ids))
+        if self.prompt.is_call:
+            return _Call(started, request.stopping.stop, self.prompt.in_words)
+        return _Text(started, request.stopping.stop)
 
 
 class _Answer:
     """One answer. Its text ends before the first stop string."""
 
-    def __init__(self, choice: int, num_prompt_tokens: int, stop: Sequence[str]) -> None:
-        self.choice = choice
-        self._started = Started(choice, num_prompt_tokens)
-        self._stop = StopText(stop)
+    def __init__(self, started: Started, stop: Sequence[str]) -> None:
+        self.choice = started.choice
+        self._started = started
+        self._stop = StopText(stop) if stop else None
 
     @property
     def is_in_words(self) -> bool:
@@ -103,35 +96,36 @@ class _Answer:
         """Return the events of a delivery."""
         raise NotImplementedError
 
-    def _texts(self, delivery: Delivery) -> Iterator[tuple[TokenOutput, str]]:
-        """Yield each token with the text that can be shown after it."""
-        outputs, end = delivery
-        for output in outputs:
-            text = self._stop.push(output.token.text, output.token.special)
-            if end is not None and output is outputs[-1]:
-                text += self._stop.flush()
-            yield output, text
+    def _texts(self, delivery: Delivery) -> list[str]:
+        """Return the text that can be shown after each token."""
+        tokens = [output.token for output in delivery.tokens]
+        if self._stop is None:
+            return ["" if token.special else token.text for token in tokens]
+        texts = [self._stop.push(token.text, token.special) for token in tokens]
+        if delivery.end is not None and texts:
+            texts[-1] += self._stop.flush()
+        return texts
 
 
 class _Text(_Answer):
     """An answer in words."""
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
+        choice, (tokens, end) = self.choice, delivery
         events: list[ChatEvent] = [
-            TextDelta(self.choice, text, (output,)) for output, text in self._texts(delivery)
+            TextDelta(choice, text, (output,))
+            for output, text in zip(tokens, self._texts(delivery), strict=True)
         ]
-        if isinstance(delivery.end, Finished):
-            events.append(Ended(self.choice, _end_reason(delivery.end), delivery.end))
+        if isinstance(end, Finished):
+            events.append(Ended(choice, _end_reason(end), end))
         return events
 
 
 class _Call(_Answer):
     """An answer that is the call of a tool. It has no events if that is the tool `in_words`."""
 
-    def __init__(
-        self, choice: int, num_prompt_tokens: int, stop: Sequence[str], in_words: str | None
-    ) -> None:
-        super().__init__(choice, num_prompt_tokens, stop)
+    def __init__(self, started: Started, stop: Sequence[str], in_words: str | None) -> None:
+        super().__init__(started, stop)
         self._in_words = in_words
         self._call = CallReader()
         self._unnamed: list[TokenOutput] = []
@@ -145,8 +139,9 @@ class _Call(_Answer):
         return [] if self._in_words is not None else [self._started]
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
-        events = [event for piece in self._texts(delivery) for event in self._piece(*piece)]
-        end = delivery.end
+        tokens, end = delivery
+        pieces = zip(tokens, self._texts(delivery), strict=True)
+        events = [event for piece in pieces for event in self._piece(*piece)]
         if not isinstance(end, Finished) or self.is_in_words:
             return events
         if self._call.name is None:

@@ -86,27 +86,40 @@ class Run:
         self._observation = observation
         self._started = started
         self._validated = time.perf_counter()
+        self._ends: list[Finished] = []
 
-    async def deliveries(self) -> AsyncGenerator[tuple[int, Delivery], None]:
-        """Yield the deliveries of all generations, each with the generation's number.
+    def deliveries(self) -> AsyncGenerator[list[tuple[int, Delivery]], None]:
+        """Yield the deliveries that are pending together, each with its generation's number.
 
         The last delivery of a generation has its `Finished`. Raises GenerationFailed if one fails,
         after the tokens that came with the failure; so no delivery has a `Failed`.
         """
-        ends: list[Finished] = []
-        parts = [_followed(generation, self._observation) for generation in self._generations]
-        async with aclosing(merged(parts)) as pending:
-            async for deliveries in pending:
-                for number, delivery in deliveries:
-                    if isinstance(delivery.end, Finished):
-                        ends.append(delivery.end)
-                        if len(ends) == len(parts):
-                            self._finish(ends)
-                    yield number, delivery
+        return merged([self._of(generation) for generation in self._generations])
 
-    def _finish(self, ends: Sequence[Finished]) -> None:
-        self.timings = _timings(ends, self._started, self._validated)
-        self._observation.finished(ends[0], self.timings)
+    def first_deliveries(self) -> AsyncGenerator[Delivery, None]:
+        """Yield the deliveries of the first generation alone."""
+        return self._of(self._generations[0])
+
+    async def _of(self, generation: Generation) -> AsyncGenerator[Delivery, None]:
+        async for delivery in generation.deliveries():
+            tokens, end = delivery
+            self._observation.tokens_generated(len(tokens))
+            if isinstance(end, Failed):
+                if tokens:
+                    yield Delivery(tokens, None)
+                raise GenerationFailed(end.message)
+            if end is not None:
+                self._ended(end)
+            yield delivery
+            if end is not None:
+                return
+        raise IncompleteStream
+
+    def _ended(self, end: Finished) -> None:
+        self._ends.append(end)
+        if len(self._ends) == len(self._generations):
+            self.timings = _timings(self._ends, self._started, self._validated)
+            self._observation.finished(self._ends[0], self.timings)
 
 
 class Inference:
@@ -172,8 +185,8 @@ class Inference:
         async with self.begin(body, caller, extras, logprobs=logprobs) as run:
             if on_validated is not None:
                 on_validated(run.request)
-            async with aclosing(run.deliveries()) as deliveries:
-                async for _, delivery in deliveries:
+            async with aclosing(run.first_deliveries()) as deliveries:
+                async for delivery in deliveries:
                     yield delivery
 
     @asynccontextmanager
@@ -233,23 +246,6 @@ def _siblings(request: Request, n: int) -> list[Request]:
         for k in range(1, n)
     )
     return [request, *others]
-
-
-async def _followed(
-    generation: Generation, observation: Observation
-) -> AsyncGenerator[Delivery, None]:
-    """Yield the deliveries of `generation`. Raises GenerationFailed or IncompleteStream."""
-    async for delivery in generation.deliveries():
-        tokens, end = delivery
-        observation.tokens_generated(len(tokens))
-        if isinstance(end, Failed):
-            if tokens:
-                yield Delivery(tokens, None)
-            raise GenerationFailed(end.message)
-        yield delivery
-        if end is not None:
-            return
-    raise IncompleteStream
 
 
 def _candidates(request: Request, best_of: int) -> list[Request]:

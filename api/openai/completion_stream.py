@@ -51,7 +51,8 @@ async def completion_frames(
                 async for deliveries in pending:
                     yield b"".join(
                         writer.chunks(prompt, number, delivery)
-                        for prompt, (number, delivery) in deliveries
+                        for prompt, numbered in deliveries
+                        for number, delivery in numbered
                     )
             if body.includes_usage:
                 yield writer.usage_chunk()

@@ -4,7 +4,7 @@ The message is TGI's text. OpenAI's clients choose their exception by the status
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -44,6 +44,12 @@ class ErrorBody(TypedDict):
     """The JSON of a response, and of a stream's event, that tells of an error."""
 
     error: ErrorObject
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 429, 500, 503)
+}
+"""The answers to errors, for the OpenAPI document."""
 
 
 class _Fault(NamedTuple):

@@ -1,17 +1,17 @@
-"""The OpenAI routes as TGI answers them: chats, completions and the list of the one model."""
+"""OpenAI's routes: chats, completions and the list of the one model."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from api.generation.contract import ERRORS
 from api.generation.state import state_of
 from api.http.body import read_body
 from api.http.errors import Refused
 from api.http.responses import json_response
 from api.openai.chat import answer_chat
 from api.openai.completions import answer_completion
+from api.openai.errors import RESPONSES
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import (
     ChatCompletion,
@@ -32,7 +32,7 @@ router = APIRouter()
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion | ChatCompletionChunk,
-    responses=ERRORS,
+    responses=RESPONSES,
 )
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer a chat, with a server-sent event for each token if `stream` is true."""
@@ -40,7 +40,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     return await answer_chat(http, await read_body(http, ChatRequest, limit))
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+@router.post("/v1/completions", response_model=Completion, responses=RESPONSES)
 async def completions(http: HttpRequest) -> Response:
     """Complete one prompt or several, with server-sent events if `stream` is true."""
     limit = state_of(http).settings.payload_limit

@@ -479,7 +479,8 @@ async def test_a_refusal_names_the_field(body: dict[str, Any], field: str, text:
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_cannot_be_served_is_refused(field: str, stream: bool) -> None:
-    answer = await ask(**{field: ["audio"]}, stream=stream)
+    body: dict[str, Any] = {field: ["audio"], "stream": stream}
+    answer = await ask(**body)
     assert answer.status_code == 400
     told = f"Input validation error: `{field}` is not supported"
     assert answer.json() == error(told, field, "unsupported_parameter")

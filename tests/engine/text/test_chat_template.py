@@ -138,3 +138,18 @@ def test_errors_of_a_template_are_in_minijinjas_words(template: Any, text: str) 
         templated(template).render_chat([USER])
     told = str(refused.value)
     assert told == text or re.fullmatch(text, told)
+
+
+@pytest.mark.parametrize(
+    ("template", "word", "expected"),
+    [
+        ("{% if m.role == 'developer' %}", "developer", True),
+        ("{{ message['tool_calls'] }}", "tool_calls", True),
+        ("{{ message.tool_calls }}", "tool_calls", True),
+        ("{{ developers }}{{ tool_call }}", "developer", False),
+        ("{{ tool_call }}", "tool_calls", False),
+        (None, "developer", False),
+    ],
+)
+def test_a_template_mentions_a_word_or_not(template: str | None, word: str, expected: bool) -> None:
+    assert templated(template).chat_mentions(word) is expected
