@@ -89,18 +89,20 @@ class EventWriter:
                 return self._ended(event)
 
     def _text(self, text: str, logprobs: list[TokenLogprob]) -> list[Event]:
-        opened: list[Event] = []
-        if self._item is None:
-            self._item = _MessageItem()
-            opened = self._item.open()
+        opened = self._opened()
         assert isinstance(self._item, _MessageItem)
         return [*opened, self._item.delta(text, logprobs)]
 
+    def _opened(self) -> list[Event]:
+        """Begin a message unless there is an item, and return the events of that."""
+        if self._item is not None:
+            return []
+        self._item = _MessageItem()
+        return self._item.open()
+
     def _ended(self, end: Ended) -> list[Event]:
-        opened: list[Event] = []
-        if self._item is None:
-            self._item = _MessageItem()
-            opened = self._item.open()
+        opened = self._opened()
+        assert self._item is not None
         status = item_status(end)
         ended = self._response.ended(self._item.json(status), end)
         type = f"response.{ended['status']}"
