@@ -5,7 +5,7 @@ at fault, if there is one.
 """
 
 import uuid
-from typing import Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -39,20 +39,26 @@ _CODES = frozenset({"thread_unsupported_request"})
 """The codes of faults that Anthropic has too. The others are OpenAI's."""
 
 
-class ErrorDetails(TypedDict):
+class MessagesErrorDetails(TypedDict):
     error_code: str
 
 
-class ErrorObject(TypedDict):
+class MessagesErrorObject(TypedDict):
     type: ErrorType
     message: str
-    details: NotRequired[ErrorDetails]
+    details: NotRequired[MessagesErrorDetails]
 
 
-class ErrorBody(TypedDict):
+class MessagesError(TypedDict):
     type: Literal["error"]
-    error: ErrorObject
+    error: MessagesErrorObject
     request_id: str
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": MessagesError} for status in (400, 401, 500, 529)
+}
+"""The answers to errors, for the OpenAPI document."""
 
 
 class _Fault(NamedTuple):
@@ -78,8 +84,8 @@ def error_event(problem: Exception) -> bytes:
 ERROR_FORMATS: dict[str, ErrorFormat] = {"/v1/messages": error_response}
 
 
-def _body(fault: _Fault) -> ErrorBody:
-    error: ErrorObject = {"type": fault.type, "message": fault.message}
+def _body(fault: _Fault) -> MessagesError:
+    error: MessagesErrorObject = {"type": fault.type, "message": fault.message}
     if fault.code in _CODES:
         error["details"] = {"error_code": fault.code}
     return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}

@@ -59,12 +59,12 @@ Block = Annotated[
 ]
 
 
-class Message(WireRequest):
+class MessageParam(WireRequest):
     role: Literal["user", "assistant", "system"]
     content: Annotated[str | list[Block], text_or_list(Block)]
 
 
-class Tool(WireRequest):
+class ToolParam(WireRequest):
     """A tool. Its `input_schema` is the JSON schema of a call's `input`."""
 
     type: Literal["custom"] | None = None
@@ -73,7 +73,7 @@ class Tool(WireRequest):
     input_schema: dict[str, JsonValue]
 
 
-class ToolChoice(WireRequest):
+class ToolChoiceParam(WireRequest):
     """Which tools may be called. `disable_parallel_tool_use` is ignored: an answer has at most one
     call.
     """
@@ -82,29 +82,29 @@ class ToolChoice(WireRequest):
     name: str | None = None
 
     @model_validator(mode="after")
-    def _needs_a_name(self) -> "ToolChoice":
+    def _needs_a_name(self) -> "ToolChoiceParam":
         if self.type == "tool" and self.name is None:
             raise PydanticCustomError("serde", "missing field `name`")
         return self
 
 
-class SchemaFormat(WireRequest):
+class JsonOutputFormat(WireRequest):
     type: Literal["json_schema"]
     schema_: dict[str, JsonValue] = Field(alias="schema")
 
 
 class OutputConfig(WireRequest):
-    format: SchemaFormat | None = None
+    format: JsonOutputFormat | None = None
 
 
 class PromptRequest(WireRequest):
     """The fields that make the prompt: a body of `/v1/messages/count_tokens`."""
 
     model: str
-    messages: list[Message]
+    messages: list[MessageParam]
     system: Texts | None = None
-    tools: list[Annotated[Tool, tagged({"custom": Tool}, default="custom")]] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: list[Annotated[ToolParam, tagged({"custom": ToolParam}, default="custom")]] | None = None
+    tool_choice: ToolChoiceParam | None = None
     output_config: OutputConfig | None = None
 
 

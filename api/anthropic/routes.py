@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.anthropic.errors import RESPONSES
 from api.anthropic.payloads import MessageObject, TokenCount, complete_message
 from api.anthropic.requests import MessagesRequest, PromptRequest
 from api.anthropic.stream import MessageWriter
@@ -26,7 +27,7 @@ BODIES: dict[str, type[BaseModel]] = {
 router = APIRouter()
 
 
-@router.post("/v1/messages", response_model=MessageObject)
+@router.post("/v1/messages", response_model=MessageObject, responses=RESPONSES)
 async def messages(http: HttpRequest) -> Response:
     """Answer as a message, with typed server-sent events if `stream` is true."""
     body = await read_body(http, MessagesRequest, state_of(http).settings.payload_limit)
@@ -39,7 +40,7 @@ async def messages(http: HttpRequest) -> Response:
     return await serve_chat(http, "messages", partial(chat_of, body), encode, writer)
 
 
-@router.post("/v1/messages/count_tokens", response_model=TokenCount)
+@router.post("/v1/messages/count_tokens", response_model=TokenCount, responses=RESPONSES)
 async def count_tokens(http: HttpRequest) -> Response:
     """Return the number of tokens of the prompt that a message would answer."""
     state = state_of(http)

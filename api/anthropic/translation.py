@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from api.anthropic.requests import Message as WireMessage
 from api.anthropic.requests import (
+    MessageParam,
     MessagesRequest,
     PromptRequest,
     TextBlock,
@@ -90,7 +90,7 @@ def _messages(body: PromptRequest) -> Iterator[Message]:
         yield from _turns(message)
 
 
-def _turns(message: WireMessage) -> Iterator[Message]:
+def _turns(message: MessageParam) -> Iterator[Message]:
     """Yield the results of tools that `message` has, each as a message, then what else it has."""
     blocks = message.content
     if isinstance(blocks, str):

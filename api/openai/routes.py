@@ -11,7 +11,7 @@ from api.http.errors import Refused
 from api.http.responses import json_response
 from api.openai.chat import answer_chat
 from api.openai.completions import answer_completion
-from api.openai.errors import RESPONSES
+from api.openai.errors import RESPONSES, ErrorBody
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import (
     ChatCompletion,
@@ -52,7 +52,9 @@ async def models(http: HttpRequest) -> Response:
     return json_response({"object": "list", "data": [_model_info(http)]})
 
 
-@router.get("/v1/models/{model:path}", response_model=ModelInfo)
+@router.get(
+    "/v1/models/{model:path}", response_model=ModelInfo, responses={404: {"model": ErrorBody}}
+)
 async def model(http: HttpRequest, model: str) -> Response:
     """Describe the model that is served, by its name."""
     info = _model_info(http)

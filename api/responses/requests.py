@@ -80,15 +80,15 @@ class FunctionTool(WireRequest):
     strict: bool | None = None
 
 
-class NamedTool(WireRequest):
+class ToolChoiceFunction(WireRequest):
     type: Literal["function"]
     name: str
 
 
-class AllowedTools(WireRequest):
+class ToolChoiceAllowed(WireRequest):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: list[ToolChoiceFunction]
 
 
 class PlainFormat(WireRequest):
@@ -148,7 +148,7 @@ class ResponsesRequest(WireRequest):
     include: list[Includable] | None = None
     tools: list[Annotated[FunctionTool, tagged({"function": FunctionTool})]] | None = None
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | NamedTool | AllowedTools | None,
+        Literal["none", "auto", "required"] | ToolChoiceFunction | ToolChoiceAllowed | None,
         untagged("ToolChoice"),
     ] = None
     parallel_tool_calls: bool | None = None

@@ -14,7 +14,7 @@ from api.chat.serving import serve_chat
 from api.generation.state import state_of
 from api.http.body import read_body
 from api.http.errors import ErrorFormat
-from api.openai.errors import OpenAIErrors
+from api.openai.errors import RESPONSES, OpenAIErrors
 from api.responses.payloads import Response, ResponseObject, output_item
 from api.responses.requests import ResponsesRequest
 from api.responses.stream import EventWriter
@@ -34,7 +34,7 @@ ERROR_FORMATS: dict[str, ErrorFormat] = {"/v1/responses": _ERRORS.response}
 router = APIRouter()
 
 
-@router.post("/v1/responses", response_model=ResponseObject)
+@router.post("/v1/responses", response_model=ResponseObject, responses=RESPONSES)
 async def responses(http: HttpRequest) -> HttpResponse:
     """Answer as a response, with typed server-sent events if `stream` is true."""
     state = state_of(http)

@@ -11,18 +11,18 @@ from api.http.errors import ValidationError
 from api.openai.parameters import check, check_range, extras, generate_parameters
 from api.openai.requests import OpenAIRequest
 from api.responses.requests import (
-    AllowedTools,
     CallItem,
     CallOutputItem,
     Content,
     FunctionTool,
     Item,
     MessageItem,
-    NamedTool,
     ResponsesRequest,
     SchemaFormat,
     TextConfig,
     TextPart,
+    ToolChoiceAllowed,
+    ToolChoiceFunction,
 )
 
 _TEXT_BREAK = "\n"
@@ -78,9 +78,9 @@ def _callable_tools(body: ResponsesRequest) -> tuple[list[FunctionTool], bool]:
             return tools, False
         case "required":
             return _named(tools, [tool.name for tool in tools]), True
-        case NamedTool(name=name):
+        case ToolChoiceFunction(name=name):
             return _named(tools, [name]), True
-        case AllowedTools(mode=mode, tools=allowed):
+        case ToolChoiceAllowed(mode=mode, tools=allowed):
             return _named(tools, [tool.name for tool in allowed]), mode == "required"
 
 
