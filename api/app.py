@@ -10,18 +10,25 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from api import platforms, tokenize
+from api.anthropic import errors as anthropic_errors
+from api.anthropic import routes as anthropic
 from api.generation.contract import TGI_VERSION
 from api.generation.state import AppState
 from api.http import errors, openapi
 from api.http.auth import ApiKey
 from api.http.cors import Cors
+from api.openai import errors as openai_errors
 from api.openai import routes as openai
-from api.openai.errors import ERROR_FORMATS
+from api.responses import routes as responses
 from api.tgi import prometheus
 from api.tgi import routes as tgi
 
-_ROUTE_MODULES = (tgi, openai, tokenize, platforms)
+_ROUTE_MODULES = (tgi, openai, responses, anthropic, tokenize, platforms)
 """Each module has a `router`, and the `BODIES` of its POST routes for the OpenAPI document."""
+_ERROR_FORMATS = (
+    anthropic_errors.ERROR_FORMATS | responses.ERROR_FORMATS | openai_errors.ERROR_FORMATS
+)
+"""The format of errors of the paths that begin with a prefix; the first that fits counts."""
 
 
 def create_app(state: AppState) -> FastAPI:
@@ -40,7 +47,7 @@ def create_app(state: AppState) -> FastAPI:
         app.include_router(module.router)
     app.include_router(prometheus.router)
     bodies = {path: model for module in _ROUTE_MODULES for path, model in module.BODIES.items()}
-    errors.install_handlers(app, ERROR_FORMATS)
+    errors.install_handlers(app, _ERROR_FORMATS)
     app.openapi = cache(partial(openapi.describe, app, bodies))  # type: ignore[method-assign]
     settings = state.settings
     if settings.api_key is not None:

@@ -14,11 +14,12 @@ import pytest
 import schemathesis
 
 from clients.server import MAX_CONCURRENT_REQUESTS, Server
-from clients.wire import PROMPT, events
+from clients.wire import PROMPT, events, typed_events
 
 SHORT_FORM = 60
 CASES = int(os.environ.get("FUZZ_CASES", SHORT_FORM))
 MAX_NEW_TOKENS = 4
+TYPED_STREAMS = ("/v1/responses", "/v1/messages")
 
 REJECTIONS = {
     400: "Failed to parse the request body as JSON: ",
@@ -55,6 +56,8 @@ def limit_tokens(value: Any) -> Any:
     if "messages" in value or "prompt" in value:
         key = "max_completion_tokens" if "max_completion_tokens" in value else "max_tokens"
         _limit(value, key)
+    if "input" in value:
+        _limit(value, "max_output_tokens")
     return value
 
 
@@ -82,6 +85,8 @@ def test_no_request_causes_an_internal_error(case: Any, server: Server) -> None:
     elif response.status_code >= 400 and response.text:
         assert kind == "text/plain; charset=utf-8"
         assert response.text.startswith(REJECTIONS[response.status_code])
+    elif kind.startswith("text/event-stream") and case.path in TYPED_STREAMS:
+        assert typed_events(response.text)
     elif kind.startswith("text/event-stream"):
         assert all(event == "[DONE]" or isinstance(event, dict) for event in events(response.text))
     elif kind == "application/json":
@@ -89,8 +94,11 @@ def test_no_request_causes_an_internal_error(case: Any, server: Server) -> None:
 
 
 def check_error(body: Any) -> None:
-    """Check that an error has TGI's shape or OpenAI's."""
-    if isinstance(body["error"], dict):
+    """Check that an error has TGI's shape, OpenAI's or Anthropic's."""
+    if body.get("type") == "error":
+        assert list(body) == ["type", "error", "request_id"]
+        assert {"type", "message"} <= set(body["error"])
+    elif isinstance(body["error"], dict):
         assert list(body) == ["error"]
         assert list(body["error"]) == ["message", "type", "param", "code"]
     else:

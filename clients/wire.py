@@ -56,6 +56,18 @@ def events(body: str) -> list[Any]:
     return [text if text == "[DONE]" else json.loads(text) for text in texts]
 
 
+def typed_events(body: str) -> list[Any]:
+    """Return the JSON of each event of a stream whose events are named by their types."""
+    assert body.endswith("\n\n")
+    frames = [frame for frame in body[:-2].split("\n\n") if frame != ":"]
+    found = []
+    for frame in frames:
+        name, data = frame.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}", frame
+    return found
+
+
 @contextmanager
 def every_permit_taken(url: str) -> Iterator[None]:
     """Hold every permit with a long stream, and cancel the streams at the end."""

@@ -33,7 +33,18 @@ LAYERS = {
         "sampling",
         "step",
     ),
-    "api": ("http", "settings", "telemetry", "generation", "tgi", "chat", "openai", "vast"),
+    "api": (
+        "http",
+        "settings",
+        "telemetry",
+        "generation",
+        "tgi",
+        "chat",
+        "anthropic",
+        "openai",
+        "responses",
+        "vast",
+    ),
 }
 TORCH_FREE = ("engine.core", "engine.async_engine")
 """The part of the engine that `api` may import, and that tests drive without a device."""

@@ -190,6 +190,10 @@ class Validator:
             raise ValidationError("`inputs` cannot be empty", field="inputs")
         return list(extras.prompt_ids)
 
+    async def count_tokens(self, body: GenerateRequest, extras: Extras) -> int:
+        """Return the length of the prompt of `body`, however long it is. Raises ValidationError."""
+        return len(await self._tokenise(body.inputs, None, extras.add_special_tokens))
+
     async def _tokenise(
         self, text: str, truncate: int | None, add_special_tokens: bool
     ) -> list[int]:

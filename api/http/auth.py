@@ -29,14 +29,17 @@ OPEN = frozenset(
 
 class ApiKey:
     """ASGI middleware that answers 401 before the request's body is read, in the format of errors
-    of the route.
+    of the route. The key comes as TGI's and OpenAI's clients send it or as Anthropic's do.
 
     Requests for which `is_served` is False pass through to be answered 404, as in TGI.
     """
 
     def __init__(self, app: ASGIApp, key: str, is_served: Callable[[Scope], bool]) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".lower().encode()
+        self._expected = {
+            b"authorization": f"Bearer {key}".lower().encode(),
+            b"x-api-key": key.lower().encode(),
+        }
         self._is_served = is_served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +52,9 @@ class ApiKey:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if (method, scope["path"]) in OPEN or not self._is_served(scope):
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        # TGI ignores case here, even in the key itself.
-        return hmac.compare_digest(given.lower(), self._expected)
+        return any(
+            # TGI ignores case here, even in the key itself.
+            hmac.compare_digest(value.lower(), self._expected[name])
+            for name, value in scope["headers"]
+            if name in self._expected
+        )

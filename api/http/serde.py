@@ -7,13 +7,15 @@ types under their Rust names and translates pydantic's errors into serde's messa
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import orjson
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -80,6 +82,45 @@ def untagged(name: str) -> WrapValidator:
             return handler(value)
         except ValidationError:
             raise no_variant(name) from None
+
+    return WrapValidator(validate)
+
+
+def tagged(variants: Mapping[str, type[BaseModel]], default: str | None = None) -> WrapValidator:
+    """Return a validator that reads a map as the variant that its `type` names, or that `default`
+    names if it has none.
+    """
+
+    def validate(value: object, _: ValidatorFunctionWrapHandler) -> BaseModel:
+        if not isinstance(value, dict):
+            raise _refusal("type", value, "a map")
+        name = value.get("type", default)
+        variant = variants.get(name) if isinstance(name, str) else None
+        if variant is None:
+            raise PydanticCustomError("serde", "{text}", {"text": _no_tag(name, variants)})
+        return variant.model_validate(value)
+
+    return WrapValidator(validate)
+
+
+def _no_tag(name: object, known: Iterable[str]) -> str:
+    if name is None:
+        return "missing field `type`"
+    if not isinstance(name, str):
+        return f"invalid type: {unexpected(name)}, expected a string"
+    return f"unknown variant `{name}`, expected one of {', '.join(f'`{tag}`' for tag in known)}"
+
+
+def text_or_list(item: Any) -> WrapValidator:
+    """Return a validator of a string or a list of `item`, whose errors tell which item is wrong."""
+    items: TypeAdapter[list[Any]] = TypeAdapter(list[item])
+
+    def validate(value: object, _: ValidatorFunctionWrapHandler) -> str | list[Any]:
+        if isinstance(value, list):
+            return items.validate_python(value)
+        if not isinstance(value, str):
+            raise _refusal("type", value, "a string or a sequence")
+        return value
 
     return WrapValidator(validate)
 

@@ -26,6 +26,11 @@ def event(payload: object) -> bytes:
     return b"data: " + orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
+def typed_event(payload: Mapping[str, object]) -> bytes:
+    """Return `payload` as one event that is named by its `type`."""
+    return f"event: {payload['type']}\n".encode() + event(payload)
+
+
 async def begun(frames: AsyncGenerator[bytes, None]) -> None:
     """Run `frames` up to its first frame, which is dropped: it tells that the request is admitted.
     Raises what it raises before, so that this can be told by the status.

@@ -1,17 +1,14 @@
 """The answer to a chat as a `chat.completion`, or as a stream of its chunks."""
 
+from functools import partial
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from api.chat.answer import ChatAnswer, collect
-from api.chat.generation import ChatGeneration
-from api.chat.prompt import prepare
-from api.chat.streaming import chat_stream
-from api.generation.headers import answer_headers, caller_of, stream_headers
+from api.chat.answer import ChatAnswer
+from api.chat.request import Chat
+from api.chat.serving import serve_chat
 from api.generation.state import AppState, state_of
-from api.http.disconnect import until_disconnect
-from api.http.errors import REQUEST_ERRORS
-from api.http.responses import json_response
 from api.openai.chat_payloads import ChatUsage, chat_logprobs
 from api.openai.chat_stream import ChunkWriter
 from api.openai.chat_translation import chat_of, check_chat
@@ -23,22 +20,14 @@ from api.openai.responses import ChatChoice, ChatCompletion, ChatMessage
 async def answer_chat(http: HttpRequest, body: ChatRequest) -> Response:
     """Answer a chat that came by any route. An error before the first token is told by status."""
     state = state_of(http)
-    caller = caller_of(http, "chat_completions")
-    state.observer.arrived()
-    try:
+
+    def translate() -> Chat:
         check_chat(body, state.settings.max_concurrent_requests)
-        chat = chat_of(body)
-        prompt = await prepare(state.engine.tokenizer, chat)
-    except REQUEST_ERRORS as problem:
-        state.observer.refused(caller, problem)
-        raise
-    generation = ChatGeneration(state, chat, prompt, caller)
-    if body.stream:
-        headers = stream_headers(state, prompt.request)
-        return await chat_stream(http, generation.events(), ChunkWriter(state, body), headers)
-    answers = await until_disconnect(http.receive, collect(generation.events(), chat.n))
-    headers = answer_headers(state, generation.prompt.request, generation.run)
-    return json_response(_chat_completion(state, body, answers), headers)
+        return chat_of(body)
+
+    encode = partial(_chat_completion, state, body)
+    writer = ChunkWriter(state, body) if body.stream else None
+    return await serve_chat(http, "chat_completions", translate, encode, writer)
 
 
 def _chat_completion(

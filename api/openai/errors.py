@@ -12,7 +12,14 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from api.http import sse
-from api.http.errors import REQUEST_ERRORS, BodyRejected, ErrorFormat, RequestError, wire_error
+from api.http.errors import (
+    REQUEST_ERRORS,
+    BodyRejected,
+    ErrorFormat,
+    Refused,
+    RequestError,
+    wire_error,
+)
 from engine.async_engine import Overloaded
 from engine.core.errors import EngineDead, TemplateError
 
@@ -108,6 +115,8 @@ def _fault(problem: Exception) -> _Fault:
             return _Fault(400, "invalid_request_error", "inputs")
         case RequestError() if wire_error(problem).status == 422:
             return _Fault(400, "invalid_request_error", problem.field, problem.code)
+        case Refused(status=status):
+            return _Fault(status, "invalid_request_error", problem.field, problem.code)
     return _Fault(500, "server_error")
 
 

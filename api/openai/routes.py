@@ -7,15 +7,17 @@ from starlette.responses import Response
 
 from api.generation.state import state_of
 from api.http.body import read_body
+from api.http.errors import Refused
 from api.http.responses import json_response
 from api.openai.chat import answer_chat
 from api.openai.completions import answer_completion
-from api.openai.errors import RESPONSES
+from api.openai.errors import RESPONSES, ErrorBody
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    ModelInfo,
     ModelsInfo,
 )
 
@@ -47,9 +49,24 @@ async def completions(http: HttpRequest) -> Response:
 
 async def models(http: HttpRequest) -> Response:
     """List the model that is served."""
+    return json_response({"object": "list", "data": [_model_info(http)]})
+
+
+@router.get(
+    "/v1/models/{model:path}", response_model=ModelInfo, responses={404: {"model": ErrorBody}}
+)
+async def model(http: HttpRequest, model: str) -> Response:
+    """Describe the model that is served, by its name."""
+    info = _model_info(http)
+    if model != info["id"]:
+        text = f"The model `{model}` is not served"
+        raise Refused(404, text, "model_not_found", field="model", code="model_not_found")
+    return json_response(info)
+
+
+def _model_info(http: HttpRequest) -> ModelInfo:
     served = state_of(http).engine.model.model_id
-    model = {"id": served, "object": "model", "created": 0, "owned_by": served}
-    return json_response({"object": "list", "data": [model]})
+    return {"id": served, "object": "model", "created": 0, "owned_by": served}
 
 
 router.add_api_route("/v1/models", models, methods=["GET"], response_model=ModelsInfo)

@@ -249,7 +249,7 @@ def declared_tokens(payload: Mapping[str, Any]) -> float:
     """Return the tokens that a request may generate by its own words, before validation."""
     parameters = payload.get("parameters")
     named = parameters if isinstance(parameters, dict) else payload
-    for name in ("max_new_tokens", "max_completion_tokens", "max_tokens"):
+    for name in ("max_new_tokens", "max_completion_tokens", "max_tokens", "max_output_tokens"):
         limit = named.get(name)
         if isinstance(limit, int | float) and limit > 0:
             return float(min(limit, MAX_WORKLOAD))

@@ -114,3 +114,17 @@ async def test_a_wrong_method_without_the_key_is_401() -> None:
 async def test_without_the_setting_no_key_is_required() -> None:
     async with client(ScriptedEngine()) as http:
         assert (await http.post("/generate", json=BODY)).status_code == 200
+
+
+@pytest.mark.parametrize("given", [KEY, KEY.lower()])
+async def test_the_key_comes_by_the_header_of_anthropics_clients_too(given: str) -> None:
+    async with client(ScriptedEngine(), api_key=KEY) as http:
+        answer = await http.post("/generate", json=BODY, headers={"x-api-key": given})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("given", ["", "x", f"Bearer {KEY}", f"{KEY}x", "é"])
+async def test_a_wrong_key_in_that_header_is_401(given: str) -> None:
+    async with client(ScriptedEngine(), api_key=KEY) as http:
+        answer = await http.post("/generate", json=BODY, headers={b"x-api-key": given.encode()})
+        assert answer.status_code == 401

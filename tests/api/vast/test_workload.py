@@ -231,6 +231,7 @@ def test_tokens_after_the_end_of_a_job_are_not_counted() -> None:
         ({"parameters": {"max_new_tokens": 1}, "max_tokens": 9}, 1),
         ({"max_tokens": 9}, 9),
         ({"max_completion_tokens": 7, "max_tokens": 9}, 7),
+        ({"max_output_tokens": 7}, 7),
         ({"parameters": {}}, DEFAULT_WORKLOAD),
         ({"parameters": None, "max_tokens": 9}, 9),
         ({}, DEFAULT_WORKLOAD),
