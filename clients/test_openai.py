@@ -666,7 +666,7 @@ def test_the_clients_own_accumulator_reads_the_stream(url: str) -> None:
 
 def test_the_clients_own_accumulator_reads_the_call_of_a_tool(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")
-    strict = {"type": "function", "function": WEATHER | {"strict": True}}
+    strict: dict[str, Any] = {"type": "function", "function": WEATHER | {"strict": True}}
     parameters = WEATHER["parameters"] | {"additionalProperties": False}
     strict["function"]["parameters"] = parameters
     asked = {"messages": MESSAGES, "tools": [strict], "tool_choice": "required", "max_tokens": 60}

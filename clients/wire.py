@@ -16,7 +16,7 @@ CHAT_PROMPT = "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n"
 """A prompt whose answer ends with the model's end-of-sequence token."""
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "name": "get_weather",
     "description": "Get the weather in a city",
     "parameters": {
