@@ -8,6 +8,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+from api.settings.config import ConfigError
+from api.settings.launcher_flags import flag_of
 from api.telemetry.logs import connected
 from engine.async_engine import AsyncEngine
 
@@ -15,9 +17,14 @@ _REPEAT_S = 15.0
 
 
 def log_file(path: Path) -> Path | None:
-    """Create the log file and return its path; None if standard output goes there already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    """Create the log file and return its path; None if standard output goes there already. Raises
+    ConfigError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{flag_of('model_log')} {path}: {error.strerror}") from None
     out = sys.stdout.fileno()
     return None if path.samefile(f"/proc/self/fd/{out}") else path
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from api.settings.config import ConfigError
 from api.telemetry.logs import configure_logging, connected
 from api.vast import pyworker
 
@@ -72,3 +73,17 @@ async def test_connected_is_repeated_until_the_first_request(
         await asyncio.sleep(0.005)
     figures.num_steps += 1
     await asyncio.wait_for(repeating, 1)
+
+
+def test_a_log_that_cannot_be_written_is_refused_by_the_name_of_its_setting(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path, why in (
+        (tmp_path / "file" / "infer.log", "File exists"),
+        (tmp_path, "Is a directory"),
+        (Path("/proc/none/infer.log"), "No such file or directory"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            pyworker.log_file(path)
+        assert str(caught.value) == f"--model-log (MODEL_LOG) {path}: {why}"
