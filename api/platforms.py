@@ -22,7 +22,7 @@ from api.http.body import read_body
 from api.http.disconnect import all_together, until_disconnect
 from api.http.errors import REQUEST_ERRORS, Refused
 from api.http.responses import json_response
-from api.http.serde import untagged
+from api.http.serde import Vec, untagged
 from api.openai.chat import answer_chat
 from api.openai.chat_prompt import prepare
 from api.openai.completions import answer_completion
@@ -59,7 +59,7 @@ Instance = Annotated[
 
 
 class VertexRequest(WireRequest):
-    instances: list[Instance]
+    instances: Vec[Instance]
 
 
 BODIES: dict[str, type[BaseModel]] = {"/invocations": SagemakerRequest, "/vertex": VertexRequest}

@@ -3,7 +3,6 @@
 The messages become a prompt, and the tools or the response format become a grammar.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 from api.generation.request import GenerateRequest, GrammarType
 from api.generation.validation import Extras
 from api.http.errors import ToolError, ValidationError
+from api.http.off_loop import READING
 from api.http.serde import json_text
 from api.openai.parameters import extras, generate_parameters
 from api.openai.requests import ChatRequest, ImageChunk, Message, ResponseFormat, Tool
@@ -56,7 +56,7 @@ async def prepare(tokenizer: ChatTokenizer, chat: ChatRequest) -> ChatPrompt:
     if format is not None and chat.tools:
         raise ToolError("Grammar and tools are mutually exclusive")
     tools = offered_tools(chat.tools or [], chat.tool_choice)
-    prompt = await asyncio.to_thread(_render, tokenizer, chat, tools)
+    prompt = await READING.run(_render, tokenizer, chat, tools)
     grammar = tool_grammar(tools) if tools else format
     parameters = generate_parameters(chat, top_n_tokens=chat.top_logprobs, grammar=grammar)
     return ChatPrompt(

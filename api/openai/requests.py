@@ -23,6 +23,7 @@ from api.http.serde import (
     F32,
     U32,
     U64,
+    Vec,
     no_variant,
     untagged,
 )
@@ -58,7 +59,7 @@ class OpenAIRequest(WireRequest):
     top_p: F32 | None = None
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
-    stop: Annotated[list[str], BeforeValidator(_list_of_stops)] = Field([])
+    stop: Annotated[Vec[str], BeforeValidator(_list_of_stops)] = Field([])
     seed: U64 | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -115,8 +116,8 @@ class Message(WireRequest):
     """A message of a chat. Its `content` may be null, but may be absent only if there are calls."""
 
     role: str
-    content: str | list[Chunk] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Vec[Chunk] | None = None
+    tool_calls: Vec[ToolCall] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -165,16 +166,16 @@ class ResponseFormat(WireRequest):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: list[Message]
+    messages: Vec[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Tool] | None = None
+    tools: Vec[Tool] | None = None
     tool_choice: Annotated[str | NamedTool | None, untagged("ToolTypeDeserializer")] = None
     tool_prompt: str | None = None
     response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: Annotated[list[str], untagged("PromptDeserializer"), BeforeValidator(_list_of_prompts)]
+    prompt: Annotated[Vec[str], untagged("PromptDeserializer"), BeforeValidator(_list_of_prompts)]
     suffix: str | None = None
     repetition_penalty: F32 | None = None
