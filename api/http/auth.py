@@ -4,7 +4,7 @@ A newly added route is guarded by default.
 """
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,11 +28,19 @@ OPEN = frozenset(
 class ApiKey:
     """ASGI middleware that answers 401 without a body, before the request's body is read.
 
-    Requests for which `is_served` is False pass through to be answered 404, as in TGI.
+    Requests for which `is_served` is False pass through to be answered 404, as in TGI. `guarded`
+    are routes of `OPEN` that require the key after all.
     """
 
-    def __init__(self, app: ASGIApp, key: str, is_served: Callable[[Scope], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str,
+        is_served: Callable[[Scope], bool],
+        guarded: Iterable[tuple[str, str]] = (),
+    ) -> None:
         self._app = app
+        self._open = OPEN - set(guarded)
         self._expected = f"Bearer {key}".lower().encode()
         self._is_served = is_served
 
@@ -44,7 +52,7 @@ class ApiKey:
 
     def _may_pass(self, scope: Scope) -> bool:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if (method, scope["path"]) in OPEN or not self._is_served(scope):
+        if (method, scope["path"]) in self._open or not self._is_served(scope):
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         # TGI ignores case here, even in the key itself.
