@@ -15,6 +15,7 @@ import uvicorn
 
 from api.app import create_app
 from api.generation.state import AppState, build_state
+from api.http.connections import raise_file_limit
 from api.server import CannotListen, Server, check_port, server_config
 from api.settings.config import (
     ConfigError,
@@ -122,6 +123,7 @@ def _run(argv: Sequence[str]) -> int:
         pyworker.log_file(settings.model_log) if behind else None,
     )
     _print_environment_and_notes(settings)
+    raise_file_limit()
     if settings.vast_mode == "worker":
         run_worker(settings.vast_worker(), lambda: _load(settings))
         return 0

@@ -52,7 +52,9 @@ def create_app(state: AppState) -> FastAPI:
     settings = state.settings
     if settings.api_key is not None:
         key = settings.api_key.get_secret_value()
-        app.add_middleware(ApiKey, key=key, is_served=partial(_is_served, app))
+        guarded = [("POST", "/chat_tokenize")] if settings.api_key_for_chat_tokenize else []
+        is_served = partial(_is_served, app)
+        app.add_middleware(ApiKey, key=key, is_served=is_served, guarded=guarded)
     # Outside the middleware that answers 500 after a bug, so that a web page can read that, too.
     app.middleware_stack = Cors(app.build_middleware_stack(), settings.cors_allow_origin)
     return app

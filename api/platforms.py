@@ -23,7 +23,7 @@ from api.http.body import read_body
 from api.http.disconnect import all_together, until_disconnect
 from api.http.errors import REQUEST_ERRORS, Refused, use_format
 from api.http.responses import json_response
-from api.http.serde import untagged
+from api.http.serde import Vec, untagged
 from api.openai.chat import answer_chat
 from api.openai.chat_translation import chat_of
 from api.openai.completions import answer_completion
@@ -61,7 +61,7 @@ Instance = Annotated[
 
 
 class VertexRequest(WireRequest):
-    instances: list[Instance]
+    instances: Vec[Instance]
 
 
 BODIES: dict[str, type[BaseModel]] = {"/invocations": SagemakerRequest, "/vertex": VertexRequest}

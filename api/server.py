@@ -1,12 +1,19 @@
 """uvicorn with the settings that Skiff runs it with, and an orderly shutdown."""
 
 import asyncio
+import os
 import socket
+import sys
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
 
+from api.http.connections import Connections, Patience, connection_limit
+from api.http.listener import Listener
+from api.http.protocol import Connection
 from api.telemetry.logs import stopping
 from engine.async_engine import AsyncEngine
 
@@ -15,10 +22,38 @@ _FAIL_BEFORE_CUT_S = 0.5
 with an error event."""
 
 
+PATIENCE = Patience()
+
+
 class Server(uvicorn.Server):
     """A server that lets requests finish before it ends. `engine` is None until it is loaded."""
 
     engine: AsyncEngine | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+        """Listen by a `Listener`, where uvicorn would have asyncio listen."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        self._connections = Connections(connection_limit(), PATIENCE)
+        address = self.config.host, self.config.port
+        try:
+            listener = Listener(address, self._connections, self._connect, self.config.ssl)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise CannotListen(f"port {self.config.port}: {error.strerror}") from None
+        self.servers: list[Any] = [listener]
+        self.started = True
+
+    def _connect(self) -> Connection:
+        state = self.lifespan.state
+        return Connection(self._connections, self.config, self.server_state, state)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin an orderly shutdown; at the second signal, end at once and in whatever state."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping()
@@ -46,10 +81,9 @@ def server_config(
         http="httptools",
         ws="none",
         access_log=False,
-        log_level="warning",
+        # Lines of lower levels are about what single clients do.
+        log_level="error",
         server_header=False,
-        # Proxies keep idle connections for 60 s. They should be the ones to close them.
-        timeout_keep_alive=75,
         timeout_graceful_shutdown=drain_s,
         **options,
     )

@@ -229,6 +229,12 @@ CASES = [
     generate("unread_parameter", "/generate", temperature="a"),
     generate("unread_negative", "/generate", max_new_tokens=-1),
     generate("unread_float", "/generate", top_k=20.0),
+    Case(
+        "unread_huge_number",
+        "/generate",
+        text='{"inputs": "x", "parameters": {"temperature": 1e400}}',
+    ),
+    Case("unread_duplicate", "/generate", text='{"inputs": "x", "inputs": "y"}'),
     generate("unread_null_stop", "/generate_stream", stop=None),
     Case("unread_too_large", "/generate", text=json.dumps({"inputs": "x" * 2_000_000})),
     Case("unread_tokenize", "/tokenize", {}),

@@ -4,7 +4,6 @@ The messages become a prompt, and the tools a grammar. If the model may choose n
 it is offered one more, which stands for an answer in words.
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from api.chat.request import Chat, Message, PastCall, Tool
 from api.generation.request import GenerateRequest
 from api.generation.validation import Extras
 from api.http.errors import ToolError
+from api.http.off_loop import READING
 from api.http.serde import json_text
 
 TemplateMessage = dict[str, Any]
@@ -71,7 +71,7 @@ async def prepare(tokenizer: ChatTokenizer, chat: Chat) -> ChatPrompt:
     in_words = None if chat.must_call or not chat.tools else _unused_name(chat.tools)
     tools = chat.tools if in_words is None else (*chat.tools, Tool(in_words, _IN_WORDS))
     calls = tuple((tool.name, _object_schema(tool)) for tool in tools)
-    inputs = await asyncio.to_thread(_render, tokenizer, chat, tools)
+    inputs = await READING.run(_render, tokenizer, chat, tools)
     return ChatPrompt(
         request=GenerateRequest(inputs=inputs, parameters=chat.parameters),
         extras=replace(chat.extras, calls=calls),

@@ -4,17 +4,34 @@ The models are strict as serde is: unknown keys are ignored, and null is accepte
 type allows it.
 """
 
+from functools import cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from api.http.serde import F32, I32, U32, U64, USIZE
+from api.http.serde import F32, I32, U32, U64, USIZE, Vec, check_repeated
 
 
 class WireRequest(BaseModel):
     """The base of all request bodies: strict in its types, and ignores unknown keys."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_each_field_once(cls, value: object) -> object:
+        check_repeated(value, _wire_names(cls))
+        return value
+
+
+@cache
+def _wire_names(model: type[BaseModel]) -> frozenset[str]:
+    """Return the names of the fields of `model` in JSON."""
+    names: set[str] = set()
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias or name
+        names.update(map(str, alias.choices) if isinstance(alias, AliasChoices) else [str(alias)])
+    return frozenset(names)
 
 
 class GrammarType(WireRequest):
@@ -38,7 +55,7 @@ class GenerateParameters(WireRequest):
     do_sample: bool = False
     max_new_tokens: U32 | None = None
     return_full_text: bool | None = None
-    stop: list[str] = []
+    stop: Vec[str] = []
     truncate: USIZE | None = None
     watermark: bool = False
     details: bool = False

@@ -4,19 +4,21 @@ The checks are in TGI's order, as the client sees the first that fails. Nothing 
 checks a request again.
 """
 
-import asyncio
 import secrets
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from api.generation.grammar import GrammarValidator, ToolSchemas
 from api.generation.request import GenerateParameters, GenerateRequest
 from api.http.errors import ValidationError
+from api.http.off_loop import Threads
 from api.settings.config import MAX_COUNTED_NEW_TOKENS, Limits
 from engine.core.request import Request, SamplingParams, StoppingParams
+
+_SHORT_TEXT = 1 << 16
+"""Characters up to which a prompt counts as short, and takes a few milliseconds to tokenise."""
 
 
 class PromptTokenizer(Protocol):
@@ -73,10 +75,12 @@ class Validator:
         self._grammars = grammars
         self._limits = limits
         self._vocab_size = vocab_size
-        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="validation")
+        self._workers = Threads(num_workers, "validation")
+        self._long_text_workers = Threads(num_workers, "validation-of-long")
 
     def close(self) -> None:
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
+        self._long_text_workers.close()
         self._grammars.close()
 
     def check_best_of(self, best_of: int) -> None:
@@ -197,11 +201,10 @@ class Validator:
     async def _tokenise(
         self, text: str, truncate: int | None, add_special_tokens: bool
     ) -> list[int]:
-        loop = asyncio.get_running_loop()
+        # Apart, so that other prompts do not wait for seconds.
+        workers = self._workers if len(text) <= _SHORT_TEXT else self._long_text_workers
         try:
-            ids = await loop.run_in_executor(
-                self._workers, self._tokenizer.encode, text, truncate, add_special_tokens
-            )
+            ids = await workers.run(self._tokenizer.encode, text, truncate, add_special_tokens)
         except Exception as error:
             raise ValidationError(f"tokenizer error {error}", field="inputs") from error
         if not ids:

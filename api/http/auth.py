@@ -4,7 +4,7 @@ A newly added route is guarded by default.
 """
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,11 +31,19 @@ class ApiKey:
     """ASGI middleware that answers 401 before the request's body is read, in the format of errors
     of the route. The key comes as TGI's and OpenAI's clients send it or as Anthropic's do.
 
-    Requests for which `is_served` is False pass through to be answered 404, as in TGI.
+    Requests for which `is_served` is False pass through to be answered 404, as in TGI. `guarded`
+    are routes of `OPEN` that require the key after all.
     """
 
-    def __init__(self, app: ASGIApp, key: str, is_served: Callable[[Scope], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str,
+        is_served: Callable[[Scope], bool],
+        guarded: Iterable[tuple[str, str]] = (),
+    ) -> None:
         self._app = app
+        self._open = OPEN - set(guarded)
         self._expected = {
             b"authorization": f"Bearer {key}".lower().encode(),
             b"x-api-key": key.lower().encode(),
@@ -50,7 +58,7 @@ class ApiKey:
 
     def _may_pass(self, scope: Scope) -> bool:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if (method, scope["path"]) in OPEN or not self._is_served(scope):
+        if (method, scope["path"]) in self._open or not self._is_served(scope):
             return True
         return any(
             # TGI ignores case here, even in the key itself.

@@ -7,8 +7,11 @@ types under their Rust names and translates pydantic's errors into serde's messa
 
 import ctypes
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import (
@@ -22,12 +25,37 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+F64_MAX = sys.float_info.max
 F32_MAX = 3.4028234663852886e38
 U32_MAX = 2**32 - 1
 U64_MAX = 2**64 - 1
 
 _REPORTED_AT_PARENT = ("missing", "literal_error")
 """Types of pydantic errors that name a field where serde names the struct around it."""
+
+
+class RepeatingObject(dict[str, Any]):
+    """A JSON object with its last value of each name, in which the names in `repeated` are given
+    more than once.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = [name for name, count in Counter(n for n, _ in pairs).items() if count > 1]
+
+
+def check_repeated(value: object, fields: Iterable[str]) -> None:
+    """Refuse an object that repeats one of its struct's `fields`. Other names it may repeat."""
+    if isinstance(value, RepeatingObject):
+        for name in value.repeated:
+            if name in fields:
+                text = f"duplicate field `{name}`"
+                raise PydanticCustomError("serde", "{text}", {"text": text})
+
+
+def is_out_of_range(value: object) -> bool:
+    """Tell whether a parsed number is one that serde_json cannot parse."""
+    return isinstance(value, int | float) and not -F64_MAX <= value <= F64_MAX
 
 
 def _refusal(what: str, value: object, expected: str) -> PydanticCustomError:
@@ -50,7 +78,7 @@ def _f32(value: object) -> float:
     """Round to the nearest f32, so that values compare with limits as in TGI. Values beyond the
     range become the largest f32, since an infinity would turn a masked score into NaN.
     """
-    if type(value) is not int and type(value) is not float:
+    if (type(value) is not int and type(value) is not float) or is_out_of_range(value):
         raise _refusal("type", value, "f32")
     return ctypes.c_float(max(-F32_MAX, min(F32_MAX, value))).value
 
@@ -64,6 +92,10 @@ U64 = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("u64", 0,
 USIZE = Annotated[int, Field(ge=0, le=U64_MAX), BeforeValidator(_integer("usize", 0, U64_MAX))]
 SEED = Annotated[int, BeforeValidator(_integer("i64", -(2**63), U64_MAX))]
 """A seed of OpenAI, an i64, or one of TGI, a u64."""
+
+T = TypeVar("T")
+Vec = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first bad item. The errors of a million would take seconds."""
 
 
 def no_variant(name: str) -> PydanticCustomError:
@@ -150,11 +182,22 @@ def unexpected(value: object) -> str:
     return "map"
 
 
-def first_refusal(error: ValidationError) -> str:
-    """Return `{path: }{message}` of the error that serde would meet first, and stop at."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An error in serde's words: the `path` of the refused value, which ends in a colon or is
+    empty, and the `message`.
+    """
+
+    path: str
+    message: str
+    value: object
+
+
+def first_refusal(error: ValidationError) -> Refusal:
+    """Return the error that serde would meet first, and stop at."""
     first = _first(error)
     path = _path(first["loc"][:-1] if first["type"] in _REPORTED_AT_PARENT else first["loc"])
-    return f"{path}: {_message(first)}" if path else _message(first)
+    return Refusal(f"{path}: " if path else "", _message(first), first["input"])
 
 
 def field_at_fault(error: ValidationError) -> str | None:

@@ -25,6 +25,7 @@ from api.http.serde import (
     SEED,
     U32,
     U32_MAX,
+    Vec,
     no_variant,
     unexpected,
     untagged,
@@ -95,7 +96,7 @@ class OpenAIRequest(WireRequest):
     top_p: F32 | None = None
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
-    stop: Annotated[list[str], BeforeValidator(_list_of_stops)] = Field([])
+    stop: Annotated[Vec[str], BeforeValidator(_list_of_stops)] = Field([])
     seed: SEED | None = None
     n: U32 | None = None
     logit_bias: Annotated[dict[str, F32] | None, BeforeValidator(_logit_bias)] = None
@@ -167,9 +168,9 @@ class Message(WireRequest):
     """
 
     role: str
-    content: str | list[Chunk] | None = None
+    content: str | Vec[Chunk] | None = None
     refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Vec[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="wrap")
@@ -245,10 +246,10 @@ class ChatRequest(OpenAIRequest):
         "web_search_options",
     )
 
-    messages: list[Message]
+    messages: Vec[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Tool] | None = None
+    tools: Vec[Tool] | None = None
     tool_choice: Annotated[ToolChoice | None, untagged("ToolTypeDeserializer")] = None
     parallel_tool_calls: bool | None = None
     """Accepted, and permitted either way: an answer has at most one call."""
@@ -267,7 +268,7 @@ class CompletionRequest(OpenAIRequest):
     unsupported: ClassVar[tuple[str, ...]] = ("suffix",)
 
     prompt: Annotated[
-        list[str] | list[list[TokenId]],
+        Vec[str] | Vec[Vec[TokenId]],
         untagged("PromptDeserializer"),
         BeforeValidator(_list_of_prompts),
     ]

@@ -53,6 +53,9 @@ class ServedFlags(BaseSettings):
     api_key: SecretStr | None = Field(
         None, description="key that requests must send as `Authorization: Bearer <key>`"
     )
+    api_key_for_chat_tokenize: bool = Field(
+        False, description="require the API key on /chat_tokenize, which TGI leaves open"
+    )
     cors_allow_origin: Annotated[list[str], NoDecode] = Field(
         [],
         description="origins whose pages may read answers, separated by commas; empty allows all",

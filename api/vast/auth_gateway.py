@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.http.body import parsed
 from api.http.disconnect import first_of
 from api.vast import envelope as envelopes
 from api.vast.envelope import (
@@ -98,7 +99,7 @@ class AuthGateway:
         if len(raw) > self._config.payload_limit + ENVELOPE_BYTES:
             return platform_response(413, {"error": "the body is too long"})
         try:
-            envelope = envelopes.parse(raw)
+            envelope = await parsed(lambda: envelopes.parse(raw), raw)
         except MalformedEnvelope as error:
             return platform_response(422, error.problems)
         except NotAnEnvelope:

@@ -9,6 +9,7 @@ import pydantic_core
 from starlette.responses import Response
 from starlette.types import Receive
 
+from api.http.body import is_too_much
 from api.vast.workload import MAX_WORKLOAD
 
 _REQUIRED = ("cost", "endpoint", "reqnum", "request_idx", "signature", "url")
@@ -97,6 +98,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse a JSON object. Numbers keep the form in which they are written (256 is not 256.0),
     since they may be signed. Raises `MalformedEnvelope`.
     """
+    if is_too_much(raw):
+        raise MalformedEnvelope({"error": "too many values"})
     try:
         body = pydantic_core.from_json(raw)
     except ValueError:

@@ -8,14 +8,16 @@ import json
 import re
 from collections.abc import Sequence as Seq
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from engine.text import encoding
 from engine.text.chat_template import ChatTemplate
+from engine.text.encoding import TokenSpans
+from engine.text.long_text import LongTexts, is_long
 
 _ANCHOR = "a"
 _BYTE_TOKEN = re.compile("<0x..>")
@@ -40,13 +42,13 @@ class Tokenizer:
             self.fast.decoder = decoders.ByteLevel()
         self._hf = tokenizer
         self._chat = ChatTemplate(tokenizer)
-        self._num_special = self.fast.num_special_tokens_to_add(is_pair=False)
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in added if token.special
         }
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
         self.whole_texts = WholeTexts(self.fast)
+        self._long_texts = _long_texts(self.fast)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -63,26 +65,18 @@ class Tokenizer:
 
         Special tokens that the tokenizer puts around a text are kept and counted.
         """
-        encoding = self.fast.encode(text, add_special_tokens=False)
-        if truncate is not None:
-            num_special = self._num_special if add_special_tokens else 0
-            encoding.truncate(max(truncate - num_special, 0), direction="left")
-        if add_special_tokens:
-            encoding = self.fast.post_process(encoding, add_special_tokens=True)
-        return list(encoding.ids)
+        if self._long_texts is not None and is_long(text):
+            return self._long_texts.encode(text, truncate, add_special_tokens)
+        return encoding.encode(self.fast, text, truncate, add_special_tokens)
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
-        """Return for each token its id, and the start and end of its bytes in `text`.
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> TokenSpans:
+        """Return the tokens with the start and the end of their bytes in `text`.
 
         Tokens that the tokenizer puts around a text have none: start and end are 0.
         """
-        encoding = self.fast.encode(text, add_special_tokens=add_special_tokens)
-        spans = zip(encoding.ids, encoding.offsets, strict=True)
-        if text.isascii():
-            return [(token_id, start, stop) for token_id, (start, stop) in spans]
-        # The library's offsets count characters, ours count bytes.
-        byte_at = list(accumulate((len(char.encode()) for char in text), initial=0))
-        return [(token_id, byte_at[start], byte_at[stop]) for token_id, (start, stop) in spans]
+        if self._long_texts is not None and is_long(text):
+            return self._long_texts.tokenize(text, add_special_tokens)
+        return encoding.tokenize(self.fast, text, add_special_tokens)
 
     @property
     def chat_uses_tools(self) -> bool:
@@ -120,6 +114,14 @@ class Tokenizer:
             if not self.decode(context, skip_special_tokens=True).endswith(_INCOMPLETE):
                 return context
         return prompt_ids[-1:]
+
+
+def _long_texts(fast: FastTokenizer) -> LongTexts | None:
+    """Return what encodes long texts elsewhere, or None if `fast` must do so itself."""
+    try:
+        return LongTexts(fast)
+    except ValueError:
+        return None
 
 
 class WholeTexts(dict[int, str]):

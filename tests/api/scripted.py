@@ -32,6 +32,7 @@ from engine.core.request import (
     Token,
     TokenOutput,
 )
+from engine.text.encoding import TokenSpans
 
 HOLD: list[Event] = []
 BOS = 1
@@ -85,14 +86,16 @@ class WordTokenizer:
             raise self.template_error
         return "|".join(f"{message['role']}: {message['content']}" for message in messages)
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> TokenSpans:
         """Return tokens of three bytes each."""
         if self.error is not None:
             raise self.error
         size = len(text.encode())
         spans = [(start, min(start + 3, size)) for start in range(0, size, 3)]
         tokens = [(stop - start, start, stop) for start, stop in spans]
-        return [(BOS, 0, 0), *tokens] if add_special_tokens else tokens
+        tokens = [(BOS, 0, 0), *tokens] if add_special_tokens else tokens
+        ids, starts, stops = ([row[column] for row in tokens] for column in range(3))
+        return TokenSpans(ids, starts, stops)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
         return " ".join(map(str, token_ids))

@@ -1,4 +1,7 @@
-"""Runs `python -m api` with a scripted engine that generates 20 tokens in a second."""
+"""Runs `python -m api` with a scripted engine that generates 20 tokens in a second.
+
+The argument `--hurried` in front of the flags has clients be waited for no longer than a second.
+"""
 
 import asyncio
 import sys
@@ -7,6 +10,8 @@ import types
 from collections.abc import AsyncIterator
 
 from api import __main__ as server
+from api import server as serving
+from api.http.connections import Patience
 from engine.core.config import LoadConfig
 from engine.core.request import Delivery, Event, Request
 from engine.loading import hub
@@ -43,11 +48,17 @@ def twenty_tokens(request: Request) -> list[list[Event]]:
     return steps
 
 
+HURRIED = Patience(idle_s=3.0, head_s=1.0, body_s=1.0, unread_s=1.0, dropped_s=1.0, closing_s=1.0)
+
 if __name__ == "__main__":
+    flags = sys.argv[1:]
+    if flags[:1] == ["--hurried"]:
+        serving.PATIENCE = HURRIED
+        del flags[0]
     module = types.ModuleType("engine.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
     sys.modules["engine.engine"] = module
     hub.check_model_id = lambda *_: None
     scripted.ScriptedGeneration = SlowGeneration  # type: ignore[misc]
     server.AsyncEngine = lambda *_, **__: scripted.ScriptedEngine(twenty_tokens)  # type: ignore
-    sys.exit(server.main(sys.argv[1:]))
+    sys.exit(server.main(flags))

@@ -17,9 +17,11 @@ from api.__main__ import main
 from engine.core.config import DEFAULT_MODEL_ID
 from engine.core.errors import DownloadFailed, LoadError
 from engine.loading.checkpoint import locate
+from tests.thorough import THOROUGH
 
 ROOT = Path(__file__).parents[2]
 SERVER = "tests.api.serve_scripted"
+ADDRESS = ("--hostname", "127.0.0.1", "--port", "0")
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -31,8 +33,10 @@ def start() -> Iterator[Start]:
     started = []
 
     def start(*flags: str) -> subprocess.Popen[str]:
+        first = [flag for flag in flags if flag == "--hurried"]
+        flags = flags[len(first) :]
         process = subprocess.Popen(
-            [sys.executable, "-m", SERVER, "--hostname", "127.0.0.1", "--port", "0", *flags],
+            [sys.executable, "-m", SERVER, *first, *ADDRESS, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -99,6 +103,57 @@ def test_a_limit_of_the_gpu_s_memory_is_noted_on_a_cpu(start: Start) -> None:
     assert server.stdout is not None
     assert "--cuda-memory-fraction (CUDA_MEMORY_FRACTION) changes" in server.stdout.readline()
     url_of(server)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_server_at_once(start: Start, sign: signal.Signals) -> None:
+    server = start()
+    body = {"inputs": "never ends"}
+    with httpx2.stream("POST", f"{url_of(server)}/generate_stream", json=body) as answer:
+        chunks = answer.iter_bytes()
+        next(chunks)
+        server.send_signal(sign)
+        time.sleep(0.3)
+        assert server.poll() is None
+        asked = time.monotonic()
+        server.send_signal(sign)
+        assert server.wait(5) == 128 + sign
+    assert time.monotonic() - asked < 2
+
+
+def test_a_stopped_server_goes_on_where_it_was(start: Start) -> None:
+    """A request that arrives meanwhile is as good as any other, however long the stop was."""
+    server = start("--hurried")
+    url = url_of(server)
+    half = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+    half.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
+    with httpx2.stream("POST", f"{url}/generate_stream", json={"inputs": "x"}) as answer:
+        chunks = answer.iter_bytes()
+        received = next(chunks)
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(30 if THOROUGH > 1 else 3)
+        half.sendall(b"\r\n")
+        server.send_signal(signal.SIGCONT)
+        received += b"".join(chunks)
+    assert received.count(b"data: ") == 20
+    assert half.recv(100).startswith(b"HTTP/1.1 200 OK")
+    half.close()
+    assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_killed_server_starts_again_on_its_port_at_once(start: Start) -> None:
+    first = start()
+    url = url_of(first)
+    with httpx2.Client() as client:
+        assert client.get(f"{url}/health").status_code == 200
+        with client.stream("POST", f"{url}/generate_stream", json={"inputs": "x"}) as answer:
+            chunks = answer.iter_bytes()
+            next(chunks)
+            first.kill()
+            assert first.wait(5) == -signal.SIGKILL
+            second = start("--port", url.rpartition(":")[2])
+            assert url_of(second) == url
+        assert httpx2.post(f"{url}/generate", json={"inputs": "x"}).status_code == 200
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

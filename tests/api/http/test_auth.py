@@ -61,6 +61,15 @@ async def test_every_route_requires_the_key_except_those_open_in_tgi() -> None:
     assert {f"{method} {path}" for method, path in OPEN} == OPEN_IN_TGI
 
 
+async def test_a_setting_has_chat_tokenize_require_the_key_too() -> None:
+    app = make_app(ScriptedEngine(), api_key=KEY, api_key_for_chat_tokenize=True)
+    answers = await statuses(app)
+    assert answers["POST /chat_tokenize"] == answers["POST /tokenize"] == 401
+    assert answers["GET /health"] == 200
+    no_key = make_app(ScriptedEngine(), api_key_for_chat_tokenize=True)
+    assert (await statuses(no_key))["POST /chat_tokenize"] == 415
+
+
 async def test_a_new_route_requires_the_key() -> None:
     app = make_app(ScriptedEngine(), api_key=KEY)
     app.add_api_route("/new", lambda: "secret", methods=["GET"])

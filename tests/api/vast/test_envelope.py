@@ -282,6 +282,15 @@ async def test_a_body_over_the_payload_limit_is_413() -> None:
         assert response.status_code == 413
 
 
+async def test_an_envelope_of_too_many_values_is_422() -> None:
+    async with worker() as served:
+        response = await served.ask(PAYLOAD | {"other": [[]] * 100_000})
+        assert response.status_code == 422
+        assert response.json() == {"error": "too many values"}
+        response = await served.ask(PAYLOAD | {"other": "[]," * 100_000})
+        assert response.status_code == 200
+
+
 async def test_before_it_is_ready_a_worker_answers_ping_and_503_to_all_else() -> None:
     async with worker() as served:
         served.app.gateway = served.app.application = None
