@@ -1,12 +1,12 @@
 """The translation of a completion to generations, one for each of its prompts."""
 
-import asyncio
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from api.generation.request import GenerateRequest
 from api.generation.validation import Extras
 from api.http.errors import Refused, ValidationError
+from api.http.off_loop import READING
 from api.openai.parameters import check, check_range, extras, generate_parameters
 from api.openai.requests import CompletionRequest
 from api.settings.config import Settings
@@ -53,7 +53,7 @@ async def prepare_prompts(
 async def _text(prompt: str | list[int], tokenizer: Decoder) -> str:
     if isinstance(prompt, str):
         return prompt
-    return await asyncio.to_thread(tokenizer.decode, prompt, skip_special_tokens=False)
+    return await READING.run(tokenizer.decode, prompt, skip_special_tokens=False)
 
 
 def _check(body: CompletionRequest, settings: Settings) -> None:

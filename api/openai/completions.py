@@ -1,7 +1,5 @@
 """The answer to a completion of one or several prompts, each a generation of its own."""
 
-import asyncio
-
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -10,6 +8,7 @@ from api.generation.inference import Answer, CompletionOutput
 from api.generation.state import AppState, state_of
 from api.http import sse
 from api.http.disconnect import all_together, until_disconnect
+from api.http.off_loop import READING
 from api.http.responses import json_response
 from api.openai.completion_choice import LogprobsWriter, joined
 from api.openai.completion_prompt import CompletionPrompt, prepare_prompts
@@ -35,7 +34,7 @@ async def answer_completion(http: HttpRequest, body: CompletionRequest) -> Respo
         await until_disconnect(http.receive, sse.begun(frames))
         return sse.EventStream(frames, stream_headers(state, *requests))
     answers = await until_disconnect(http.receive, _answers(state, body, prompts, caller))
-    completion = await asyncio.to_thread(_completion, state, body, prompts, answers)
+    completion = await READING.run(_completion, state, body, prompts, answers)
     if body.stream:
         return sse.EventStream(whole_frames(body, completion), stream_headers(state, *requests))
     return json_response(completion, summed_headers(state, requests, answers))
