@@ -18,7 +18,7 @@ from api.chat.request import Chat
 from api.generation.inference import Run
 from api.generation.state import AppState
 from api.telemetry.observation import Caller
-from engine.core.request import Delivery, Finished, FinishReason, TokenOutput
+from engine.core.request import Delivery, Finished, FinishReason, Token, TokenOutput
 from engine.core.stop_text import StopText
 
 Events = AsyncGenerator[list[ChatEvent], None]
@@ -71,17 +71,16 @@ class ChatGeneration:
         request = self.run.request
         started = Started(choice, len(request.prompt_ids))
         if self.prompt.is_call:
-            return _Call(started, request.stopping.stop, self.prompt.in_words)
+            return _Call(started, self.prompt.in_words)
         return _Text(started, request.stopping.stop)
 
 
 class _Answer:
-    """One answer. Its text ends before the first stop string."""
+    """One answer: turns what the engine delivers into events."""
 
-    def __init__(self, started: Started, stop: Sequence[str]) -> None:
+    def __init__(self, started: Started) -> None:
         self.choice = started.choice
         self._started = started
-        self._stop = StopText(stop) if stop else None
 
     @property
     def is_in_words(self) -> bool:
@@ -96,19 +95,13 @@ class _Answer:
         """Return the events of a delivery."""
         raise NotImplementedError
 
-    def _texts(self, delivery: Delivery) -> list[str]:
-        """Return the text that can be shown after each token."""
-        tokens = [output.token for output in delivery.tokens]
-        if self._stop is None:
-            return ["" if token.special else token.text for token in tokens]
-        texts = [self._stop.push(token.text, token.special) for token in tokens]
-        if delivery.end is not None and texts:
-            texts[-1] += self._stop.flush()
-        return texts
-
 
 class _Text(_Answer):
-    """An answer in words."""
+    """An answer in words. It ends before the first stop string."""
+
+    def __init__(self, started: Started, stop: Sequence[str]) -> None:
+        super().__init__(started)
+        self._stop = StopText(stop) if stop else None
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
         choice, (tokens, end) = self.choice, delivery
@@ -120,12 +113,22 @@ class _Text(_Answer):
             events.append(Ended(choice, _end_reason(end), end))
         return events
 
+    def _texts(self, delivery: Delivery) -> list[str]:
+        """Return the text that can be shown after each token."""
+        tokens = [output.token for output in delivery.tokens]
+        if self._stop is None:
+            return [_shown(token) for token in tokens]
+        texts = [self._stop.push(token.text, token.special) for token in tokens]
+        if delivery.end is not None and texts:
+            texts[-1] += self._stop.flush()
+        return texts
+
 
 class _Call(_Answer):
     """An answer that is the call of a tool. It has no events if that is the tool `in_words`."""
 
-    def __init__(self, started: Started, stop: Sequence[str], in_words: str | None) -> None:
-        super().__init__(started, stop)
+    def __init__(self, started: Started, in_words: str | None) -> None:
+        super().__init__(started)
         self._in_words = in_words
         self._call = CallReader()
         self._unnamed: list[TokenOutput] = []
@@ -140,8 +143,7 @@ class _Call(_Answer):
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
         tokens, end = delivery
-        pieces = zip(tokens, self._texts(delivery), strict=True)
-        events = [event for piece in pieces for event in self._piece(*piece)]
+        events = [event for output in tokens for event in self._token(output)]
         if not isinstance(end, Finished) or self.is_in_words:
             return events
         if self._call.name is None:
@@ -149,9 +151,9 @@ class _Call(_Answer):
         reason = "tool_calls" if self._call.is_complete else _end_reason(end)
         return [*events, Ended(self.choice, reason, end)]
 
-    def _piece(self, output: TokenOutput, text: str) -> Iterator[ChatEvent]:
+    def _token(self, output: TokenOutput) -> Iterator[ChatEvent]:
         was_named = self._call.name is not None
-        arguments = self._call.read(text)
+        arguments = self._call.read(_shown(output.token))
         if self._call.name is None:
             self._unnamed.append(output)
         elif self.is_in_words:
@@ -172,6 +174,10 @@ class _Call(_Answer):
         """Return the events of a call that was cut before it had a name: an empty text."""
         start: list[ChatEvent] = [] if self._in_words is None else [self._started]
         return [*start, TextDelta(self.choice, "", tuple(self._unnamed))]
+
+
+def _shown(token: Token) -> str:
+    return "" if token.special else token.text
 
 
 def _end_reason(end: Finished) -> EndReason:
