@@ -226,6 +226,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"100": 1}}, "logit_bias", None),
     ({"logit_bias": {"7": 100.5}}, "logit_bias", None),
     ({"stop": list("abcde")}, "stop", None),
+    ({"stop": ["a", ""]}, "stop", None),
 ]
 
 
