@@ -1,6 +1,6 @@
 """Encodes long texts in processes of their own.
 
-To encode a text takes hundreds of times its size in memory, and to free that stops all threads. A
+To encode a text takes up to 300 times its size in memory, and to free that stops all threads. A
 process gives it back by ending. It needs half a second to start, which for a text this long is
 little.
 """
