@@ -31,7 +31,10 @@ CROWD = 300
 """More connections than the server may open files."""
 UNDER_ATTACK_S = 2.0 * THOROUGH
 QUICK_S = 0.1
-"""Of the answers to /health, more than half come within this time."""
+"""Of the answers to /health, more than half come within this time, or within `AS_AT_REST` times
+what they take without attacks if the machine is busy with something else.
+"""
+AS_AT_REST = 10
 SLOWEST_S = 2.0
 """No answer takes longer, even on a machine that is busy with something else."""
 
@@ -179,6 +182,7 @@ def test_health_answers_quickly_whatever_others_do() -> None:
     with target() as server:
         at_rest = server.num_files()
         assert at_rest < SOFT_FILES
+        undisturbed = statistics.median(seconds_of(server) for _ in range(20))
         for attacks in ATTACKS.values():
             took: list[float] = []
             with under(attacks, server), ThreadPoolExecutor(1) as beside:
@@ -189,7 +193,7 @@ def test_health_answers_quickly_whatever_others_do() -> None:
                     took += [seconds_of(server, path) for path in ("/health", "/metrics")]
                 assert server.num_files() <= HARD_FILES
                 assert streamed.result() == 20
-            assert statistics.median(took) < QUICK_S
+            assert statistics.median(took) < max(QUICK_S, AS_AT_REST * undisturbed)
             assert max(took) < SLOWEST_S
         assert eventually(lambda: server.num_files() <= at_rest)
         server.process.terminate()
