@@ -73,6 +73,13 @@ def test_streamed_text_joins_to_the_unstreamed_one(client: Any) -> None:
     assert "".join(client.text_generation(PROMPT, max_new_tokens=10, stream=True)) == plain
 
 
+def test_line_breaks_of_unicode_arrive_in_a_stream(client: Any) -> None:
+    text = "one\u2028two\u2029three\x85four\x0bfive"
+    grammar = {"type": "regex", "value": text}
+    streamed = client.text_generation(PROMPT, max_new_tokens=60, grammar=grammar, stream=True)
+    assert "".join(streamed).removesuffix("<|im_end|>") == text
+
+
 def test_streamed_details_agree_with_the_unstreamed_ones(client: Any) -> None:
     asked = {"max_new_tokens": 8, "seed": 11, "do_sample": True, "temperature": 1.3}
     plain = client.text_generation(PROMPT, details=True, **asked)

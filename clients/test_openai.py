@@ -666,14 +666,14 @@ def test_the_clients_own_accumulator_reads_the_stream(url: str) -> None:
 
 def test_the_clients_own_accumulator_reads_the_call_of_a_tool(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")
-    strict = {"type": "function", "function": WEATHER | {"strict": True}}
-    parameters = WEATHER["parameters"] | {"additionalProperties": False}
-    strict["function"]["parameters"] = parameters
+    parameters = {**CITY, "additionalProperties": False}
+    function = {"name": "find", "parameters": parameters, "strict": True}
+    strict = {"type": "function", "function": function}
     asked = {"messages": MESSAGES, "tools": [strict], "tool_choice": "required", "max_tokens": 60}
     with client.chat.completions.stream(**asked | GREEDY) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "tool_calls.function.arguments.delta" in events
     (call,) = final.choices[0].message.tool_calls
-    assert call.function.name == "get_weather"
+    assert call.function.name == "find"
     validate(call.function.parsed_arguments, parameters)

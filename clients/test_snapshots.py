@@ -95,6 +95,7 @@ BY_FORMAT: dict[str, Any] = {
     "response_format": {"type": "json_object", "value": CITY},
     "max_tokens": 40,
 }
+NO_OBJECT = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
 CITY_JSON = {"type": "json", "value": CITY}
 NOT_A_SCHEMA = {"type": "json", "value": "{"}
 NO_PROPERTIES = {"type": "json", "value": {"type": "object"}}
@@ -171,6 +172,10 @@ CASES = [
     chat("chat_stream", stream=True),
     chat("chat_stream_logprobs", stream=True, max_tokens=2, **LOGPROBS, **USAGE),
     chat("chat_stream_tool", stream=True, **TOOLS),
+    chat("chat_tool_cut_short", **TOOLS | {"max_tokens": 12}),
+    chat("chat_stream_tool_cut_short", stream=True, **TOOLS | {"max_tokens": 12}),
+    chat("chat_tool_and_format", tools=[TOOL], **BY_FORMAT),
+    chat("chat_choices", n=2, seed=7, temperature=1.5),
     completion("completion"),
     completion("completion_sampled", temperature=1.2, top_p=0.9, seed=42, model="mine"),
     completion("completion_stream", stream=True),
@@ -204,8 +209,8 @@ CASES = [
     chat("refused_chat_full"),
     chat("refused_chat_stream_full", stream=True),
     chat("refused_tool_name", tools=[TOOL], tool_choice="get_news"),
-    chat("refused_tool_and_format", tools=[TOOL], **BY_FORMAT),
-    chat("refused_tool_cut_short", **TOOLS | {"max_tokens": 3}),
+    chat("refused_tool_schema", tools=[NO_OBJECT]),
+    chat("refused_functions", functions=[NO_OBJECT["function"]]),
     completion("refused_suffix", suffix="!"),
     completion("refused_token_id", prompt=[49152]),
     completion("refused_prompts", prompt=["x"] * 5),
@@ -283,9 +288,10 @@ def recorded(response: httpx2.Response) -> dict[str, Any]:
     kind = response.headers.get("content-type", "")
     if kind == "application/json":
         assert_compact(response.text)
-        return answer | {"json": _dateless(response.json())}
+        return answer | {"json": _dateless(json.loads(_anonymous(response.text)))}
     if kind == "text/event-stream":
-        return answer | {"events": [_dateless(event) for event in events(response.text)]}
+        told = events(_anonymous(response.text))
+        return answer | {"events": [_dateless(event) for event in told]}
     return answer | {"text": response.text}
 
 
@@ -297,12 +303,16 @@ def _timeless(name: str, value: str) -> str:
     return "<seconds>" if name == "x-compute-time" else "<milliseconds>"
 
 
+def _anonymous(text: str) -> str:
+    """Return the JSON of an answer without the ids of it and its calls, which are unique."""
+    return re.sub(r'"id":"(chatcmpl-|cmpl-|call_)[0-9a-f]{24,32}"', r'"id":"\1<id>"', text)
+
+
 def _dateless(value: Any) -> Any:
-    """Return the JSON of an answer without its date and its id."""
+    """Return the JSON of an answer without its date."""
     if isinstance(value, dict) and "created" in value and value.get("object") != "list":
         assert value["created"] > 1_700_000_000
-        assert re.fullmatch(r"(chat)?cmpl-[0-9a-f]{32}", value["id"])
-        return value | {"created": "<now>", "id": f"{value['id'].partition('-')[0]}-<id>"}
+        return value | {"created": "<now>"}
     return value
 
 

@@ -21,7 +21,9 @@ Bytes, for V tokens of b bytes each: both paths read the logits once, V * b, and
 penalties their counts, V * 4, in the first launch. The candidates are V / 16 * 8 bytes, and
 the search passes over them some ten times, in the L1 cache. If a row's threshold lies below
 its candidates (flat distributions, top_k above KEPT / 2, typical_p alone), its one program
-processes the row once more: it writes V * 4 bytes and passes over those instead.
+processes the row once more: it writes V * 4 bytes and passes over those instead. For a row
+whose temperature is below `SMALL_TEMPERATURE`, each program first reads the whole row, to find
+its highest score.
 """
 
 from typing import Any, NamedTuple

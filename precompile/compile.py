@@ -29,8 +29,10 @@ from kernels.ops import TRITON
 from kernels.paged_attention.tuning import Target
 from precompile.fake_driver import compiling_for
 
-_NUM_TOP = 5
-"""The most alternatives that a request may ask for by default; other limits are other kernels."""
+_NUM_TOP = 5, 20
+"""The most alternatives that a request may ask for, Text Generation Inference's by default and
+OpenAI's; other limits are other kernels.
+"""
 _MAX_BATCH_TOKENS, _MAX_SEQUENCES = 4096, 256
 """A GPU's defaults. They matter because block tables are as wide as the longest step needs."""
 
@@ -93,17 +95,22 @@ def _requests(engine: Engine) -> Iterator[Request]:
     """Yield one request for each kind of sampling that has its own kernels."""
     greedy = SamplingParams()
     sampled = SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, logprobs=True)
-    samplings = [greedy, replace(greedy, logprobs=True), replace(sampled, watermark=True)]
+    samplings = [greedy, replace(greedy, logprobs=True)]
     samplings += [
         replace(sampled, repetition_penalty=penalty, top_n_tokens=num_top)
-        for penalty, num_top in product((1.0, 1.1), (0, _NUM_TOP))
+        for penalty, num_top in product((1.0, 1.1), (0, *_NUM_TOP))
     ]
+    bias = ((0, 1.0),)  # has scores in float32, whatever the type of the weights
+    samplings += [replace(sampling, logit_bias=bias) for sampling in samplings]
+    samplings.append(replace(sampled, watermark=True))
     stopping = StoppingParams(max_new_tokens=3, ignore_eos=True)
     for number, sampling in enumerate(samplings):
         yield Request(f"{number}", [0] * 5, sampling, stopping)
     # Every sampled token is 0, which the grammar may not allow: one token is enough.
     once = StoppingParams(max_new_tokens=1)
-    yield Request("guided", [0] * 5, greedy, once, grammar=engine.grammars.regex("[a-z]+"))
+    grammar = engine.grammars.regex("[a-z]+")
+    yield Request("guided", [0] * 5, greedy, once, grammar=grammar)
+    yield Request("biased", [0] * 5, replace(greedy, logit_bias=bias), once, grammar=grammar)
 
 
 @torch.inference_mode()

@@ -1,25 +1,15 @@
 """The generation of the answers to a chat, as events that any dialect can encode."""
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 
-from api.chat.call import CallReader, new_call_id
-from api.chat.events import (
-    ArgumentsDelta,
-    CallStarted,
-    ChatEvent,
-    Ended,
-    EndReason,
-    Started,
-    TextDelta,
-)
+from api.chat.answer_readers import AnswerReader, CallAnswer, TextAnswer
+from api.chat.events import ChatEvent, Started
 from api.chat.prompt import ChatPrompt, prepare_in_words
 from api.chat.request import Chat
 from api.generation.inference import Run
 from api.generation.state import AppState
 from api.telemetry.observation import Caller
-from engine.core.request import Delivery, Finished, FinishReason, TokenOutput
-from engine.core.stop_text import StopText
 
 Events = AsyncGenerator[list[ChatEvent], None]
 
@@ -67,114 +57,9 @@ class ChatGeneration:
             prompt.request, self._caller, prompt.extras, logprobs=self._chat.logprobs, n=n
         )
 
-    def _answer(self, choice: int) -> "_Answer":
+    def _answer(self, choice: int) -> AnswerReader:
         request = self.run.request
         started = Started(choice, len(request.prompt_ids))
         if self.prompt.is_call:
-            return _Call(started, request.stopping.stop, self.prompt.in_words)
-        return _Text(started, request.stopping.stop)
-
-
-class _Answer:
-    """One answer. Its text ends before the first stop string."""
-
-    def __init__(self, started: Started, stop: Sequence[str]) -> None:
-        self.choice = started.choice
-        self._started = started
-        self._stop = StopText(stop) if stop else None
-
-    @property
-    def is_in_words(self) -> bool:
-        """Whether the answer turned out to be the wish to answer in words."""
-        return False
-
-    def start(self) -> list[ChatEvent]:
-        """Return the events before the first delivery."""
-        return [self._started]
-
-    def read(self, delivery: Delivery) -> list[ChatEvent]:
-        """Return the events of a delivery."""
-        raise NotImplementedError
-
-    def _texts(self, delivery: Delivery) -> list[str]:
-        """Return the text that can be shown after each token."""
-        tokens = [output.token for output in delivery.tokens]
-        if self._stop is None:
-            return ["" if token.special else token.text for token in tokens]
-        texts = [self._stop.push(token.text, token.special) for token in tokens]
-        if delivery.end is not None and texts:
-            texts[-1] += self._stop.flush()
-        return texts
-
-
-class _Text(_Answer):
-    """An answer in words."""
-
-    def read(self, delivery: Delivery) -> list[ChatEvent]:
-        choice, (tokens, end) = self.choice, delivery
-        events: list[ChatEvent] = [
-            TextDelta(choice, text, (output,))
-            for output, text in zip(tokens, self._texts(delivery), strict=True)
-        ]
-        if isinstance(end, Finished):
-            events.append(Ended(choice, _end_reason(end), end))
-        return events
-
-
-class _Call(_Answer):
-    """An answer that is the call of a tool. It has no events if that is the tool `in_words`."""
-
-    def __init__(self, started: Started, stop: Sequence[str], in_words: str | None) -> None:
-        super().__init__(started, stop)
-        self._in_words = in_words
-        self._call = CallReader()
-        self._unnamed: list[TokenOutput] = []
-
-    @property
-    def is_in_words(self) -> bool:
-        return self._call.name is not None and self._call.name == self._in_words
-
-    def start(self) -> list[ChatEvent]:
-        """Return nothing while the answer may turn out to be in words."""
-        return [] if self._in_words is not None else [self._started]
-
-    def read(self, delivery: Delivery) -> list[ChatEvent]:
-        tokens, end = delivery
-        pieces = zip(tokens, self._texts(delivery), strict=True)
-        events = [event for piece in pieces for event in self._piece(*piece)]
-        if not isinstance(end, Finished) or self.is_in_words:
-            return events
-        if self._call.name is None:
-            events += self._nameless()
-        reason = "tool_calls" if self._call.is_complete else _end_reason(end)
-        return [*events, Ended(self.choice, reason, end)]
-
-    def _piece(self, output: TokenOutput, text: str) -> Iterator[ChatEvent]:
-        was_named = self._call.name is not None
-        arguments = self._call.read(text)
-        if self._call.name is None:
-            self._unnamed.append(output)
-        elif self.is_in_words:
-            return
-        elif was_named:
-            yield ArgumentsDelta(self.choice, arguments, (output,))
-        else:
-            yield from self._named(self._call.name, arguments, output)
-
-    def _named(self, name: str, arguments: str, output: TokenOutput) -> Iterator[ChatEvent]:
-        if self._in_words is not None:
-            yield self._started
-        yield CallStarted(self.choice, new_call_id(), name, (*self._unnamed, output))
-        if arguments:
-            yield ArgumentsDelta(self.choice, arguments, ())
-
-    def _nameless(self) -> list[ChatEvent]:
-        """Return the events of a call that was cut before it had a name: an empty text."""
-        start: list[ChatEvent] = [] if self._in_words is None else [self._started]
-        return [*start, TextDelta(self.choice, "", tuple(self._unnamed))]
-
-
-def _end_reason(end: Finished) -> EndReason:
-    """Return the reason of a text: `stop` if the last allowed token completed a stop string."""
-    is_cut = end.reason is FinishReason.LENGTH and end.stop is None
-    return "length" if is_cut else "stop"
+            return CallAnswer(started, self.prompt.in_words)
+        return TextAnswer(started, request.stopping.stop)

@@ -65,15 +65,17 @@ class ChatPrompt:
 async def prepare(tokenizer: ChatTokenizer, chat: Chat) -> ChatPrompt:
     """Translate `chat`. Raises ToolError or TemplateError.
 
-    If there are tools, a grammar of the chat's parameters counts for an answer in words only. The
-    chat template runs in a thread.
+    If there are tools, the grammar and the stop strings of the chat's parameters count for an
+    answer in words only. The chat template runs in a thread.
     """
     in_words = None if chat.must_call or not chat.tools else _unused_name(chat.tools)
     tools = chat.tools if in_words is None else (*chat.tools, Tool(in_words, _IN_WORDS))
     calls = tuple((tool.name, _object_schema(tool)) for tool in tools)
     inputs = await asyncio.to_thread(_render, tokenizer, chat, tools)
+    of_a_text: dict[str, object] = {"grammar": None, "stop": []} if tools else {}
+    parameters = chat.parameters.model_copy(update=of_a_text)
     return ChatPrompt(
-        request=GenerateRequest(inputs=inputs, parameters=chat.parameters),
+        request=GenerateRequest(inputs=inputs, parameters=parameters),
         extras=replace(chat.extras, calls=calls),
         is_call=bool(tools),
         in_words=in_words,

@@ -148,6 +148,8 @@ class Validator:
             raise ValidationError(
                 f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}", field="stop"
             )
+        if "" in stop:  # TGI takes it, and ends after one token
+            raise ValidationError("`stop` sequences cannot be empty", field="stop")
 
     def _check_top_n(self, top_n: int, least_limit: int) -> None:
         limit = max(self._limits.max_top_n_tokens, least_limit)

@@ -4,6 +4,7 @@ Each frame is encoded once; the response adds only one `send` per event.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 
@@ -16,6 +17,8 @@ from api.http.disconnect import ClientGone, until_disconnect
 KEEP_ALIVE = b":\n\n"
 DONE = b"data: [DONE]\n\n"
 """The last event of every OpenAI stream, also after an error."""
+_ESCAPES = {char.encode(): b"\\u%04x" % ord(char) for char in "\x85\u2028\u2029"}
+_LINE_BREAK = re.compile(b"|".join(_ESCAPES))
 
 
 def event(payload: object) -> bytes:
@@ -35,10 +38,21 @@ async def begun(frames: AsyncGenerator[bytes, None]) -> None:
     await anext(frames)
 
 
+def _on_one_line(frame: bytes) -> bytes:
+    """Escape the line breaks that JSON allows in its strings.
+
+    Python's `str.splitlines`, by which many clients read a stream, ends a line at each of them.
+    """
+    if frame.isascii():
+        return frame
+    return _LINE_BREAK.sub(lambda found: _ESCAPES[found[0]], frame)
+
+
 class EventStream(Response):
     """Sends the frames, and a keep-alive comment after `keep_alive_s` seconds without one.
 
-    When the client disconnects, `frames` is closed at once, even while it is waiting.
+    A frame has characters other than ASCII only within JSON strings. When the client disconnects,
+    `frames` is closed at once, even while it is waiting.
     """
 
     keep_alive_s = 15.0
@@ -63,7 +77,7 @@ class EventStream(Response):
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
             async for frame in self._frames:
-                await self._write(send, frame)
+                await self._write(send, _on_one_line(frame))
         finally:
             keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

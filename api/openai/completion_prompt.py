@@ -34,7 +34,7 @@ async def prepare_prompts(
     _check(body, settings)
     parameters = generate_parameters(
         body, repetition_penalty=body.repetition_penalty, top_n_tokens=body.logprobs
-    ).model_copy(update={"max_new_tokens": 1} if body.max_tokens == 0 else None)
+    ).model_copy(update={"max_new_tokens": 1} if body.token_limit == 0 else None)
     common = extras(body, add_special_tokens=True)
     if body.echo and body.logprobs is not None:
         common = replace(common, prompt_logprobs=True, prompt_top_tokens=body.logprobs)
@@ -65,10 +65,11 @@ def _check(body: CompletionRequest, settings: Settings) -> None:
             "batch size exceeded",
             field="prompt",
         )
-    check(body, settings.max_concurrent_requests // len(body.prompt))
+    most = settings.max_concurrent_requests // len(body.prompt)
+    check(body, most)
     n = body.n or 1
     if body.best_of is None:
         return
-    check_range("best_of", body.best_of, n, max(n, settings.max_best_of))
+    check_range("best_of", body.best_of, n, max(n, min(settings.max_best_of, most)))
     if body.best_of > n and body.stream:
         raise ValidationError("`best_of` > `n` cannot be streamed", field="best_of")

@@ -45,7 +45,7 @@ def _comes_whole(body: CompletionRequest) -> bool:
     """Tell whether a stream has nothing to show before its end, because the logprobs of the prompt
     are known then or no token is wanted.
     """
-    return body.max_tokens == 0 or bool(body.echo and body.logprobs is not None)
+    return body.token_limit == 0 or bool(body.echo and body.logprobs is not None)
 
 
 async def _answers(
@@ -85,7 +85,7 @@ def _completion(
         "choices": choices,
         "usage": usage(
             sum(len(answer.request.prompt_ids) for answer in answers),
-            0 if body.max_tokens == 0 else num_generated,
+            0 if body.token_limit == 0 else num_generated,
         ),
     }
 
@@ -102,7 +102,7 @@ def _best(completions: list[CompletionOutput], n: int) -> list[CompletionOutput]
 def _choice(
     body: CompletionRequest, prompt: CompletionPrompt, answer: Answer, completion: CompletionOutput
 ) -> CompletionChoice:
-    text = "" if body.max_tokens == 0 else completion.end.text_before_stop
+    text = "" if body.token_limit == 0 else completion.end.text_before_stop
     return {
         "index": 0,
         "text": prompt.echo + text,
@@ -118,5 +118,5 @@ def _logprobs(
         return None
     writer = LogprobsWriter(body.logprobs, prompt.echo)
     first = answer.completions[0].end  # it has the prompt
-    outputs = [] if body.max_tokens == 0 else completion.tokens
+    outputs = [] if body.token_limit == 0 else completion.tokens
     return joined([writer.prompt(first), writer.generated(outputs)])

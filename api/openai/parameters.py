@@ -51,13 +51,12 @@ def generate_parameters(
     default.
     """
     greedy = body.temperature == 0.0 or body.top_p == 0.0
-    newer = body.max_completion_tokens
     return GenerateParameters(
         temperature=None if greedy else body.temperature,
         repetition_penalty=repetition_penalty,
         top_p=None if greedy or body.top_p == 1.0 else body.top_p,
         do_sample=not greedy,
-        max_new_tokens=body.max_tokens if newer is None else newer,
+        max_new_tokens=body.token_limit,
         stop=body.stop,
         details=True,
         seed=None if body.seed is None else body.seed & U64_MAX,

@@ -45,12 +45,18 @@ def _list_of_prompts(value: object) -> object:
     return [value] if is_one else value
 
 
+_MAX_BIASES = 1024
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 
 def _logit_bias(value: object) -> object:
-    """Check that the keys are token ids, which JSON has as strings."""
+    """Check that the keys are token ids, which JSON has as strings, and that there are not many:
+    all of them are copied to the device in every step.
+    """
     if isinstance(value, dict):
+        if len(value) > _MAX_BIASES:
+            text = f"invalid length {len(value)}, expected at most {_MAX_BIASES} tokens"
+            raise PydanticCustomError("serde", "{text}", {"text": text})
         for key in value:
             if not _TOKEN_ID.fullmatch(key):
                 text = f"invalid value: {unexpected(key)}, expected a token id"
@@ -96,6 +102,12 @@ class OpenAIRequest(WireRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens that may be generated, or None for as many as there is room for."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def includes_usage(self) -> bool:

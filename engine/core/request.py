@@ -26,8 +26,9 @@ class SamplingParams:
     randomness, and is unused when `do_sample` is False. `watermark` makes the generated text
     detectable (see `kernels/watermark.py`).
 
-    `logit_bias` has (token id, bias) pairs, each id once: the bias is added to the token's logit
-    before any other step. A token that a grammar forbids stays forbidden.
+    `logit_bias` has (token id, bias) pairs, each id once and within the model's vocabulary: the
+    bias is added to the token's logit before any other step. A token that a grammar forbids stays
+    forbidden.
 
     `frequency_penalty` is Text Generation Inference's, times the token's share of the context.
     `output_frequency_penalty` is OpenAI's, times how often the token was generated. A request

@@ -166,5 +166,6 @@ def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> 
         use_cache=False,
         logits_to_keep=ids[0, :num_sampled],
     ).logits[0]
-    scores = logits.float().log_softmax(-1)
+    raw = logits.clone()  # whose logprobs may be reported when the logits were changed
+    scores = raw.float().log_softmax(-1)
     torch.empty(scores.shape, dtype=torch.int32, device=scores.device)  # counts, for penalties

@@ -122,7 +122,10 @@ class Penalties:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], counts: Tensor) -> Self:
         rows, slots = rows_of(cls._SLOTS, arrays), arrays[cls._SLOTS]
-        return cls(rows, slots, *(arrays[name][:, None] for name in cls.PARAMETERS), counts)
+        repetition, frequency, presence, output_frequency = (
+            arrays[name][:, None] for name in cls.PARAMETERS
+        )
+        return cls(rows, slots, repetition, frequency, presence, output_frequency, counts)
 
     def __call__(self, scores: Tensor) -> None:
         x, marked = scores[self.rows], self.counts[self.slots]

@@ -123,13 +123,14 @@ class SamplingSlots:
         biased_ids   [n] int64 token ids
         biases       [n] float32
         """
+        if not self._biases:
+            return {}
         biased = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in self._biases]
         if not biased:
             return {}
         ids, biases = zip(*(self._biases[slot] for _, slot in biased), strict=True)
-        rows = np.repeat([row for row, _ in biased], [len(row_ids) for row_ids in ids])
         return {
-            "biased_rows": rows,
+            "biased_rows": np.repeat([row for row, _ in biased], [len(b) for b in biases]),
             "biased_ids": np.concatenate(ids),
             "biases": np.concatenate(biases),
         }

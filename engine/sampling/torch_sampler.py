@@ -95,13 +95,14 @@ class TorchSampler:
         return report_raw(arrays[RAW], self.report(raw, sampled.ids, kind.num_top), sampled)
 
     def report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
-        parts = [
-            _with_logprobs(rows.float(), row_ids, num_top)
-            for rows, row_ids in zip(
-                logits.split(_REPORTED_ROWS), ids.split(_REPORTED_ROWS), strict=True
-            )
-        ]
-        return parts[0] if len(parts) == 1 else _concatenated(parts)
+        groups = zip(logits.split(_REPORTED_ROWS), ids.split(_REPORTED_ROWS), strict=True)
+        parts = [_with_logprobs(rows.float(), row_ids, num_top) for rows, row_ids in groups]
+        return SampledTokens(
+            ids,
+            _joined([part.logprobs for part in parts]),
+            _joined([part.top_ids for part in parts]),
+            _joined([part.top_logprobs for part in parts]),
+        )
 
     def _sample(
         self, scores: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind
@@ -144,10 +145,10 @@ def _with_logprobs(scores: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
     return SampledTokens(ids, chosen, top_ids, logprobs.gather(-1, top_ids))
 
 
-def _concatenated(parts: list[SampledTokens]) -> SampledTokens:
-    """Put the rows of all parts in one; each has the same fields."""
-    columns = zip(*((p.ids, p.logprobs, p.top_ids, p.top_logprobs) for p in parts), strict=True)
-    return SampledTokens(*(None if c[0] is None else torch.cat(c) for c in columns))
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Put the rows of all parts in one tensor, if there are parts."""
+    rows = [part for part in parts if part is not None]
+    return torch.cat(rows) if rows else None
 
 
 def _best(scores: Tensor, k: int) -> Tensor:

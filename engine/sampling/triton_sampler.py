@@ -98,18 +98,14 @@ class TritonSampler:
 
         The kernels give the logprob of each row's best token; any other's is a difference from it.
         """
-        top_ids = top_logprobs = None
         if num_top:
             parameters = self._reported.expand(len(ids), -1).contiguous()
-            best, best_logprobs, top_ids, top_logprobs = fused_sampling.sample(
-                logits, parameters, None, num_top
-            )
+            best = SampledTokens(*fused_sampling.sample(logits, parameters, None, num_top))
         else:
-            best, best_logprobs = fused_sampling.greedy(logits, want_logprobs=True)
-        assert best_logprobs is not None
-        scores = logits.gather(-1, torch.stack([ids, best], dim=-1)).float()
-        logprobs = scores[:, 0] - scores[:, 1] + best_logprobs
-        return SampledTokens(ids, logprobs, top_ids, top_logprobs)
+            best = SampledTokens(*fused_sampling.greedy(logits, want_logprobs=True))
+        assert best.logprobs is not None
+        scores = logits.gather(-1, torch.stack([ids, best.ids], dim=-1)).float()
+        return replace(best, ids=ids, logprobs=scores[:, 0] - scores[:, 1] + best.logprobs)
 
 
 def _words(rows: np.ndarray) -> np.ndarray:

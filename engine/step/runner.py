@@ -222,15 +222,17 @@ class ModelRunner:
     ) -> SampledTokens:
         """Sample from the scores, which the logits may have been copied to.
 
-        A graph samples from the logits alone. It is captured after a step that needed it.
+        A graph samples from the logits themselves; a copy is sampled kernel by kernel. What was
+        not captured yet is captured after it has run.
         """
-        inputs, graphs, shape = forward.inputs, forward.graphs, forward.step.graph
+        graphs, shape, inputs = forward.graphs, forward.step.graph, forward.inputs
         assert inputs is not None
+        is_copy = scores is not logits
         is_captured = graphs is not None and graphs.forward is not None and kind in graphs.sampling
-        if graphs is not None and is_captured and scores is logits:
+        if graphs is not None and is_captured and not is_copy:
             return graphs.sampling[kind].replay()
-        sampled = self._sample(scores, inputs, kind, None if scores is logits else logits)
-        if graphs is not None and not is_captured and shape.steps in self._captures:
+        sampled = self._sample(scores, inputs, kind, logits if is_copy else None)
+        if graphs is not None and shape is not None and not is_captured:
             self._capture(graphs, shape, kind)
         return sampled
 
@@ -240,6 +242,8 @@ class ModelRunner:
         If one capture fails, none is tried again for steps like it.
         """
         assert self._graphs is not None
+        if shape.steps not in self._captures:
+            return
         try:
             if graphs.forward is None:
                 graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence as Seq
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 import jinja2
 from jinja2 import nodes
@@ -47,42 +48,52 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt for the assistant's next message.
 
-        If the last message is the assistant's, the prompt has the assistant continue it.
+        If the last message is the assistant's, the prompt ends with exactly its content, for the
+        assistant to continue it.
 
         Each message has `role` and `content`. Raises TemplateError.
         """
         if self._source is None:
             raise TemplateError("template not found")
-        try:
-            if messages and messages[-1]["role"] == "assistant":
-                return self._continued(messages, tools)
-            return self._apply(messages, tools, continued=False)
-        except Exception as error:
-            raise TemplateError(_detail(error)) from error
+        if messages and messages[-1]["role"] == "assistant":
+            return self._continued(messages, tools)
+        return self._apply(messages, tools, add_generation_prompt=True)
 
     def _continued(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None) -> str:
-        """Return the prompt up to the end of the last message, trimmed at its end.
+        """Return the prompt up to the end of the last message.
 
-        Text Generation Inference cuts the prompt at the message's last occurrence, which may be
-        elsewhere if the message is short. transformers marks the end of the message instead.
-        If the template does not show the message, the prompt is for a next one.
+        A mark at the end of its content tells where that is, even if the template trims the
+        content or the same text is elsewhere, too. White space before the content does not reach
+        the template, lest it be taken for the template's own, and is put back into the prompt.
         """
-        try:
-            return self._apply(messages, tools, continued=True).rstrip()
-        except ValueError:
-            return self._apply(messages, tools, continued=False)
+        *before, last = messages
+        content, mark = last["content"], f"END{uuid4().hex}"
+        shown = content.lstrip()
+        marked = [*before, {**last, "content": shown + mark}]
+        rendered = self._apply(marked, tools, add_generation_prompt=False)
+        prompt, found, _ = rendered.rpartition(mark)
+        if not (found and prompt.endswith(shown)):
+            raise TemplateError(
+                "the template alters the last message, so the assistant cannot continue it"
+            )
+        return prompt[: len(prompt) - len(shown)] + content
 
     def _apply(
-        self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None, continued: bool
+        self,
+        messages: Seq[dict[str, Any]],
+        tools: Seq[dict[str, Any]] | None,
+        add_generation_prompt: bool,
     ) -> str:
-        rendered = self._hf.apply_chat_template(
-            list(messages),
-            tools=None if tools is None else list(tools),
-            chat_template=self._source,
-            tokenize=False,
-            continue_final_message=continued,
-            add_generation_prompt=not continued,
-        )
+        try:
+            rendered = self._hf.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:
+            raise TemplateError(_detail(error)) from error
         assert isinstance(rendered, str)
         return rendered
 

@@ -4,11 +4,15 @@ llguidance parses grammars and computes token masks; this module decides its opt
 is thread-safe and releases the interpreter lock. A state belongs to one sequence.
 """
 
+import random
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 from engine.core.errors import GrammarError
+from engine.text.json_schema import closed, enforceable, finite
 from engine.text.tokenizer import Tokenizer
 
 _MAX_SOURCE_BYTES = 256 * 1024
@@ -24,6 +29,7 @@ _CACHE_SIZE = 256
 _WHITESPACE = r"\x20"
 """At most one space between JSON's tokens, as in Text Generation Inference. Without a bound, a
 model may fill its whole answer with white space."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _LIMITS = LLParserLimits(verbose_errors=False)
 """The library's default limits: tens of milliseconds for a compilation, a few for a mask."""
 _OPTIONS = {
@@ -34,7 +40,10 @@ _OPTIONS = {
 }
 _EMBEDDED = {"x-guidance": _OPTIONS}
 """The options of a schema that is part of a larger grammar."""
-_DEFINITIONS = "$defs", "definitions"
+_MAX_PATTERNS = 32
+"""Patterns of a schema that are tried one by one, which takes half a second at most for each."""
+_NUM_TRIED = 32
+"""Tokens of a text that is tried on each new grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,16 @@ class Grammar:
 
     def start(self) -> "GrammarState":
         return GrammarState(self._compiled.deep_copy())
+
+    def is_spent(self) -> bool:
+        """Whether no sequence can be started any more.
+
+        The sequences share what they learn of the lexer. The limits of that are final once one of
+        them has reached them.
+        """
+        matcher = self._compiled.deep_copy()
+        matcher.compute_bitmask()
+        return matcher.is_error()
 
 
 class GrammarState:
@@ -92,6 +111,7 @@ class GrammarCompiler:
         self._prepared: LLTokenizer | None = None
         self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._pattern_fault = lru_cache(maxsize=1024)(self._find_pattern_fault)
 
     def prepare(self) -> None:
         """Prepare the tokenizer in a thread of its own, so that other requests do not wait."""
@@ -106,75 +126,175 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """Compile a grammar of the JSON that is valid under `schema`. Raises GrammarError."""
-        if not isinstance(schema, dict):
-            raise GrammarError("a schema is an object")
-        try:
-            source = orjson.dumps(closed(schema)).decode()
-        except RecursionError:
-            raise GrammarError("it is nested too deeply") from None
-        except TypeError as error:
-            raise GrammarError(str(error)) from None
-        return self._cached("json", source)
+        whole, source = _closed_source(schema)
+        return self._cached("json", source, lambda: self._compile_schema(whole))
+
+    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
+        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
+
+        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
+        alone. Raises GrammarError, which names the tool whose schema is at fault.
+        """
+        schemas: list[tuple[str, Any]] = []
+        sources: list[str] = []
+        for name, schema in tools:
+            with _named_fault(name):
+                whole, source = _closed_source(schema)
+            schemas.append((name, whole))
+            sources += [name, source]
+        return self._cached("call", _json(sources), lambda: self._compile_call(schemas))
 
     def regex(self, pattern: str) -> Grammar:
         """Compile a grammar of the texts that `pattern` matches as a whole.
 
         The syntax is that of Rust's regex. Raises GrammarError.
         """
-        return self._cached("regex", pattern)
+        return self._cached("regex", pattern, lambda: self._compile_regex(pattern))
 
-    def call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
-        """Compile a grammar of the call of a tool: `{"name": "f", "parameters": {"a": 1}}`.
-
-        Each tool has its name and the JSON schema of its parameters, which is read as if it stood
-        alone. Raises GrammarError.
-        """
-        try:
-            sources = [(name, orjson.dumps(closed(s) | _EMBEDDED).decode()) for name, s in tools]
-            return self._cached("call", _call_source(sources))
-        except RecursionError:
-            raise GrammarError("it is nested too deeply") from None
-        except (TypeError, GrammarError) as error:
-            raise self._fault_of_one(tools) or GrammarError(str(error)) from None
-
-    def _fault_of_one(self, tools: Seq[tuple[str, dict[str, Any]]]) -> GrammarError | None:
-        """Return the error of the first tool whose schema is not valid alone either."""
-        for name, schema in tools:
-            try:
-                self.json_schema(schema)
-            except GrammarError as error:
-                return GrammarError(f"the parameters of tool {name}: {error}")
-        return None
-
-    def _cached(self, kind: str, source: str) -> Grammar:
+    def _cached(self, kind: str, source: str, compile: Callable[[], Grammar]) -> Grammar:
+        _check_size(source)
         key = kind, source
         with self._lock:
-            if key in self._cache:
+            cached = self._cache.get(key)
+            if cached is not None:
                 self._cache.move_to_end(key)
-                return self._cache[key]
-        grammar = self._compile(kind, source)
+        if cached is not None and not cached.is_spent():
+            return cached
+        grammar = compile()
         with self._lock:
             self._cache[key] = grammar
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
         return grammar
 
-    def _compile(self, kind: str, source: str) -> Grammar:
+    def _compile_regex(self, pattern: str) -> Grammar:
+        return self._compile(LLMatcher.grammar_from_regex(pattern))
+
+    def _compile_schema(self, schema: dict[str, Any]) -> Grammar:
+        warnings: list[str] = []
+        return self._compile(_json_grammar(self._followable(schema, warnings)), warnings)
+
+    def _compile_call(self, tools: Seq[tuple[str, dict[str, Any]]]) -> Grammar:
+        warnings: list[str] = []
+        followable: list[tuple[str, Any]] = []
+        for name, schema in tools:
+            with _named_fault(name):
+                followable.append((name, self._followable(schema, warnings)))
         try:
-            if len(source.encode()) > _MAX_SOURCE_BYTES:
-                raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
-            if kind == "json":
-                text = LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
-            elif kind == "call":
-                text = LLMatcher.grammar_from_lark(source)
-            else:
-                text = LLMatcher.grammar_from_regex(source)
-        except ValueError as error:
-            raise GrammarError(str(error)) from None
+            return self._compile(_call_grammar(followable), warnings)
+        except GrammarError:
+            for name, schema in tools:
+                with _named_fault(name):
+                    self._compile_schema(schema)
+            raise
+
+    def _followable(self, schema: dict[str, Any], warnings: list[str]) -> Any:
+        """Return the schema without what cannot be followed, each of which adds a warning."""
+        faults: dict[str, str] = {}
+
+        def fault_of(pattern: str) -> str:
+            if pattern not in faults and len(faults) < _MAX_PATTERNS:
+                faults[pattern] = self._pattern_fault(pattern)
+            return faults.get(pattern, "")
+
+        try:
+            followed = finite(enforceable(schema, fault_of, warnings))
+        except RecursionError:
+            raise GrammarError("it is nested too deeply") from None
+        if followed is False:
+            raise GrammarError("Unsatisfiable schema: no value of it ends")
+        return followed
+
+    def _find_pattern_fault(self, pattern: str) -> str:
+        """Return why a pattern cannot be followed, even if it is all there is; "" if it can."""
+        try:
+            self._compile(_json_grammar({"type": "string", "pattern": pattern}))
+        except GrammarError as error:
+            *_, reason = str(error).splitlines()
+            if not reason.startswith("Unsatisfiable"):
+                return reason.removeprefix("error: ").partition(" in regex ")[0]
+        return ""
+
+    def _compile(self, text: str, warnings: Seq[str] = ()) -> Grammar:
         matcher = LLMatcher(self._tokenizer(), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        return Grammar(matcher, tuple(matcher.get_grammar_warnings()))
+        self._try(matcher.deep_copy())
+        told = (*warnings, *matcher.get_grammar_warnings())
+        return Grammar(matcher, tuple(_CONTROL.sub(" ", warning) for warning in told))
+
+    def _try(self, matcher: LLMatcher) -> None:
+        """Follow some text that the grammar allows. Raises GrammarError if it cannot be followed.
+
+        A grammar may have no text at all, or reach the limits of a step after a few tokens.
+        """
+        choose, eos_token_ids = random.Random(0).choice, self._source[2]
+        for _ in range(_NUM_TRIED):
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            if matcher.is_error():
+                reason, _, _ = matcher.get_error().partition("\n")
+                raise GrammarError(f"it cannot be followed: {reason}")
+            allowed = np.unpackbits(mask, bitorder="little")
+            allowed[eos_token_ids] = 0
+            token_ids = np.flatnonzero(allowed)
+            if not len(token_ids):
+                return
+            matcher.consume_token(int(choose(token_ids)))
+
+
+def _closed_source(schema: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the closed schema and its JSON."""
+    if not isinstance(schema, dict):
+        raise GrammarError("a schema is an object")
+    try:
+        whole = closed(schema)
+        return whole, _json(whole)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except TypeError as error:
+        raise GrammarError(str(error)) from None
+
+
+@contextmanager
+def _named_fault(tool: str) -> Iterator[None]:
+    """Have an error name the tool whose schema is at fault."""
+    try:
+        yield
+    except GrammarError as error:
+        raise GrammarError(f"the parameters of tool {tool}: {error}") from None
+
+
+def _call_grammar(tools: Seq[tuple[str, Any]]) -> str:
+    """Return a grammar in Lark's language, in which each schema is a document of its own."""
+    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
+    for n, (name, schema) in enumerate(tools):
+        head = '{"name": ' + _json(name) + ', "parameters": '
+        lines += [
+            f'call_{n}: {_json(head)} parameters_{n} "}}"',
+            f"parameters_{n}: %json {_json(schema | _EMBEDDED)}",
+        ]
+    return LLMatcher.grammar_from_lark("\n".join(lines))
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _json_grammar(schema: Any) -> str:
+    source = _json(schema)
+    try:
+        return LLMatcher.grammar_from_json_schema(source, overrides=_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise GrammarError(str(error)) from None
+
+
+def _check_size(source: str) -> None:
+    try:
+        size = len(source.encode())
+    except UnicodeEncodeError as error:
+        raise GrammarError(str(error)) from None
+    if size > _MAX_SOURCE_BYTES:
+        raise GrammarError(f"it is larger than {_MAX_SOURCE_BYTES} bytes")
 
 
 class TokenMasks:
@@ -194,63 +314,3 @@ class TokenMasks:
         if matchers:
             fill_next_token_bitmask_par(self._executor, matchers, masks)
         return masks
-
-
-def _call_source(tools: Seq[tuple[str, str]]) -> str:
-    """Return a Lark grammar, in which each JSON schema is a document of its own."""
-    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
-    for n, (name, schema) in enumerate(tools):
-        head = '{"name": ' + _json(name) + ', "parameters": '
-        lines += [f'call_{n}: {_json(head)} parameters_{n} "}}"', f"parameters_{n}: %json {schema}"]
-    return "\n".join(lines)
-
-
-def _json(text: str) -> str:
-    return orjson.dumps(text).decode()
-
-
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema as outlines, and so Text Generation Inference, reads it.
-
-    A schema with properties is that of an object, which has no other properties unless the
-    schema allows them. Schemas that are combined by `allOf` stay as they are, and so do the
-    definitions that are combined there: each would exclude the properties of the others.
-    """
-    if "allOf" in schema:
-        return schema
-    result = {key: _closed_within(key, value) for key, value in schema.items()}
-    for keyword in _DEFINITIONS:
-        if isinstance(schema.get(keyword), dict):
-            combined = set(_combined(schema))
-            own = {n: d for n, d in schema[keyword].items() if f"#/{keyword}/{n}" in combined}
-            result[keyword] |= own
-    if isinstance(schema.get("properties"), dict):
-        result.setdefault("type", "object")
-        if "patternProperties" not in schema:
-            result.setdefault("additionalProperties", False)
-    return result
-
-
-def _combined(part: Any) -> Iterator[str]:
-    """Yield the references to schemas that are combined with others by `allOf`."""
-    if isinstance(part, dict):
-        members = part.get("allOf")
-        if isinstance(members, list) and len(members) > 1:
-            yield from (m["$ref"] for m in members if isinstance(m, dict) and "$ref" in m)
-        part = list(part.values())
-    if isinstance(part, list):
-        for value in part:
-            yield from _combined(value)
-
-
-def _closed_within(keyword: str, value: Any) -> Any:
-    if keyword in ("properties", "patternProperties", *_DEFINITIONS):
-        is_mapping = isinstance(value, dict)
-        return {name: _closed(part) for name, part in value.items()} if is_mapping else value
-    if keyword in ("anyOf", "oneOf", "prefixItems"):
-        return [_closed(part) for part in value] if isinstance(value, list) else value
-    return _closed(value) if keyword in ("items", "additionalProperties") else value
-
-
-def _closed(schema: Any) -> Any:
-    return closed(schema) if isinstance(schema, dict) else schema

@@ -107,7 +107,8 @@ def seeded(seed: int) -> SamplingParams:
 
 
 FREE = SamplingParams(do_sample=True, seed=99)
-HOSTILE = "((a{1,1000}){1,1000}){1,1000}"
+HOSTILE = "[0-9]{40}((a{1,1000}){1,1000}){1,1000}"
+"""It compiles, since its digits can be followed."""
 ORDER, LONG_KEYS = SCHEMAS["order"], SCHEMAS["long keys"]
 FORCING = every(
     a_constant_with_a_long_name={"const": "whose value is a long sentence, said at once"},

@@ -94,7 +94,8 @@ def test_requests_without_prompt_logprobs_get_none() -> None:
     for request in requests:
         finished = answers.last(request)
         assert isinstance(finished, Finished)
-        assert finished.prompt == finished.prompt_top_tokens == ()
+        assert finished.prompt == ()
+        assert finished.prompt_top_tokens == ()
 
 
 @families

@@ -94,6 +94,8 @@ def _sampling(rng: random.Random) -> SamplingParams:
         repetition_penalty=rng.choice([1.0, 1.2]),
         frequency_penalty=rng.choice([0.0, 0.3]),
         presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+        logit_bias=rng.choice([(), (), ((5, 3.0), (9, -100.0))]),
+        raw_logprobs=rng.random() < 0.3,
         watermark=rng.random() < 0.2,
         seed=rng.randrange(1 << 60),
         logprobs=rng.random() < 0.5,

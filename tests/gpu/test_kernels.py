@@ -208,6 +208,9 @@ PARAMS = [
     SamplingParams(do_sample=True, typical_p=0.8, seed=4),
     SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3),
     SamplingParams(presence_penalty=1.5),
+    SamplingParams(output_frequency_penalty=1.5, repetition_penalty=1.2),
+    SamplingParams(do_sample=True, temperature=1e-38, seed=6),
+    SamplingParams(do_sample=True, temperature=1e-4, top_p=0.9, seed=7),
     SamplingParams(do_sample=True, top_k=1000, top_p=0.95, seed=5, top_n_tokens=5),
 ]
 
@@ -224,12 +227,31 @@ def test_sampling_draws_what_the_processors_draw(shape: Shape) -> None:
         for slot, p in enumerate(params):
             sampler.set_parameters(slot, p)
             if sampler.slots.needs_counts(slot):
-                sampler.slots.start_counts(slot, torch.arange(20, device=CUDA), 15)
+                counts_prompt = sampler.slots.counts_prompt(slot)
+                known = torch.arange(20, device=CUDA)
+                sampler.slots.start_counts(slot, known, 15, counts_prompt)
         plan = sampler.plan(slots, np.full(len(params), 20))
         uploaded = {name: torch.from_numpy(a).to(CUDA) for name, a in plan.arrays.items()}
         sampled = sampler.sample(logits.clone(), uploaded, plan.kind)
         ids.append(sampled.ids)
     assert (ids[0] == ids[1]).float().mean() > 0.95
+
+
+@each_shape
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_reported_logprobs_are_those_of_the_logits(shape: Shape, num_top: int) -> None:
+    logits = randn(64, shape.vocab_size, dtype=torch.bfloat16) * 3
+    ids = torch.randint(0, shape.vocab_size, (64,), device=CUDA)
+    reported = TritonSampler(1, shape.vocab_size, CUDA).report(logits, ids, num_top)
+    exact = logits.double().log_softmax(-1)
+    assert reported.logprobs is not None
+    chosen = exact.gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(reported.logprobs.double(), chosen, rtol=0, atol=1e-5)
+    if num_top:
+        assert reported.top_ids is not None
+        best = exact.topk(num_top).values
+        top = exact.gather(-1, reported.top_ids[:, :num_top])
+        torch.testing.assert_close(top, best, rtol=0, atol=0)
 
 
 @each_shape

@@ -38,9 +38,10 @@ def chunks(vocab_size: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_the_greedy_kernel_of_chunks_fits_every_gpu(logprobs: bool) -> None:
-    arguments = {**LOGITS, "partials_ptr": "*i64", "vocab_size": "i32"}
+def test_the_greedy_kernel_of_chunks_fits_every_gpu(dtype: str, logprobs: bool) -> None:
+    arguments = {**LOGITS, "partials_ptr": "*i64", "vocab_size": "i32", "logits_ptr": dtype}
     check("_greedy_chunk_kernel", arguments, {"LOGPROBS": logprobs, "CHUNK": CHUNK}, 8)
 
 
@@ -65,10 +66,19 @@ def test_the_sampling_kernel_of_chunks_fits_every_gpu(dtype: str, counts: str | 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("vocab_size", "top_block"), [(49_152, 32), (128_256, 0), (128_256, 32), (256_000, 32)]
+    ("vocab_size", "top_block", "dtype"),
+    [
+        (49_152, 32, "*bf16"),
+        (128_256, 0, "*bf16"),
+        (128_256, 32, "*bf16"),
+        (128_256, 64, "*fp32"),
+        (256_000, 64, "*bf16"),
+    ],
 )
-def test_the_sampling_kernel_of_rows_fits_every_gpu(vocab_size: int, top_block: int) -> None:
-    arguments = {**LOGITS, **REQUEST, **SCRATCH, **CHOSEN, **SIZES}
+def test_the_sampling_kernel_of_rows_fits_every_gpu(
+    vocab_size: int, top_block: int, dtype: str
+) -> None:
+    arguments = {**LOGITS, **REQUEST, **SCRATCH, **CHOSEN, **SIZES, "logits_ptr": dtype}
     constants: dict[str, Any] = {
         "CHUNKS": chunks(vocab_size),
         "KEPT": KEPT,

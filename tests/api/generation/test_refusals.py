@@ -36,6 +36,8 @@ VALIDATION_ERRORS = [
     (asking(top_k=-1), "`top_k` must be strictly positive"),
     (asking(max_new_tokens=0), "`max_new_tokens` must be strictly positive"),
     (asking(stop=list("abcde")), "`stop` supports up to 4 stop sequences. Given: 5"),
+    (asking(stop=[""]), "`stop` sequences cannot be empty"),
+    (asking(stop=["a", "", "b"]), "`stop` sequences cannot be empty"),
     (asking(top_n_tokens=6), "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
     ({"inputs": ""}, "`inputs` cannot be empty"),
     ({"inputs": "\0"}, "`inputs` cannot be empty"),
@@ -96,7 +98,7 @@ FAULTS_IN_ORDER: list[tuple[str, object, str]] = [
     ("typical_p", 0, "`typical_p` must be"),
     ("top_k", 0, "`top_k` must be"),
     ("max_new_tokens", 0, "`max_new_tokens` must be"),
-    ("stop", ["a"] * 5, "`stop` supports"),
+    ("stop", [""] * 5, "`stop` supports"),
     ("seed", 1, "`seed` must not be set"),
     ("top_n_tokens", 9, "`top_n_tokens` must be"),
     ("truncate", 0, "`truncate` must be"),
@@ -111,6 +113,31 @@ async def test_the_first_fault_in_tgis_order_is_reported(first: int) -> None:
     async with client(ScriptedEngine()) as http:
         answer = await http.post("/generate", json={"inputs": "x", "parameters": parameters})
     assert answer.json()["error"].startswith("Input validation error: " + faults[0][2])
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", asking(stop=[""])),
+        ("/generate_stream", asking(stop=["a", ""])),
+        ("/", asking(stop=[""])),
+        ("/", asking(stop=[""]) | {"stream": True}),
+        ("/invocations", asking(stop=[""])),
+        ("/v1/chat/completions", CHAT | {"stop": ""}),
+        ("/v1/chat/completions", CHAT | {"stop": ["", "a"], "stream": True}),
+        ("/v1/completions", {"prompt": "x", "stop": ""}),
+        ("/v1/completions", {"prompt": ["x", "y"], "stop": ["a", ""], "stream": True}),
+    ],
+)
+async def test_an_empty_stop_string_is_refused_on_every_route(path: str, body: object) -> None:
+    engine = ScriptedEngine()
+    async with client(engine) as http:
+        answer = await http.post(path, json=body)
+    assert "`stop` sequences cannot be empty" in answer.text
+    assert not engine.requests
 
 
 async def test_best_of_is_not_allowed_if_the_limit_is_one() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from api.openai.completion_choice import text_offsets
 from engine.core.request import (
     Event,
     Failed,
@@ -225,6 +226,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"100": 1}}, "logit_bias", None),
     ({"logit_bias": {"7": 100.5}}, "logit_bias", None),
     ({"stop": list("abcde")}, "stop", None),
+    ({"stop": ["a", ""]}, "stop", None),
 ]
 
 
@@ -267,9 +269,13 @@ EMPTY = "prompt: Empty array detected. Do not use an empty array for the prompt.
         ({"stop": ["a", 1]}, "stop[1]", "stop[1]: invalid type: integer `1`, expected a string"),
         ({"logit_bias": {"a": 1}}, "logit_bias", 'logit_bias: invalid value: string "a"'),
         ({"logit_bias": {"7": "1"}}, "logit_bias.7", 'logit_bias.7: invalid type: string "1"'),
+        (
+            {"logit_bias": {str(n): 0 for n in range(1025)}},
+            "logit_bias",
+            "logit_bias: invalid length 1025, expected at most 1024 tokens",
+        ),
         ({"logit_bias": [1.0]}, "logit_bias", "logit_bias: invalid type: sequence"),
     ],
-    ids=str,
 )
 async def test_a_body_of_another_shape_is_a_400_that_names_the_field(
     body: dict[str, Any], param: str, text: str
@@ -342,7 +348,7 @@ async def test_the_prompt_counts_once_and_every_choice_counts(stream: bool) -> N
 
 
 async def test_the_best_of_several_are_returned_best_first() -> None:
-    engine = ScriptedEngine(lambda request: numbered(request))
+    engine = ScriptedEngine(numbered)
     async with client(engine, max_best_of=4) as http:
         body = {"prompt": "x", "seed": 2, "best_of": 4, "n": 2, "temperature": 1}
         told = (await http.post(PATH, json=body)).json()
@@ -431,14 +437,35 @@ async def test_echo_without_logprobs_repeats_the_prompt(prompt: object, stream: 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_no_tokens_are_told_if_none_are_wanted(stream: bool) -> None:
+@pytest.mark.parametrize(
+    "limit", [{"max_tokens": 0}, {"max_tokens": 9, "max_completion_tokens": 0}]
+)
+async def test_no_tokens_are_told_if_none_are_wanted(limit: dict[str, int], stream: bool) -> None:
     engine = ScriptedEngine(with_logprobs)
-    answer = await ask(engine, logprobs=2, echo=True, max_tokens=0, stream=stream)
+    answer = await ask(engine, logprobs=2, echo=True, stream=stream, **limit)
     text, told = whole(answer, stream)
     assert text == "Say hello"
     assert told == {key: values[:3] for key, values in ECHOED.items()}
     if not stream:
         assert answer.json()["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "offsets"),
+    [
+        ("Say hello", ["Say", " hello"], [0, 3]),
+        ("Say hello", ["<s>", "Say", " hello"], [0, 0, 3]),
+        ("Say hello", ["Say", "hello"], [0, 4]),
+        ("a🙂🙃b", ["a", "\ufffd", "\ufffd", "\ufffd", "\ufffd", "b"], [0, 1, 1, 1, 1, 3]),
+        ("aa", ["a", "a"], [0, 1]),
+        ("x", ["never", "there"], [0, 0]),
+        ("", [], []),
+    ],
+)
+def test_a_token_is_found_where_it_is_in_the_text(
+    text: str, pieces: list[str], offsets: list[int]
+) -> None:
+    assert text_offsets(text, pieces) == offsets
 
 
 # Streams.

@@ -98,6 +98,20 @@ async def test_loglikelihoods_are_those_of_transformers(
     assert {greedy for _, greedy in told} == {True, False}
 
 
+async def test_all_choices_of_a_prompt_tell_its_logprobs(
+    http: httpx2.AsyncClient, smollm2: LoadedModel, reference: PreTrainedModel
+) -> None:
+    encode = smollm2.tokenizer.encode
+    pairs = [(encode(context), encode(text)) for context, text in PAIRS[:2]]
+    body = asked([context + ids for context, ids in pairs]) | {"n": 3, "temperature": 1.5}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    for choice in answer["choices"]:
+        context, ids = pairs[choice["index"] // 3]
+        own, _ = read(choice, len(context))
+        assert own == pytest.approx(expected(reference, context, ids)[0], abs=1e-3)
+
+
 @pytest.mark.parametrize("text", [text for _, text in PAIRS])
 async def test_offsets_are_where_the_tokens_are_in_the_text(
     http: httpx2.AsyncClient, text: str

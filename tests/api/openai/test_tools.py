@@ -306,6 +306,12 @@ async def test_parameters_that_are_no_object_are_refused(parameters: Any) -> Non
     assert answer.json()["error"]["param"] == "tools"
 
 
+async def test_stop_strings_are_for_an_answer_in_words() -> None:
+    engine = saying(*NO_TOOL)
+    assert (await ask(engine, stop=["name"])).status_code == 200
+    assert [request.stopping.stop for request in engine.requests] == [(), ("name",)]
+
+
 async def test_an_answer_in_words_follows_the_response_format() -> None:
     schema = {"properties": {"a": {"type": "string"}}}
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}

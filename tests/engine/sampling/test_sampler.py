@@ -45,7 +45,8 @@ def process(
             share[token] = count / len(context)
         x = x - params.frequency_penalty * share
     if num_prompt is not None:
-        x[sorted(set(context[num_prompt:]))] -= params.presence_penalty
+        for token, count in Counter(context[num_prompt:]).items():
+            x[token] -= count * params.output_frequency_penalty + params.presence_penalty
     if params.temperature != 1:
         x = x / params.temperature
     if params.top_k != 0:
@@ -96,6 +97,7 @@ def single(value: float) -> float:
 def random_params(entropy: int) -> SamplingParams:
     """Draw parameters that use about half of the steps; a generator is cheaper than hypothesis."""
     rng = random.Random(entropy)
+    frequency = rng.choice(["frequency_penalty", "output_frequency_penalty"])
 
     def maybe(neutral: float, *used: float) -> float:
         return rng.choice([neutral, single(rng.choice(used))])
@@ -107,7 +109,7 @@ def random_params(entropy: int) -> SamplingParams:
         top_p=maybe(1.0, 0.05, 0.6, 0.95),
         typical_p=maybe(1.0, 0.2, 0.7),
         repetition_penalty=maybe(1.0, 0.5, 1.2, 3.0),
-        frequency_penalty=maybe(0.0, -1.5, 0.3, 2.0),
+        **{frequency: maybe(0.0, -1.5, 0.3, 2.0)},  # type: ignore[arg-type]
         presence_penalty=maybe(0.0, -0.5, 1.5),
         seed=rng.choice([0, 2**63, 2**64 - 1, rng.randrange(2**64), rng.randrange(2**64)]),
         logprobs=rng.random() < 0.5,
@@ -172,7 +174,8 @@ def start(
     sampler.set_parameters(slot, params)
     if sampler.slots.needs_counts(slot):
         num_prompt = len(context) if num_prompt is None else num_prompt
-        sampler.slots.start_counts(slot, torch.tensor(context), num_prompt)
+        counts_prompt = sampler.slots.counts_prompt(slot)
+        sampler.slots.start_counts(slot, torch.tensor(context), num_prompt, counts_prompt)
 
 
 def sample(
@@ -475,12 +478,13 @@ def test_counts_are_allocated_before_any_step_that_needs_them() -> None:
 
 
 def test_only_penalties_need_counts() -> None:
-    sampler = TorchSampler(4, 10, CPU)
+    sampler = TorchSampler(5, 10, CPU)
     sampler.set_parameters(0, SamplingParams(do_sample=True, temperature=0.5, top_k=3, seed=1))
+    sampler.set_parameters(4, SamplingParams(output_frequency_penalty=-0.1))
     sampler.set_parameters(1, SamplingParams(repetition_penalty=1.1))
     sampler.set_parameters(2, SamplingParams(frequency_penalty=-0.1))
     sampler.set_parameters(3, SamplingParams(presence_penalty=-0.1))
-    assert [sampler.slots.needs_counts(slot) for slot in range(4)] == [False, True, True, True]
+    assert [sampler.slots.needs_counts(slot) for slot in range(5)] == [False, *[True] * 4]
     sampler.set_parameters(1, SamplingParams())
     assert not sampler.slots.needs_counts(1)
 
@@ -493,6 +497,26 @@ def test_logprobs_are_reported_only_if_a_row_asks_for_them() -> None:
     assert sampled.logprobs is None
     assert sampled.top_ids is None
     assert sampled.top_logprobs is None
+
+
+@examples
+@given(batches(), st.data())
+def test_raw_rows_report_the_logits_own_logprobs_and_choose_as_before(
+    batch: tuple[list[SamplingParams], list[list[int]], list[Tensor]], data: st.DataObject
+) -> None:
+    params, contexts, [logits] = batch
+    vocab_size = logits.shape[-1]
+    params = [dataclasses.replace(p, top_n_tokens=vocab_size, logprobs=True) for p in params]
+    raw = data.draw(st.lists(st.booleans(), min_size=len(params), max_size=len(params)))
+    mixed = [dataclasses.replace(p, raw_logprobs=r) for p, r in zip(params, raw, strict=True)]
+    processed = sample(logits, *params, contexts=contexts)
+    sampled = sample(logits, *mixed, contexts=contexts)
+    assert torch.equal(sampled.ids, processed.ids)
+    assert sampled.logprobs is not None
+    for row, is_raw in enumerate(raw):
+        own = logits[row].log_softmax(-1) if is_raw else all_logprobs(processed, row)
+        assert torch.equal(all_logprobs(sampled, row), own)
+        assert sampled.logprobs[row] == own[sampled.ids[row]]
 
 
 def test_the_only_token_left_has_logprob_zero() -> None:

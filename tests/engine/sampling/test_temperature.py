@@ -65,7 +65,7 @@ def test_the_best_token_is_certain_at_a_small_temperature(
     """Whatever the scale of the scores is, and although some tokens are excluded."""
     rng = np.random.default_rng(entropy)
     logits = torch.from_numpy(rng.permuted(np.tile(np.arange(40), (len(SMALL), 1)), axis=1)).float()
-    logits = (logits - rng.integers(0, 40)) * float(rng.choice([0.125, 1.0, 500.0]))
+    logits = (logits - float(rng.integers(0, 40))) * float(rng.choice([0.125, 1.0, 500.0]))
     logits[logits == logits.amin(-1, keepdim=True)] = -math.inf
     params = [kinds(temperature, 1, **others)[0] for temperature in SMALL]
     sampled = sample(make, logits, params)

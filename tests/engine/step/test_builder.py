@@ -23,6 +23,14 @@ SAMPLING = [
     SamplingParams(do_sample=True, top_k=9, top_p=0.9, typical_p=0.9, seed=8, top_n_tokens=3),
     SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
     SamplingParams(presence_penalty=1.5, do_sample=True, seed=9, logprobs=True),
+    SamplingParams(
+        output_frequency_penalty=1.5,
+        repetition_penalty=1.2,
+        logit_bias=((7, 2.0), (30, -4.5)),
+        raw_logprobs=True,
+        logprobs=True,
+        top_n_tokens=2,
+    ),
 ]
 
 
@@ -65,7 +73,16 @@ def requests() -> list[list[Request]]:
     return [
         *mixed,
         [Request(f"fork-{i}", prompt[:7], forked, stopping) for i in range(2)],
-        [Request("prompt", prompt[::-1], SamplingParams(), stopping, prompt_logprobs=True)],
+        [
+            Request(
+                "prompt",
+                prompt[::-1],
+                SamplingParams(),
+                stopping,
+                prompt_logprobs=True,
+                prompt_top_tokens=2,
+            )
+        ],
     ]
 
 
@@ -96,3 +113,4 @@ def test_a_pickled_step_runs_to_the_same_result(ops: Ops, with_graphs: bool) -> 
         other = directly.last(request)
         assert isinstance(other, Finished)
         assert last.prompt == other.prompt
+        assert last.prompt_top_tokens == other.prompt_top_tokens

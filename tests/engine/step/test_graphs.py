@@ -65,6 +65,8 @@ def mixed_requests() -> list[Request]:
         SamplingParams(do_sample=True, top_k=9, top_p=0.9, seed=8, top_n_tokens=3, logprobs=True),
         SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=True),
         SamplingParams(presence_penalty=1.5, logprobs=True),
+        SamplingParams(output_frequency_penalty=1.5, raw_logprobs=True, logprobs=True),
+        SamplingParams(do_sample=True, seed=9, raw_logprobs=True, top_n_tokens=2, logprobs=True),
     ]
     return [
         Request(
@@ -127,12 +129,50 @@ def watermarked(_: LoadedModel) -> list[Request]:
     ]
 
 
+def biased(_: LoadedModel) -> list[Request]:
+    bias = ((ord("a"), 4.0), (ord("b"), -100.0))
+    kinds = [
+        SamplingParams(logit_bias=bias, logprobs=True),
+        SamplingParams(logit_bias=bias, do_sample=True, seed=6, temperature=0.9, logprobs=True),
+        SamplingParams(logprobs=True),
+    ]
+    return [
+        Request(f"biased-{i}", PROMPTS[0], kind, StoppingParams(4, ignore_eos=True))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def reporting_raw(
+    make: Callable[[LoadedModel], list[Request]],
+) -> Callable[[LoadedModel], list[Request]]:
+    """Have all but the last report the model's own logprobs, which needs its logits unchanged."""
+
+    def make_raw(loaded: LoadedModel) -> list[Request]:
+        *requests, last = make(loaded)
+        return [
+            *(replace(r, sampling=replace(r.sampling, raw_logprobs=True)) for r in requests),
+            last,
+        ]
+
+    return make_raw
+
+
+KINDS = {
+    "masks": guided,
+    "watermarks": watermarked,
+    "biases": biased,
+    "masks, raw": reporting_raw(guided),
+    "watermarks, raw": reporting_raw(watermarked),
+    "biases, raw": reporting_raw(biased),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [guided, watermarked])
-def test_masks_and_watermarks_are_applied_around_replayed_graphs(
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_masks_watermarks_and_biases_are_applied_around_replayed_graphs(
     make: Callable[[LoadedModel], list[Request]],
 ) -> None:
-    """They change a graph's own logits, which the next replay overwrites."""
+    """They change a graph's own logits, which the next replay overwrites, or a copy of them."""
     loaded, requests = fused("llama", 1), make(fused("llama", 1))
     eager = answers(loaded, requests, with_graphs=False)
     replayed = answers(loaded, requests, with_graphs=True)

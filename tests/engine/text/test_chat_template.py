@@ -5,6 +5,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from engine.core.errors import TemplateError
@@ -64,24 +66,99 @@ def test_a_last_message_of_the_assistant_is_continued(content: str) -> None:
     assert prompt.endswith(f"<|im_end|>\n<|im_start|>assistant\n{content}")
 
 
-@pytest.mark.parametrize("content", ["The capital is \n", "  The capital is"])
-@pytest.mark.parametrize("filter", ["", "| trim"])
-def test_a_continued_message_is_trimmed_at_its_end(content: str, filter: str) -> None:
-    tokenizer = templated(PLAIN.replace("m.content", f"m.content {filter}"))
-    expected = content.strip() if filter else content.rstrip()
-    assert (
-        tokenizer.render_chat([USER, said(content)]) == f"[user] Hi there[/][assistant] {expected}"
-    )
+HEADERS = {
+    "ChatML": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "Llama 3": (
+        "{% for m in messages %}{% set shown = '<|start_header_id|>' + m['role'] + "
+        "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+        "{{ (bos_token if loop.index0 == 0 else '') + shown }}{% endfor %}{% if "
+        "add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "Gemma": (
+        "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == "
+        "0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{{ '<start_of_turn>' + "
+        "('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + "
+        "'<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "Mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content "
+        "+ ' [/INST]' }}{% else %}{{ m.content.strip() + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "with thoughts": (
+        "{% for m in messages %}{% set content = m.content %}{% set thought = '' %}"
+        "{% if m.role == 'assistant' and '</think>' in content %}"
+        "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if thought %}"
+        "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+        "{{ content.strip('\n') + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+"""Templates as those of well-known models, which end a prompt where the message's text begins."""
+
+contents = st.one_of(
+    st.text(" \n\t", max_size=4),
+    st.text(max_size=20),
+    st.tuples(*[st.text(" \n", max_size=3), st.text("a1.<|", max_size=3)] * 2).map("".join),
+    st.sampled_from(["1.\n", "", "\n", " \n ", "Hi there", "\n\nHi there \n", "assistant", "END"]),
+)
 
 
-def test_an_empty_message_is_continued_too() -> None:
-    assert templated(PLAIN).render_chat([USER, said("")]) == "[user] Hi there[/][assistant]"
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(HEADERS)), contents)
+@example("ChatML", "1.\n").via("white space at its end")
+@example("Llama 3", "\n\n").via("nothing but white space")
+def test_a_prompt_ends_with_exactly_the_message_to_be_continued(name: str, content: str) -> None:
+    tokenizer = templated(HEADERS[name])
+    prompt = tokenizer.render_chat([USER, said(content)])
+    assert prompt == tokenizer.render_chat([USER]) + content
 
 
-def test_a_last_message_that_the_template_hides_is_not_continued() -> None:
-    template = PLAIN.replace("m.content", "m.content.split('</think>')[0]")
-    messages = [USER, said("</think>So")]
-    assert templated(template).render_chat(messages).endswith("[assistant] [/][assistant] ")
+@given(contents)
+@settings(max_examples=50, deadline=None)
+def test_the_embedded_model_continues_exactly_the_message(content: str) -> None:
+    prompt = embedded().render_chat([USER, said(content)])
+    assert prompt == embedded().render_chat([USER]) + content
+
+
+def test_a_continued_message_may_occur_elsewhere_in_the_prompt() -> None:
+    history = [USER, said("Hi there"), USER]
+    tokenizer = templated(HEADERS["Gemma"])
+    prompt = tokenizer.render_chat([*history, said("Hi there")])
+    assert prompt == tokenizer.render_chat(history) + "Hi there"
+
+
+def test_only_the_last_message_is_continued() -> None:
+    prompt = templated(PLAIN).render_chat([USER, said(" Hi \n"), USER])
+    assert prompt == "[user] Hi there[/][assistant]  Hi \n[/][user] Hi there[/][assistant] "
+
+
+def test_a_thought_before_a_continued_message_stays_where_the_template_puts_it() -> None:
+    content = "<think>\nHm.\n</think>\n\nSo "
+    prompt = templated(HEADERS["with thoughts"]).render_chat([USER, said(content)])
+    assert prompt.endswith("<|im_start|>assistant\n" + content)
+
+
+@pytest.mark.parametrize(
+    ("shown", "content"),
+    [
+        ("m.content.split('</think>')[0]", "</think>So"),
+        ("m.content.split('</think>')[-1]", "<think>Hm.</think>So"),
+        ("m.content | replace('  ', ' ')", "two  spaces"),
+        ("m.content | tojson", 'a "word"'),
+        ("m.content[:10]", "more than ten characters"),
+        ("'' if m.role == 'assistant' else m.content", "hidden"),
+    ],
+)
+def test_a_message_that_the_template_alters_cannot_be_continued(shown: str, content: str) -> None:
+    tokenizer = templated(PLAIN.replace("m.content", shown))
+    with pytest.raises(TemplateError, match="alters the last message"):
+        tokenizer.render_chat([USER, said(content)])
 
 
 @pytest.mark.parametrize(

@@ -6,74 +6,9 @@ from typing import Any
 import pytest
 
 from engine.core.errors import GrammarError
-from engine.text.grammar import (
-    GrammarCompiler,
-    TokenMasks,
-    closed,
-)
+from engine.text.grammar import Grammar, GrammarCompiler, TokenMasks
 from tests.engine.guided import VOCAB_SIZE, compiler, tokenizer
-from tests.engine.text.schemas import SCHEMAS, every
-
-
-class TestClosed:
-    def test_a_schema_with_properties_is_an_object_with_only_those(self) -> None:
-        schema = {"properties": {"a": {"type": "integer"}}}
-        assert closed(schema) == {**schema, "type": "object", "additionalProperties": False}
-
-    def test_additional_properties_that_are_allowed_stay_allowed(self) -> None:
-        for own in ({"additionalProperties": True}, {"additionalProperties": {"type": "null"}}):
-            schema = {"type": "object", "properties": {"a": {}}, **own}
-            assert closed(schema) == schema
-
-    def test_patterns_of_properties_are_further_ones(self) -> None:
-        schema = {"type": "object", "properties": {"a": {}}, "patternProperties": {"^b": {}}}
-        assert closed(schema) == schema
-
-    @pytest.mark.parametrize(
-        "around",
-        [
-            lambda s: {"type": "object", "properties": {"p": s}, "additionalProperties": False},
-            lambda s: {"type": "array", "items": s},
-            lambda s: {"anyOf": [s, {"type": "null"}]},
-            lambda s: {"oneOf": [s]},
-            lambda s: {"prefixItems": [s]},
-            lambda s: {"$defs": {"d": s}},
-            lambda s: {"definitions": {"d": s}},
-            lambda s: {"patternProperties": {"^x": s}},
-            lambda s: {"additionalProperties": s},
-        ],
-    )
-    def test_nested_schemas_are_closed(self, around: Any) -> None:
-        inner = {"properties": {"a": {"type": "integer"}}}
-        assert closed(around(around(inner))) == around(around(closed(inner)))
-
-    def test_schemas_that_are_combined_are_not_closed(self) -> None:
-        schema: dict[str, Any] = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
-        assert closed(schema) == schema
-
-    def test_definitions_that_are_combined_are_not_closed(self) -> None:
-        base: dict[str, Any] = {"properties": {"a": {}}}
-        other: dict[str, Any] = {"properties": {"b": {}}}
-        whole = {"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"c": {}}}]}
-        schema = {"properties": {"whole": whole}, "$defs": {"base": base, "other": other}}
-        result = closed(schema)
-        assert result["properties"]["whole"] == whole
-        assert result["$defs"] == {"base": base, "other": closed(other)}
-        alone = {"allOf": [{"$ref": "#/$defs/base"}]}  # as pydantic wraps a reference
-        assert closed({**schema, "properties": {"a": alone}})["$defs"]["base"] == closed(base)
-
-    def test_a_property_may_have_a_keywords_name(self) -> None:
-        schema = {"properties": {"properties": {"type": "string"}, "items": {"type": "string"}}}
-        assert closed(schema)["properties"] == schema["properties"]
-
-    def test_data_is_not_a_schema(self) -> None:
-        schema = {"enum": [{"properties": {"a": 1}}], "const": {"properties": {}}}
-        assert closed(schema) == schema
-
-    def test_the_schema_itself_is_left_as_it_is(self) -> None:
-        schema: dict[str, Any] = {"properties": {"a": {"properties": {}}}}
-        closed(schema)
-        assert schema == {"properties": {"a": {"properties": {}}}}
+from tests.engine.text.schemas import SCHEMAS, every, obj, string
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -92,10 +27,21 @@ REFUSED_PATTERNS = {
     "too much work": ("(a|b)*" * 5000, "limit"),
     "too long": ("a" * 300_000, "larger than 262144 bytes"),
     "not text": ("\ud800", "surrogates not allowed"),
+    "no text": (r"[^\s\S]", "cannot be followed"),
+    "letters counted twice": (r"(\p{L}{1,500}){1,20}", "cannot be followed: .*too many"),
+    "letters counted thrice": ("((a{1,1000}){1,1000}){1,1000}", "cannot be followed: .*too many"),
+    "words counted twice": (r"(\w{1,100}){1,10}", "cannot be followed: .*too many"),
     "deep": ("(" * 5000 + ")" * 5000, "nest"),
 }
 REFUSED_SCHEMAS: dict[str, tuple[Any, str]] = {
-    "a regex in it": ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+    "a pattern that nothing matches": ({"type": "string", "pattern": r"[^\s\S]"}, "Unsatisfiable"),
+    "definitions of each other": (
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        "no value of it ends",
+    ),
+    "itself": ({"$ref": "#"}, "no value of it ends"),
+    "an object without end": (every(a={"$ref": "#"}), "Unsatisfiable"),
+    "an array without end": ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "Unsat"),
     "a file elsewhere": ({"$ref": "https://example.com/x.json"}, "not present in a registry"),
     "no such definition": ({"$ref": "#/$defs/missing"}, "does not exist"),
     "no type": ({"type": "nonsense"}, "Invalid type: nonsense"),
@@ -113,6 +59,14 @@ REFUSED_SCHEMAS: dict[str, tuple[Any, str]] = {
     "a list": ([], "is an object"),
     "text": ("string", "is an object"),
 }
+
+
+def follows(grammar: Grammar, text: str) -> bool:
+    """Whether the grammar allows each token of the text."""
+    state = grammar.start()
+    for token_id in tokenizer().encode(text):
+        state.accept(token_id)
+    return state.error == ""
 
 
 class TestCompiling:
@@ -140,6 +94,11 @@ class TestCompiling:
             ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
             ({"type": "string", "format": "nonsense"}, "nonsense"),
             ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+            ({"type": "string", "pattern": "(?=a)b"}, "(?=a)b: look-around"),
+            ({"type": "string", "pattern": r"(a)\1"}, "backreferences"),
+            ({"type": "string", "pattern": r"\bword\b"}, "lookarounds not supported"),
+            ({"type": "string", "pattern": r"^(\p{L}{1,500}){1,20}$"}, "cannot be followed"),
+            ({"type": "object", "patternProperties": {"^(?!a)": {}}}, "^(?!a): look-around"),
         ],
     )
     def test_a_keyword_that_cannot_be_enforced_is_ignored_with_a_warning(
@@ -147,6 +106,88 @@ class TestCompiling:
     ) -> None:
         (warning,) = compiler().json_schema(schema).warnings
         assert keyword in warning
+
+    def test_a_decimal_of_pydantic_is_a_number_or_any_text(self) -> None:
+        decimal = r"^(?![.+-]*$)[+-]?[0-9]*\.?[0-9]*$"
+        grammar = compiler().json_schema(
+            every(
+                price={"anyOf": [{"type": "number"}, string(decimal)]},
+                code=string("^[a-z]{3}$"),
+            )
+        )
+        (warning,) = grammar.warnings
+        assert "look-around" in warning
+        assert follows(grammar, '{"price": 1.5, "code": "abc"}')
+        assert follows(grammar, '{"price": "1.50", "code": "abc"}')
+        assert not follows(grammar, '{"price": "1.50", "code": "ABC"}')
+        assert not follows(grammar, '{"price": true, "code": "abc"}')
+
+    @pytest.mark.parametrize(
+        "around",
+        [
+            lambda s: every(a=s),
+            lambda s: {"type": "array", "items": s},
+            lambda s: {"type": "array", "prefixItems": [s]},
+            lambda s: {"anyOf": [{"type": "null"}, s]},
+            lambda s: {"allOf": [s, {"maxLength": 99}]},
+            lambda s: {"type": "object", "additionalProperties": s},
+            lambda s: {"type": "object", "patternProperties": {"^x": s}},
+            lambda s: {"$ref": "#/$defs/pattern", "$defs": {"pattern": s}},
+            lambda s: {"$ref": "#/parts/pattern", "parts": {"pattern": s}},
+        ],
+    )
+    def test_a_pattern_is_ignored_wherever_it_is(self, around: Any) -> None:
+        text = {"type": "string", "pattern": "^(?=a)"}
+        (warning,) = compiler().json_schema(around(text)).warnings
+        assert "^(?=a)" in warning
+
+    def test_names_whose_pattern_is_ignored_may_be_any(self) -> None:
+        schema = {
+            **every(a={"type": "null"}),
+            "patternProperties": {"^b": {"type": "boolean"}, "^(?!b)": {"type": "integer"}},
+        }
+        for others in ({}, {"additionalProperties": False}):
+            grammar = compiler().json_schema(schema | others)
+            assert follows(grammar, '{"a": null, "c": 1}')
+            assert follows(grammar, '{"a": null, "b": true, "c": 1}')
+            assert not follows(grammar, '{"a": null, "b": 1}')
+            assert not follows(grammar, '{"a": 1}')
+            assert follows(grammar, '{"a": null, "c": "x"}') == (not others)
+
+    def test_a_warning_is_one_line(self) -> None:
+        for schema in ({"pattern": "(?!\r\nx: y\x7f)" + "z" * 5000}, {"format": "no\r\nx: y"}):
+            (warning,) = compiler().json_schema({"type": "string", **schema}).warnings
+            assert warning.isprintable()
+            assert len(warning) < 300
+
+    def test_only_so_many_patterns_of_a_schema_are_tried(self) -> None:
+        """Each may take long, and the schema's author chooses how many there are."""
+        schema = every(**{f"p{i}": string(rf"^(\p{{L}}{{1,{500 + i}}}){{20}}$") for i in range(99)})
+        assert len(compiler().json_schema(schema).warnings) == 32
+
+    def test_a_part_of_a_schema_without_end_is_never_begun(self) -> None:
+        endless = every(a={"$ref": "#/$defs/e"})
+        schema = {**obj(x={"$ref": "#/$defs/e"}, y={"type": "null"}), "$defs": {"e": endless}}
+        grammar = compiler().json_schema(schema)
+        assert follows(grammar, "{}")
+        assert follows(grammar, '{"y": null}')
+        assert not follows(grammar, '{"x')
+
+    def test_a_grammar_whose_limits_are_reached_is_compiled_anew(self) -> None:
+        """Its sequences share a lexer, which takes no more text once it has reached its limits."""
+        own = GrammarCompiler(tokenizer(), VOCAB_SIZE, [2])
+        spent = own.regex("(a{1,500}){1,20}")
+        state, masks = spent.start(), TokenMasks(VOCAB_SIZE)
+        while not state.error:
+            state.accept(tokenizer().encode("a")[0])
+            masks.fill([state])
+        assert "too many" in state.error
+        again = own.regex("(a{1,500}){1,20}")
+        assert again is not spent
+        state = again.start()
+        masks.fill([state])
+        assert state.error == ""
+        assert own.regex("(a{1,500}){1,20}") is again
 
     def test_a_schema_that_can_be_enforced_gives_no_warning(self) -> None:
         assert [n for n, s in SCHEMAS.items() if compiler().json_schema(s).warnings] == []
