@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.generation.request import WireRequest
-from api.http.serde import F32, I32, U32, tagged, text_or_list
+from api.http.serde import F32, I32, U32, Vec, tagged, text_or_list
 
 
 class TextBlock(WireRequest):
@@ -18,7 +18,7 @@ class TextBlock(WireRequest):
 
 
 Texts = Annotated[
-    str | list[Annotated[TextBlock, tagged({"text": TextBlock})]],
+    str | Vec[Annotated[TextBlock, tagged({"text": TextBlock})]],
     text_or_list(Annotated[TextBlock, tagged({"text": TextBlock})]),
 ]
 
@@ -61,7 +61,7 @@ Block = Annotated[
 
 class MessageParam(WireRequest):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[str | list[Block], text_or_list(Block)]
+    content: Annotated[str | Vec[Block], text_or_list(Block)]
 
 
 class ToolParam(WireRequest):
@@ -101,9 +101,9 @@ class PromptRequest(WireRequest):
     """The fields that make the prompt: a body of `/v1/messages/count_tokens`."""
 
     model: str
-    messages: list[MessageParam]
+    messages: Vec[MessageParam]
     system: Texts | None = None
-    tools: list[Annotated[ToolParam, tagged({"custom": ToolParam}, default="custom")]] | None = None
+    tools: Vec[Annotated[ToolParam, tagged({"custom": ToolParam}, default="custom")]] | None = None
     tool_choice: ToolChoiceParam | None = None
     output_config: OutputConfig | None = None
 
@@ -117,7 +117,7 @@ class MessagesRequest(PromptRequest):
     unsupported: ClassVar[tuple[str, ...]] = ("thread", "mcp_servers", "compaction")
 
     max_tokens: U32
-    stop_sequences: list[str] | None = None
+    stop_sequences: Vec[str] | None = None
     temperature: F32 | None = None
     top_k: I32 | None = None
     top_p: F32 | None = None

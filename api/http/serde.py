@@ -145,7 +145,7 @@ def _no_tag(name: object, known: Iterable[str]) -> str:
 
 def text_or_list(item: Any) -> WrapValidator:
     """Return a validator of a string or a list of `item`, whose errors tell which item is wrong."""
-    items: TypeAdapter[list[Any]] = TypeAdapter(list[item])
+    items: TypeAdapter[list[Any]] = TypeAdapter(Vec[item])
 
     def validate(value: object, _: ValidatorFunctionWrapHandler) -> str | list[Any]:
         if isinstance(value, list):

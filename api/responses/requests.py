@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, JsonValue
 
 from api.generation.request import WireRequest
-from api.http.serde import F32, U32, tagged, text_or_list, untagged
+from api.http.serde import F32, U32, Vec, tagged, text_or_list, untagged
 
 
 class TextPart(WireRequest):
@@ -24,7 +24,7 @@ Part = Annotated[
     TextPart | RefusalPart,
     tagged({"input_text": TextPart, "output_text": TextPart, "refusal": RefusalPart}),
 ]
-Content = Annotated[str | list[Part], text_or_list(Part)]
+Content = Annotated[str | Vec[Part], text_or_list(Part)]
 
 
 class MessageItem(WireRequest):
@@ -88,7 +88,7 @@ class ToolChoiceFunction(WireRequest):
 class ToolChoiceAllowed(WireRequest):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[ToolChoiceFunction]
+    tools: Vec[ToolChoiceFunction]
 
 
 class PlainFormat(WireRequest):
@@ -139,14 +139,14 @@ class ResponsesRequest(WireRequest):
     )
 
     model: str | None = None
-    input: Annotated[str | list[Item], text_or_list(Item)]
+    input: Annotated[str | Vec[Item], text_or_list(Item)]
     instructions: str | None = None
     max_output_tokens: U32 | None = None
     temperature: F32 | None = None
     top_p: F32 | None = None
     top_logprobs: U32 | None = None
-    include: list[Includable] | None = None
-    tools: list[Annotated[FunctionTool, tagged({"function": FunctionTool})]] | None = None
+    include: Vec[Includable] | None = None
+    tools: Vec[Annotated[FunctionTool, tagged({"function": FunctionTool})]] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | ToolChoiceFunction | ToolChoiceAllowed | None,
         untagged("ToolChoice"),

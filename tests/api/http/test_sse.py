@@ -30,6 +30,11 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT | {"model": TEXT, "logprobs": True, "top_logprobs": 1},
     "/v1/completions": {"prompt": [TEXT, TEXT], "stream": True},
 }
+TYPED_ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"model": TEXT, "input": TEXT, "top_logprobs": 1, "stream": True},
+    "/v1/messages": CHAT | {"model": TEXT, "max_tokens": 9},
+}
+"""The routes whose events are named."""
 
 
 def broken(_: Request) -> Sequence[list[Event]]:
@@ -73,6 +78,18 @@ async def test_an_error_is_one_line_too(path: str) -> None:
         if line.startswith("data: {")
         for text in strings(json.loads(line[6:]))
     )
+
+
+@pytest.mark.parametrize("path", TYPED_ROUTES)
+@pytest.mark.parametrize("script", [broken, lambda _: [[Failed(TEXT)]]], ids=["text", "error"])
+async def test_a_named_event_is_two_lines_however_lines_are_told(path: str, script: Any) -> None:
+    async with client(ScriptedEngine(script)) as http:
+        answer = await http.post(path, json=TYPED_ROUTES[path])
+    lines = answer.text.splitlines()
+    assert set(lines[2::3]) == {""}
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[1::3]]
+    assert lines[::3] == [f"event: {event['type']}" for event in events]
+    assert any(text.endswith(TEXT) for event in events for text in strings(event))
 
 
 async def test_no_other_character_is_escaped_differently() -> None:
