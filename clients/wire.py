@@ -1,6 +1,7 @@
 """Requests and answers as they are on the wire, without a client library."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -70,10 +71,16 @@ def typed_events(body: str) -> list[Any]:
 
 @contextmanager
 def every_permit_taken(url: str) -> Iterator[None]:
-    """Hold every permit with a long stream, and cancel the streams at the end."""
+    """Hold every permit with a long stream. At the end, cancel the streams and wait until a request
+    is answered again: the server learns of closed connections one after the other.
+    """
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400}}
     with httpx2.Client(base_url=url, timeout=60) as client, ExitStack() as streams:
         for _ in range(MAX_CONCURRENT_REQUESTS):
             response = streams.enter_context(client.stream("POST", "/generate_stream", json=body))
             assert response.status_code == 200
         yield
+    short = {"inputs": PROMPT, "parameters": {"max_new_tokens": 1}}
+    deadline = time.monotonic() + 10
+    while httpx2.post(f"{url}/generate", json=short).status_code == 429:
+        assert time.monotonic() < deadline
