@@ -22,8 +22,11 @@ from pathlib import Path
 
 import httpx2
 import psutil
+import pytest
 
 from tests.thorough import THOROUGH
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SOFT_FILES, HARD_FILES = 100, 200

@@ -121,6 +121,7 @@ def test_a_second_signal_ends_the_server_at_once(start: Start, sign: signal.Sign
     assert time.monotonic() - asked < 2
 
 
+@pytest.mark.slow
 def test_a_stopped_server_goes_on_where_it_was(start: Start) -> None:
     """A request that arrives meanwhile is as good as any other, however long the stop was."""
     server = start("--hurried")
@@ -141,6 +142,7 @@ def test_a_stopped_server_goes_on_where_it_was(start: Start) -> None:
     assert httpx2.get(f"{url}/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_killed_server_starts_again_on_its_port_at_once(start: Start) -> None:
     first = start()
     url = url_of(first)

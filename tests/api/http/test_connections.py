@@ -163,7 +163,7 @@ async def serving(
         await task
 
 
-@pytest.fixture(params=["plain", "tls"])
+@pytest.fixture(params=["plain", pytest.param("tls", marks=pytest.mark.slow)])
 def tls(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """The options of a server with TLS, or none."""
     if request.param == "plain":
@@ -209,6 +209,7 @@ async def test_a_client_that_sends_a_byte_at_a_time_is_disconnected(
         await until(lambda: len(served.connections) == 0)
 
 
+@pytest.mark.slow
 async def test_a_body_may_take_long_if_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, tls: dict[str, Any]
 ) -> None:
@@ -220,6 +221,7 @@ async def test_a_body_may_take_long_if_it_goes_on(
         assert await client.answer() == b"HTTP/1.1 200 OK 25000"
 
 
+@pytest.mark.slow
 async def test_an_answer_may_take_long(
     monkeypatch: pytest.MonkeyPatch, tls: dict[str, Any]
 ) -> None:
@@ -267,6 +269,7 @@ async def test_a_handshake_that_is_not_finished_is_broken_off(
 # -- too many of them ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_the_connection_that_is_idle_longest_is_closed_first(
     monkeypatch: pytest.MonkeyPatch, tls: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,6 +305,7 @@ async def test_an_unfinished_handshake_gives_way_to_a_new_connection(
         assert len(served.connections) == 5
 
 
+@pytest.mark.slow
 async def test_gets_are_answered_when_every_connection_is_at_work(
     monkeypatch: pytest.MonkeyPatch, tls: dict[str, Any]
 ) -> None:

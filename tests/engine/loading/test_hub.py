@@ -83,6 +83,7 @@ def test_a_name_that_does_not_exist_is_reported_soon(monkeypatch: pytest.MonkeyP
     check_unreachable("[Errno -2] Name or service not known")
 
 
+@pytest.mark.slow
 def test_a_hub_that_takes_connections_and_never_answers_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
