@@ -1,6 +1,7 @@
 """What the engine delivers of one answer, read as the events of a text or of a call."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from api.chat.call import CallReader, new_call_id
 from api.chat.events import (
@@ -16,33 +17,34 @@ from engine.core.request import Delivery, Finished, FinishReason, Token, TokenOu
 from engine.core.stop_text import StopText
 
 
-class AnswerReader:
+class AnswerReader(Protocol):
     """Reads one answer."""
 
-    def __init__(self, started: Started) -> None:
-        self.choice = started.choice
-        self._started = started
+    choice: int
 
     @property
     def is_in_words(self) -> bool:
         """Whether the answer turned out to be the wish to answer in words."""
-        return False
 
     def start(self) -> list[ChatEvent]:
         """Return the events before the first delivery."""
-        return [self._started]
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
         """Return the events of a delivery."""
-        raise NotImplementedError
 
 
-class TextAnswer(AnswerReader):
+class TextAnswer:
     """An answer in words. It ends before the first stop string."""
 
+    is_in_words = False
+
     def __init__(self, started: Started, stop: Sequence[str]) -> None:
-        super().__init__(started)
+        self.choice = started.choice
+        self._started = started
         self._stop = StopText(stop) if stop else None
+
+    def start(self) -> list[ChatEvent]:
+        return [self._started]
 
     def read(self, delivery: Delivery) -> list[ChatEvent]:
         choice, (tokens, end) = self.choice, delivery
@@ -65,11 +67,12 @@ class TextAnswer(AnswerReader):
         return texts
 
 
-class CallAnswer(AnswerReader):
+class CallAnswer:
     """An answer that is the call of a tool. It has no events if that is the tool `in_words`."""
 
     def __init__(self, started: Started, in_words: str | None) -> None:
-        super().__init__(started)
+        self.choice = started.choice
+        self._started = started
         self._in_words = in_words
         self._call = CallReader()
         self._unnamed: list[TokenOutput] = []

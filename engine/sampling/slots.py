@@ -61,6 +61,7 @@ class SamplingSlots:
         self._parameters = np.zeros(max_sequences + 1, dtype=_PARAMETERS)
         # Most slots of a batch are often plain: greedy, and every other parameter neutral.
         self._is_plain = np.ones(max_sequences + 1, dtype=np.bool_)
+        self._is_biased = np.zeros(max_sequences + 1, dtype=np.bool_)
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._counts: Tensor | None = None
         self.set_parameters(max_sequences, _NEUTRAL)
@@ -78,6 +79,7 @@ class SamplingSlots:
             self.all_counts()  # allocated by this thread, before the step's own thread reads it
 
     def _set_bias(self, slot: int, logit_bias: tuple[tuple[int, float], ...]) -> None:
+        self._is_biased[slot] = bool(logit_bias)
         self._biases.pop(slot, None)
         if logit_bias:
             ids, biases = zip(*logit_bias, strict=True)
@@ -123,14 +125,12 @@ class SamplingSlots:
         biased_ids   [n] int64 token ids
         biases       [n] float32
         """
-        if not self._biases:
+        rows = np.flatnonzero(self._is_biased[slots])
+        if not len(rows):
             return {}
-        biased = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in self._biases]
-        if not biased:
-            return {}
-        ids, biases = zip(*(self._biases[slot] for _, slot in biased), strict=True)
+        ids, biases = zip(*(self._biases[slot] for slot in slots[rows].tolist()), strict=True)
         return {
-            "biased_rows": np.repeat([row for row, _ in biased], [len(b) for b in biases]),
+            "biased_rows": np.repeat(rows, [len(b) for b in biases]),
             "biased_ids": np.concatenate(ids),
             "biases": np.concatenate(biases),
         }
