@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,20 @@ class Calls:
             return self._runner.run(_result_of(method, args, kwargs))
         answer = method(*args, **kwargs)
         return list(answer) if hasattr(answer, "__next__") else answer
+
+
+def in_version(
+    version: str, sync: Callable[..., Any], asynchronous: Callable[..., Any], **options: Any
+) -> Iterator[Calls]:
+    """Yield the client of a vendor's library, in its version "sync" or "async"."""
+    options = {"api_key": "-", "max_retries": 0, "timeout": 60} | options
+    if version == "sync":
+        yield Calls(sync(**options), None)
+    else:
+        with asyncio.Runner() as runner:
+            client = Calls(asynchronous(**options), runner)
+            yield client
+            client.close()
 
 
 async def _result_of(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,5 @@
 """The `anthropic` client's Messages against Skiff, with every answer checked against its types."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from anthropic import beta_tool
 from jsonschema import validate
 from pydantic import BaseModel
 
-from clients.calling import Calls, sync_only
+from clients.calling import in_version, sync_only
 from clients.server import serve
 from clients.wire import CITY, MESSAGES, WEATHER, every_permit_taken
 
@@ -31,24 +30,14 @@ class City(BaseModel):
 
 
 def options(url: str) -> dict[str, Any]:
-    return {
-        "base_url": url,
-        "api_key": "-",
-        "max_retries": 0,
-        "timeout": 60,
-        "_strict_response_validation": True,
-    }
+    return {"base_url": url, "max_retries": 0, "api_key": "-", "_strict_response_validation": True}
 
 
 @pytest.fixture(params=["sync", "async"])
 def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
-    if request.param == "sync":
-        yield Calls(anthropic.Anthropic(**options(url)), None)
-    else:
-        with asyncio.Runner() as runner:
-            client = Calls(anthropic.AsyncAnthropic(**options(url)), runner)
-            yield client
-            client.close()
+    yield from in_version(
+        request.param, anthropic.Anthropic, anthropic.AsyncAnthropic, **options(url)
+    )
 
 
 def ask(client: Any, **asked: Any) -> Any:

@@ -1,6 +1,5 @@
 """The `openai` client's Responses against Skiff, with every answer checked against its types."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import pytest
 from jsonschema import validate
 from pydantic import BaseModel
 
-from clients.calling import Calls, sync_only
+from clients.calling import in_version, sync_only
 from clients.comparing import assert_equal_answers
 from clients.wire import CITY, MESSAGES, WEATHER, every_permit_taken
 
@@ -29,22 +28,15 @@ class City(BaseModel):
 def options(url: str) -> dict[str, Any]:
     return {
         "base_url": f"{url}/v1",
-        "api_key": "-",
         "max_retries": 0,
-        "timeout": 60,
+        "api_key": "-",
         "_strict_response_validation": True,
     }
 
 
 @pytest.fixture(params=["sync", "async"])
 def client(request: pytest.FixtureRequest, url: str) -> Iterator[Any]:
-    if request.param == "sync":
-        yield Calls(openai.OpenAI(**options(url)), None)
-    else:
-        with asyncio.Runner() as runner:
-            client = Calls(openai.AsyncOpenAI(**options(url)), runner)
-            yield client
-            client.close()
+    yield from in_version(request.param, openai.OpenAI, openai.AsyncOpenAI, **options(url))
 
 
 def ask(client: Any, **asked: Any) -> Any:

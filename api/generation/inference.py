@@ -236,27 +236,25 @@ def _ranked(completions: list[CompletionOutput]) -> list[CompletionOutput]:
 
 def _siblings(request: Request, n: int) -> list[Request]:
     """Return `request` and more like it, with the seeds that follow its own."""
+    seed = request.sampling.seed
+    return _forks(request, [(seed + k) % 2**64 for k in range(1, n)])
+
+
+def _candidates(request: Request, best_of: int) -> list[Request]:
+    """Return `request` and more like it, with random seeds."""
+    return _forks(request, [random_seed() for _ in range(1, best_of)])
+
+
+def _forks(request: Request, seeds: Sequence[int]) -> list[Request]:
+    """Return `request` and one more like it for each of `seeds`."""
     others = (
         replace(
             request,
             request_id=f"{request.request_id}-{k}",
-            sampling=replace(request.sampling, seed=(request.sampling.seed + k) % 2**64),
+            sampling=replace(request.sampling, seed=seed),
             prompt_logprobs=False,  # the first one has them
         )
-        for k in range(1, n)
-    )
-    return [request, *others]
-
-
-def _candidates(request: Request, best_of: int) -> list[Request]:
-    others = (
-        replace(
-            request,
-            request_id=f"{request.request_id}-{n}",
-            sampling=replace(request.sampling, seed=random_seed()),
-            prompt_logprobs=False,  # the first one has them
-        )
-        for n in range(1, best_of)
+        for k, seed in enumerate(seeds, 1)
     )
     return [request, *others]
 

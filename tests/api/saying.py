@@ -1,6 +1,10 @@
 """Scripts of a model that says one text, piece by piece."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
+
+import httpx2
 
 from engine.core.request import Event, FinishReason, Request, TokenOutput
 from tests.api.scripted import ScriptedEngine, finished, output, token
@@ -25,3 +29,15 @@ def saying(*pieces: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> Scrip
         return [*steps, [outputs[-1], end]]
 
     return ScriptedEngine(script)
+
+
+def typed_events(answer: httpx2.Response) -> list[dict[str, Any]]:
+    """Return the events of a stream in which each has its type as its name."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream"
+    events: list[dict[str, Any]] = []
+    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events

@@ -8,7 +8,7 @@ import pytest
 
 from engine.core.request import Failed, FinishReason
 from tests.api.client import Connection, client, make_app, until
-from tests.api.saying import CALL, NO_TOOL, saying
+from tests.api.saying import CALL, NO_TOOL, saying, typed_events
 from tests.api.scripted import HOLD, ScriptedEngine, output
 
 pytestmark = pytest.mark.anyio
@@ -26,15 +26,7 @@ ASKED = {
 async def events_of(engine: ScriptedEngine | None = None, **body: Any) -> list[dict[str, Any]]:
     """Return the events of a stream, whose names are checked."""
     async with client(engine or saying()) as http:
-        answer = await http.post(PATH, json=ASKED | body)
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "text/event-stream"
-    events: list[dict[str, Any]] = []
-    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = frame.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
+        return typed_events(await http.post(PATH, json=ASKED | body))
 
 
 def types(events: list[dict[str, Any]]) -> list[str]:

@@ -1,13 +1,12 @@
 """OpenAI's Responses as streams of typed events."""
 
-import json
 from typing import Any
 
 import pytest
 
 from engine.core.request import Failed, FinishReason
 from tests.api.client import Connection, client, make_app, until
-from tests.api.saying import CALL, NO_TOOL, saying
+from tests.api.saying import CALL, NO_TOOL, saying, typed_events
 from tests.api.scripted import HOLD, ScriptedEngine, output
 
 pytestmark = pytest.mark.anyio
@@ -20,16 +19,8 @@ ASKED = {"model": "m", "input": "Hi", "stream": True}
 async def events_of(engine: ScriptedEngine | None = None, **body: Any) -> list[dict[str, Any]]:
     """Return the events of a stream, whose names and numbers are checked."""
     async with client(engine or saying()) as http:
-        answer = await http.post(PATH, json=ASKED | body)
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "text/event-stream"
-    events: list[dict[str, Any]] = []
-    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = frame.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        assert event["sequence_number"] == len(events)
-        events.append(event)
+        events = typed_events(await http.post(PATH, json=ASKED | body))
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
