@@ -138,6 +138,15 @@ def test_only_the_last_message_is_continued() -> None:
     assert prompt == "[user] Hi there[/][assistant]  Hi \n[/][user] Hi there[/][assistant] "
 
 
+def test_a_last_message_that_calls_a_tool_is_not_continued() -> None:
+    """Its calls come after its content, and would be cut off."""
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    message = said("") | {"tool_calls": ["the call"]}
+    prompt = templated(template).render_chat([USER, message])
+    assert prompt.endswith("['the call'][assistant] ")
+
+
 def test_a_thought_before_a_continued_message_stays_where_the_template_puts_it() -> None:
     content = "<think>\nHm.\n</think>\n\nSo "
     prompt = templated(HEADERS["with thoughts"]).render_chat([USER, said(content)])
