@@ -2,15 +2,18 @@
 
     python -m bench.http_cost --streams 256 --rate 100
 
-The engine is a fixed source that gives every stream a token each 1 / rate seconds, as a GPU
-would.
+The engine is a source that gives every stream a token at each step. It models a device that takes
+1 / rate seconds for a step, and a host that launches the next step meanwhile: Python work between
+calls that let go of the interpreter lock, as calls of torch do. Where the event loop keeps the lock
+for too long, the device has to wait for the launch, and the steps become slower.
 """
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -53,31 +56,44 @@ class _Tokenizer:
         del text, truncate, add_special_tokens
         return [1, 2, 3]
 
+    def chat_mentions(self, text: str) -> bool:
+        del text
+        return False
+
     def render_chat(self, messages: object, tools: object = None) -> str:
         del messages, tools
         return "x"
 
 
-class FixedSource:
-    """Stands for an `Engine` under `AsyncEngine`: gives every request a token at each tick."""
+class PacedSource:
+    """Stands for an `Engine` under `AsyncEngine`, with a model of its device and its host.
 
-    def __init__(self, rate: float):
-        self._interval_s = 1 / rate
-        self._next = 0.0
+    rate               steps per second of the device
+    python_s           seconds of Python that a step takes on the host
+    num_releases       how often a step lets go of the interpreter lock meanwhile
+    """
+
+    def __init__(self, rate: float, python_s: float = 1.3e-3, num_releases: int = 20):
+        self._step_s = 1 / rate
+        self._num_releases = num_releases
+        self._loops = int(python_s / num_releases * _loops_per_second())
+        self._device_done = 0.0
+        self._in_flight: list[tuple[str, Event]] | None = None
         self._live: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         self.tokenizer = _Tokenizer()
         self.grammars = None
         self.last_step = None
         self.limits = SimpleNamespace(max_total_tokens=1 << 20)
-        self.info = ModelInfo("source", None, None, "none", "cpu", 0, 0, None)
+        self.info = ModelInfo("source", None, None, "none", "cpu", 32_000, 0, None)
         self.cold_start = ColdStart()
-        self.num_late_ticks = 0
-        self.num_tokens = 0
+        self.num_steps = 0
+        self.device_idle_s = 0.0
+        self.cpu_s = 0.0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live or self._in_flight)
 
     def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
         for each in (request, *forks):
@@ -88,14 +104,30 @@ class FixedSource:
     def abort(self, request_id: str) -> None:
         self._live.pop(request_id, None)
 
-    def step(self) -> list[tuple[str, Event]]:
-        wait = self._next - time.perf_counter()
-        if wait > 0:
-            time.sleep(wait)
-        elif wait < -self._interval_s:
-            self.num_late_ticks += 1
-            self._next = time.perf_counter()
-        self._next += self._interval_s
+    def step(self, launched: Callable[[], None]) -> list[tuple[str, Event]]:
+        """Launch a step, wait for the one before it, and return the events of that one."""
+        started = time.thread_time()
+        self._compute()
+        now, before = time.perf_counter(), self._device_done
+        if self._in_flight is not None:
+            self.device_idle_s += max(now - before, 0.0)
+        self._device_done = max(now, before) + self._step_s
+        events, self._in_flight = self._in_flight or [], self._draw() or None
+        launched()
+        time.sleep(max(before - time.perf_counter(), 0.0))
+        self._compute()
+        self.num_steps += 1
+        self.cpu_s += time.thread_time() - started
+        return events
+
+    def _compute(self) -> None:
+        """Do half of a step's work on the host."""
+        for _ in range(self._num_releases // 2):
+            for _ in range(self._loops):
+                pass
+            time.sleep(0)  # lets go of the interpreter lock and asks for it again
+
+    def _draw(self) -> list[tuple[str, Event]]:
         events: list[tuple[str, Event]] = []
         for request_id, remaining in list(self._live.items()):
             events.append((request_id, _TOKEN))
@@ -104,13 +136,12 @@ class FixedSource:
                 events.append((request_id, _finished(self._asked.pop(request_id))))
             else:
                 self._live[request_id] = remaining - 1
-        self.num_tokens += len(events)
         return events
 
     def figures(self) -> EngineFigures:
         return EngineFigures(num_running=len(self._live))
 
-    def prepare(self) -> bool:
+    def capture_next_graph(self) -> bool:
         return False
 
     def fail_all(self, message: str) -> list[tuple[str, Event]]:
@@ -122,19 +153,36 @@ class FixedSource:
         pass
 
 
+def _loops_per_second() -> float:
+    """Return how many empty loops Python makes in a second, alone."""
+    count = 200_000
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(count):
+            pass
+        best = min(best, time.perf_counter() - started)
+    return count / best
+
+
 def _finished(count: int) -> Finished:
     return Finished(FinishReason.LENGTH, " token" * count, 3, count, None, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
+    """What serving the streams took.
+
+    cpu_s     CPU time of the server, without the engine's steps
+    slowdown  time of a step, compared with that of the device alone
+    """
+
     streams: int
     rate: float
     tokens: int
     seconds: float
     cpu_s: float
-    ideal_s: float
-    num_late_ticks: int = 0
+    slowdown: float = 1.0
 
     @property
     def us_per_token(self) -> float:
@@ -143,17 +191,18 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"{self.streams:4} streams at {self.rate:.0f}/s: "
-            f"{self.ideal_s / self.seconds:.3f} of the source's rate, "
+            f"a step takes {self.slowdown:.3f} times as long as on the device, "
             f"{self.us_per_token:.1f} us of CPU per token, "
-            f"{self.tokens / self.seconds:.0f} tokens/s, {self.num_late_ticks} ticks late"
+            f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
 
 def measure(api: str, streams: int, rate: float, seconds: float) -> Cost:
-    source = FixedSource(rate)
+    source = PacedSource(rate)
     serving = serving_engine(source, streams)  # type: ignore[arg-type]
     cost = _measure(serving, api, streams, rate, int(seconds * rate))
-    return replace(cost, num_late_ticks=source.num_late_ticks)
+    slowdown = 1 + source.device_idle_s * rate / source.num_steps
+    return replace(cost, cpu_s=cost.cpu_s - source.cpu_s, slowdown=slowdown)
 
 
 def measure_bare(streams: int, rate: float, seconds: float) -> Cost:
@@ -177,7 +226,7 @@ def _measure(
         cpu_s, elapsed = time.process_time() - cpu_s, time.perf_counter() - started
         clients.join()
     assert received >= streams * num_tokens, f"{received} events of {streams * num_tokens}"
-    return Cost(streams, rate, streams * num_tokens, elapsed, cpu_s, num_tokens / rate)
+    return Cost(streams, rate, streams * num_tokens, elapsed, cpu_s)
 
 
 def _run_clients(pipe: Connection, url: str, api: str, streams: int, num_tokens: int) -> None:

@@ -34,7 +34,7 @@ from api.generation.state import AppState, build_state
 from api.settings.config import read_settings
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast.worker import Worker
-from bench.http_cost import FixedSource
+from bench.http_cost import PacedSource
 from engine.async_engine import AsyncEngine
 
 _NUM_CLIENTS = 16
@@ -188,7 +188,7 @@ async def measure(rate: float, seconds: float) -> tuple[Honest, Honest, Counter[
 
 
 def _load() -> AppState:
-    source: Any = FixedSource(_STEPS_PER_S)
+    source: Any = PacedSource(_STEPS_PER_S)
     return build_state(AsyncEngine(source, 256), read_settings(["--log-level", "error"]))
 
 

@@ -7,6 +7,7 @@ a step come back in one `call_soon_threadsafe`.
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from engine.core.request import (
     Request,
     TokenOutput,
 )
+from engine.outbox import Outbox
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Events
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 1e-4
+"""How long the event loop may keep the interpreter lock while the engine wants it. With Python's
+5 ms the engine, which gives up the lock at each call of torch, would have to wait for it through
+the waking of all streams, several times in a step.
+"""
 
 
 class Overloaded(Exception):
@@ -56,6 +64,14 @@ class _Abort:
     """Stop a request."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a step produced."""
+
+    events: "Events"
+    figures: StepFigures | None
 
 
 class Permit:
@@ -151,6 +167,8 @@ class AsyncEngine:
         self._figures: EngineFigures = engine.figures()
         self._death: str | None = None
         self._prepared = False
+        self._outbox: Outbox[_Step]
+        self._collected: _Step | None = None
         self.on_step: Callable[[StepFigures], None] | None = None
         """Called on the event loop with the figures of each step."""
 
@@ -187,8 +205,13 @@ class AsyncEngine:
         return self._free_permits
 
     def start(self) -> None:
-        """Start the engine thread, which answers to the running event loop."""
+        """Start the engine thread, which answers to the running event loop.
+
+        Sets how often all threads of the process may be asked for the interpreter lock.
+        """
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(self._loop, self._dispatch)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -243,20 +266,22 @@ class AsyncEngine:
         self._inbox.append(message)
         self._wake.set()
 
-    def _dispatch(self, events: "Events", figures: StepFigures | None = None) -> None:
+    def _dispatch(self, step: _Step) -> None:
         """Give each generation its events of one step."""
-        for request_id, event in events:
+        for request_id, event in step.events:
             generation = self._generations.get(request_id)
             if generation is None:
                 continue  # aborted while the step ran
             generation._receive(event)
             if generation._ended:
                 del self._generations[request_id]
-        if figures is not None and self.on_step is not None:
-            self.on_step(figures)
+        if step.figures is not None and self.on_step is not None:
+            self.on_step(step.figures)
 
     def _fail_all(self, reason: str) -> None:
-        self._dispatch([(request_id, Failed(reason)) for request_id in list(self._generations)])
+        self._outbox.empty()
+        failed: Events = [(request_id, Failed(reason)) for request_id in self._generations]
+        self._dispatch(_Step(failed, None))
 
     # -- engine thread ----------------------------------------------------------------
 
@@ -266,7 +291,7 @@ class AsyncEngine:
                 self._await_work()
                 self._busy_since = time.monotonic()
                 self._drain_inbox()
-                self._send_to_loop(self._engine.step(), self._engine.last_step)
+                self._take_step()
                 self._busy_since = None
                 self._figures = self._engine.figures()
             self._end("the server is shutting down")
@@ -283,6 +308,20 @@ class AsyncEngine:
                 self._wake.wait()
                 self._wake.clear()
 
+    def _take_step(self) -> None:
+        """Run a step. Its events are sent when the next one is launched, if there is one: while
+        the event loop wakes the streams, the engine waits for the device and not for the lock.
+        """
+        events = self._engine.step(launched=self._send)
+        self._collected = _Step(events, self._engine.last_step)
+        if not self._engine.has_work:
+            self._send()
+
+    def _send(self) -> None:
+        step, self._collected = self._collected, None
+        if step is not None and (step.events or step.figures is not None):
+            self._outbox.send(step)
+
     def _drain_inbox(self) -> None:
         while self._inbox:
             match self._inbox.popleft():
@@ -297,10 +336,7 @@ class AsyncEngine:
         The event loop does it, so that no request is missed: a `submit` runs either before
         `_fail_all`, which then fails its request, or after it and raises EngineDead.
         """
+        self._send()
         self._death = reason
         self._loop.call_soon_threadsafe(self._fail_all, reason)
         self._engine.fail_all(reason)
-
-    def _send_to_loop(self, events: "Events", figures: StepFigures | None) -> None:
-        if events or figures is not None:
-            self._loop.call_soon_threadsafe(self._dispatch, events, figures)

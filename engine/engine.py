@@ -6,6 +6,7 @@ How steps overlap, and what happens when one fails, is in `engine/core/pipeline.
 
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 
@@ -207,13 +208,13 @@ class Engine:
 
     # -- one step ---------------------------------------------------------------------
 
-    def step(self) -> Events:
-        """Launch the next step and return the events of the one before it.
+    def step(self, launched: Callable[[], None] = lambda: None) -> Events:
+        """Launch the next step, call `launched`, and return the events of the step before it.
 
         Raises EngineDead when the device is lost.
         """
         self._events = []
-        self.pipeline.step()
+        self.pipeline.step(launched)
         return self._events
 
     @property

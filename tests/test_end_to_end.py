@@ -213,7 +213,7 @@ async def test_a_dead_engine_fails_every_request_and_the_health_check() -> None:
     engine = make_engine(family("llama"))
     async with worker(engine) as w, w.client() as client:
 
-        def die() -> None:
+        def die(**_: object) -> None:
             raise RuntimeError("the device is lost")
 
         engine.step = die  # type: ignore[method-assign, assignment]

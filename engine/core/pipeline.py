@@ -170,8 +170,8 @@ class StepPipeline:
 
     # -- one step ---------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Launch the next step, then collect the one before it.
+    def step(self, launched: Callable[[], None] = lambda: None) -> None:
+        """Launch the next step, call `launched`, then collect the step before it.
 
         `last_step` has the figures of the collected step, None if none was collected. Raises
         EngineDead when the device is lost.
@@ -179,11 +179,13 @@ class StepPipeline:
         self.last_step = None
         if self.is_isolating:
             if self.launch_suspects().scheduled:
+                launched()
                 self.collect()
             return
         if not self._launch_failed:
-            launched = bool(self.launch().scheduled)
-            if not self._in_flight or (launched and len(self._in_flight) < MAX_IN_FLIGHT):
+            has_launched = bool(self.launch().scheduled)
+            launched()
+            if not self._in_flight or (has_launched and len(self._in_flight) < MAX_IN_FLIGHT):
                 return
         self.collect()
 

@@ -150,7 +150,7 @@ async def test_a_dead_engine_fails_every_request_with_the_reason() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
 
-        def die() -> None:
+        def die(**_: object) -> None:
             raise RuntimeError("no such device")
 
         requests = [greedy([i], 200) for i in range(3)]
@@ -173,17 +173,46 @@ async def test_stopping_fails_unfinished_requests() -> None:
     assert isinstance((await task)[-1], Failed)
 
 
-async def test_a_step_calls_the_event_loop_at_most_once() -> None:
+async def test_a_step_calls_the_event_loop_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
-        crossings, call = [], served._loop.call_soon_threadsafe
+        crossings = []
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
 
-        class CountingLoop:
-            def call_soon_threadsafe(self, *args: object) -> None:
-                crossings.append(args)
-                call(*args)  # type: ignore[arg-type]
+        def counted(*args: object) -> object:
+            crossings.append(args)
+            return call(*args)  # type: ignore[arg-type]
 
-        served._loop = CountingLoop()  # type: ignore[assignment]
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
         await asyncio.gather(*(answer(served, greedy([i], 20)) for i in range(8)))
-        assert 20 <= len(crossings) <= engine.num_steps
-        served._loop = asyncio.get_running_loop()
+        assert 0 < len(crossings) <= engine.num_steps
+
+
+async def test_events_are_sent_between_the_next_launch_and_the_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(family("llama"))
+    calls: list[str] = []
+
+    def record(owner: object, name: str) -> None:
+        method = getattr(owner, name)
+
+        def recorded(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    async with serving(engine) as served:
+        for owner, name in (
+            (engine.pipeline, "launch"),
+            (engine.pipeline, "collect"),
+            (served._outbox, "send"),
+        ):
+            record(owner, name)
+        assert len(await answer(served, greedy([1, 2], 4))) == 5
+    first, *between, last = [i for i, name in enumerate(calls) if name == "send"]
+    for sent in (first, *between):
+        assert (calls[sent - 1], calls[sent + 1]) == ("launch", "collect")
+    assert calls[last - 1] == "collect"  # nothing is left to launch
