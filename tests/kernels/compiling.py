@@ -128,6 +128,8 @@ def _build(
     module, _, function = kernel.rpartition(".")
     jitted = getattr(importlib.import_module(module), function)
     names = jitted.arg_names
+    if "DEPENDENT" in names:
+        constants = {"DEPENDENT": target >= 90} | constants
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in arguments.items()
