@@ -81,8 +81,8 @@ def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Nor
     """Do what `norm_torch` does, for an `x` whose last dimension is contiguous.
 
     Dimensions before the last two must merge into one, as those of [1, T, heads, dim] do; other
-    strides are free. Reads `x` once and writes as much. A GPU may read the weight and the bias
-    before the kernel ahead has ended, which must not write them.
+    strides are free. Reads `x` once and writes as much. A GPU may read the weight before
+    the kernel ahead has ended, which must not write it.
     """
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, None, normed, weight, bias, form)
@@ -187,10 +187,9 @@ def _norm_kernel(
     written = rows.to(tl.int64) * HIDDEN + cols
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
 
-    # First of all: in a step these come from the device's memory, as other layers' weights have
+    # First of all: in a step it comes from the device's memory, as other layers' weights have
     # passed through the L2 cache since the step before.
     weight = None if weight_ptr is None else tl.load(weight_ptr + cols, in_row, 0.0)
-    bias = None if bias_ptr is None else tl.load(bias_ptr + cols, in_row, 0.0)
     wait_for_kernel_ahead(DEPENDENT)
     x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + cols, mask, 0.0)
     x = x.to(tl.float32)
@@ -200,6 +199,8 @@ def _norm_kernel(
         total = x.to(dtype)
         tl.store(total_ptr + written, total, mask)
         x = total.to(tl.float32)
+    # Now, while the sums are made: before, there are no registers for it in long rows.
+    bias = None if bias_ptr is None else tl.load(bias_ptr + cols, in_row, 0.0)
 
     if CENTRED:
         x = tl.where(in_row, x - tl.sum(x, 1, keep_dims=True) * (1.0 / HIDDEN), 0.0)
