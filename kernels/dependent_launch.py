@@ -48,7 +48,9 @@ def dependent_launch(device: torch.device) -> DependentLaunch:
 
     GPUs below compute capability 9.0, and the interpreter, launch one kernel after the other.
     """
-    return _DEPENDENT if target_of(device).capability >= 90 else _ALONE
+    if triton.knobs.runtime.interpret or target_of(device).capability < 90:
+        return _ALONE
+    return _DEPENDENT
 
 
 @triton.jit

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
+from kernels.dependent_launch import DependentLaunch, dependent_launch, wait_for_kernel_ahead
 from kernels.target import Target, using_target
-from tests.kernels.compiling import disassemble, positions
+from tests.kernels.compiling import disassemble, positions, workers
 
 
 @triton.jit
@@ -18,17 +18,27 @@ def copy_scaled_kernel(x_ptr, scale_ptr, y_ptr, DEPENDENT: tl.constexpr):  # noq
     tl.store(y_ptr + cols, tl.load(x_ptr + cols) * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 80, 86, 89])
 def test_older_gpus_launch_one_kernel_after_the_other(capability: int) -> None:
-    with using_target(Target(capability, 99 << 10, 8)):
-        assert dependent_launch(torch.device("cuda")) == {"DEPENDENT": False}
+    assert workers().submit(launch_on, capability).result() == {"DEPENDENT": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_newer_gpus_launch_ahead(capability: int) -> None:
-    with using_target(Target(capability, 99 << 10, 8)):
-        launch = dependent_launch(torch.device("cuda"))
+    launch = workers().submit(launch_on, capability).result()
     assert launch == {"DEPENDENT": True, "launch_pdl": True}
+
+
+def launch_on(capability: int) -> DependentLaunch:
+    with using_target(Target(capability, 99 << 10, 8)):
+        return dependent_launch(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_interpreter_runs_one_kernel_after_the_other(capability: int) -> None:
+    assert launch_on(capability) == {"DEPENDENT": False}
 
 
 def test_a_kernel_runs_alike_under_the_interpreter() -> None:
