@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -64,6 +66,7 @@ def act_mul_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ACTIVATION=activation,
         BLOCK=_BLOCK,
         num_warps=4,
+        **dependent_launch(gate.device),
     )
     return output
 
@@ -78,13 +81,18 @@ def _act_mul_kernel(
     N: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     blocks: tl.constexpr = triton.cdiv(N, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = cols < N
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask, 0.0).to(tl.float32)
+    wait_for_kernel_ahead(DEPENDENT)
+    # Without the barrier, the assembler puts off `up` until the activation is computed, whose
+    # wait for `gate` would be followed by another for `up`.
     up = tl.load(up_ptr + row * up_stride + cols, mask, 0.0).to(tl.float32)
+    tl.debug_barrier()
+    gate = tl.load(gate_ptr + row * gate_stride + cols, mask, 0.0).to(tl.float32)
     if ACTIVATION == "silu":
         activated = tl.div_rn(gate, 1.0 + _exp(-gate))
     elif ACTIVATION == "gelu":

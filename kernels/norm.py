@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
+
 
 @dataclass(frozen=True, slots=True)
 class NormForm:
@@ -79,7 +81,8 @@ def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Nor
     """Do what `norm_torch` does, for an `x` whose last dimension is contiguous.
 
     Dimensions before the last two must merge into one, as those of [1, T, heads, dim] do; other
-    strides are free. Reads `x` once and writes as much; the weight comes from the L2 cache.
+    strides are free. Reads `x` once and writes as much. A GPU may read the weight before
+    the kernel ahead has ended, which must not write it.
     """
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, None, normed, weight, bias, form)
@@ -137,6 +140,7 @@ def _launch(
         OFFSET=form.offset,
         ROUNDS_FIRST=form.rounds_first,
         num_warps=num_warps,
+        **dependent_launch(x.device),
     )
 
 
@@ -172,6 +176,7 @@ def _norm_kernel(
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     # Broadcast, so that each row loads the weight where it needs it, out of the L1 cache.
@@ -182,6 +187,10 @@ def _norm_kernel(
     written = rows.to(tl.int64) * HIDDEN + cols
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
 
+    # First of all: in a step it comes from the device's memory, as other layers' weights have
+    # passed through the L2 cache since the step before.
+    weight = None if weight_ptr is None else tl.load(weight_ptr + cols, in_row, 0.0)
+    wait_for_kernel_ahead(DEPENDENT)
     x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + cols, mask, 0.0)
     x = x.to(tl.float32)
     if residual_ptr is not None:
@@ -190,14 +199,16 @@ def _norm_kernel(
         total = x.to(dtype)
         tl.store(total_ptr + written, total, mask)
         x = total.to(tl.float32)
+    # Now, while the sums are made: before, there are no registers for it in long rows.
+    bias = None if bias_ptr is None else tl.load(bias_ptr + cols, in_row, 0.0)
 
     if CENTRED:
         x = tl.where(in_row, x - tl.sum(x, 1, keep_dims=True) * (1.0 / HIDDEN), 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) * (1.0 / HIDDEN) + EPS)
     if ROUNDS_FIRST:
         y = y.to(dtype).to(tl.float32)
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, in_row, 0.0).to(tl.float32) + OFFSET
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, in_row, 0.0).to(tl.float32)
+    if weight is not None:
+        y *= weight.to(tl.float32) + OFFSET
+    if bias is not None:
+        y += bias.to(tl.float32)
     tl.store(normed_ptr + written, y.to(dtype), mask)

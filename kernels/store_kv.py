@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
+
 _E4M3_MAX = 448.0
 
 
@@ -237,6 +239,7 @@ def _launch(
         num_warps=2,
         # transformers rounds each product, which fusing it with the sum would skip.
         enable_fp_fusion=False,
+        **dependent_launch(slot_mapping.device),
     )
 
 
@@ -287,6 +290,7 @@ def _rotary_store_kv_kernel(
     HEADS: tl.constexpr,
     QUERY_PROGRAMS: tl.constexpr,
     KV_PROGRAMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Move some heads of one token: of its query, of its key or of its value."""
     programs: tl.constexpr = QUERY_PROGRAMS + 2 * KV_PROGRAMS
@@ -297,14 +301,16 @@ def _rotary_store_kv_kernel(
     if PAIRS > 0:
         cos, sin = cos_ptr + token * table_token_stride, sin_ptr + token * table_token_stride
 
+    wait_for_kernel_ahead(DEPENDENT)
     if query_ptr is not None:  # noqa: SIM102 (this is decided when compiling, the next when running)
         if program < QUERY_PROGRAMS:
             heads = program * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
             _move_heads(
                 query_ptr + token * query_token_stride + heads * query_head_stride,
                 rotated_ptr + (token * NUM_HEADS + heads) * HEAD_DIM,
-                heads,
                 heads < NUM_HEADS,
+                None,
+                0,
                 None,
                 cos,
                 sin,
@@ -315,18 +321,18 @@ def _rotary_store_kv_kernel(
                 IN_FLOAT32,
             )
 
-    if key_ptr is not None:
-        slot = tl.load(slot_ptr + token)
-        if (program >= QUERY_PROGRAMS) & (slot >= 0):
+    if key_ptr is not None:  # noqa: SIM102
+        if program >= QUERY_PROGRAMS:
             of_kv = program - QUERY_PROGRAMS
             heads = of_kv % KV_PROGRAMS * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
             if of_kv < KV_PROGRAMS:
                 _move_heads(
                     key_ptr + token * key_token_stride + heads * key_head_stride,
-                    key_cache_ptr + (slot * NUM_KV_HEADS + heads) * HEAD_DIM,
-                    heads,
+                    key_cache_ptr + heads * HEAD_DIM,
                     heads < NUM_KV_HEADS,
-                    k_scale_ptr,
+                    slot_ptr + token,
+                    NUM_KV_HEADS * HEAD_DIM,
+                    None if k_scale_ptr is None else k_scale_ptr + heads,
                     cos,
                     sin,
                     table_pair_stride,
@@ -338,10 +344,11 @@ def _rotary_store_kv_kernel(
             else:
                 _move_heads(
                     value_ptr + token * value_token_stride + heads * value_head_stride,
-                    value_cache_ptr + (slot * NUM_KV_HEADS + heads) * VALUE_DIM,
-                    heads,
+                    value_cache_ptr + heads * VALUE_DIM,
                     heads < NUM_KV_HEADS,
-                    v_scale_ptr,
+                    slot_ptr + token,
+                    NUM_KV_HEADS * VALUE_DIM,
+                    None if v_scale_ptr is None else v_scale_ptr + heads,
                     None,
                     None,
                     0,
@@ -356,9 +363,10 @@ def _rotary_store_kv_kernel(
 def _move_heads(
     source,
     target,
-    heads,
     keep,
-    scale_ptr,
+    slot_ptr,
+    slot_stride,
+    scales,
     cos_ptr,
     sin_ptr,
     pair_stride,
@@ -367,14 +375,17 @@ def _move_heads(
     INTERLEAVED: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
-    """Copy rows of DIM from `source` to `target`, pointers [heads, 1], and rotate PAIRS pairs."""
-    scale = None
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + heads, keep, 1.0)
+    """Copy rows of DIM from `source` to `target`, pointers [heads, 1], and rotate PAIRS pairs.
+
+    If there are slots, `target` points to the first one, and nothing goes to a negative one.
+    Nothing that is loaded depends on the slot, which is loaded last, so that no load waits.
+    """
+    scale = None if scales is None else tl.load(scales, keep, 1.0)
+    if 2 * PAIRS < DIM:
+        rest = 2 * PAIRS + tl.arange(0, triton.next_power_of_2(DIM - 2 * PAIRS))[None, :]
+        in_rest = keep & (rest < DIM)
+        unturned = tl.load(source + rest, in_rest, 0.0)
     if PAIRS > 0:
-        dtype: tl.constexpr = source.dtype.element_ty
-        by_type: tl.constexpr = cos_ptr.dtype.element_ty == dtype and not IN_FLOAT32
-        rounded: tl.constexpr = dtype if by_type else tl.float32
         block: tl.constexpr = triton.next_power_of_2(PAIRS)
         # Each head loads the tables again, from the L1 cache: threads exchange nothing.
         pairs = tl.broadcast_to(tl.arange(0, block)[None, :], (source.shape[0], block))
@@ -389,6 +400,14 @@ def _move_heads(
         else:
             first = tl.load(source + pairs, in_pairs, 0.0)
             second = tl.load(source + PAIRS + pairs, in_pairs, 0.0)
+    if slot_ptr is not None:
+        slot = tl.load(slot_ptr)
+        keep &= slot >= 0
+        target += slot * slot_stride
+    if PAIRS > 0:
+        dtype: tl.constexpr = source.dtype.element_ty
+        by_type: tl.constexpr = cos_ptr.dtype.element_ty == dtype and not IN_FLOAT32
+        rounded: tl.constexpr = dtype if by_type else tl.float32
         first, second = first.to(tl.float32), second.to(tl.float32)
         turned_first = (first * cos).to(rounded).to(tl.float32)
         turned_first -= (second * sin).to(rounded).to(tl.float32)
@@ -397,14 +416,12 @@ def _move_heads(
         if INTERLEAVED:
             turned = tl.join(turned_first, turned_second)
             turned = tl.reshape(turned, (source.shape[0], 2 * block)).to(dtype)
-            _store(target + both, turned, in_both, scale)
+            _store(target + both, turned, in_both & keep, scale)
         else:
-            _store(target + pairs, turned_first.to(dtype), in_pairs, scale)
-            _store(target + PAIRS + pairs, turned_second.to(dtype), in_pairs, scale)
+            _store(target + pairs, turned_first.to(dtype), in_pairs & keep, scale)
+            _store(target + PAIRS + pairs, turned_second.to(dtype), in_pairs & keep, scale)
     if 2 * PAIRS < DIM:
-        rest = 2 * PAIRS + tl.arange(0, triton.next_power_of_2(DIM - 2 * PAIRS))[None, :]
-        mask = keep & (rest < DIM)
-        _store(target + rest, tl.load(source + rest, mask, 0.0), mask, scale)
+        _store(target + rest, unturned, in_rest & keep, scale)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The cases in which each kernel is timed alone, at a model's shapes, with their bounds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from bench.gpu.bounds import (
 )
 from bench.gpu.device import Timer
 from bench.gpu.skinny_linear import MAX_ROWS, skinny_linear
+from engine.attention.interface import StepMetadata
 from engine.attention.kv_cache import AttentionCall
-from engine.attention.plan import FixedTables, StepSequences
+from engine.attention.plan import PADDING, FixedTables, GraphShape, StepSequences, make_planner
 from engine.core.config import BLOCK_SIZE
 from engine.core.request import SamplingParams
+from engine.device.packed_arrays import PackedArrays
 from engine.sampling.factory import make_sampler
 from kernels.norm import NormForm
 from kernels.ops import Ops
@@ -31,6 +33,9 @@ from kernels.store_kv import Rotary
 _COLD_BYTES = 256 << 20
 """Size of the data that a case alternates over: several times the size of a GPU's cache."""
 _MOST_COPIES = 32
+_CAPTURED = ((1, 9, 1015, 16), (1, 130, 894, 256), (4, 75, 949, 2048))
+"""Captured steps with chunks, as (chunks, length, tokens before, tokens of the graph). Without
+decodes: their launch finds nothing to do, which is part of what is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,8 @@ class KernelCase:
     """A kernel at some size.
 
     make       makes a call on new data; the call may be repeated
+    ahead      makes the call of another kernel that each call is timed after, as in a step; its
+               own time is subtracted
     num_bytes  bytes that the call must read and write
     size       the sizes to show in the table
     """
@@ -79,6 +86,7 @@ class KernelCase:
     num_bytes: float
     flops: float = 0.0
     size: dict[str, int] = field(default_factory=dict)
+    ahead: Callable[[], Callable[[], object]] | None = None
 
 
 def measure(case: KernelCase, timer: Timer, rates: Rates) -> dict[str, Any]:
@@ -90,7 +98,8 @@ def measure(case: KernelCase, timer: Timer, rates: Rates) -> dict[str, Any]:
     copies = 1
     if timer.on_cuda:
         copies = int(min(max(-(-_COLD_BYTES // max(case.num_bytes, 1)), 1), _MOST_COPIES))
-    seconds = timer.of(*[case.make() for _ in range(copies)])
+    calls = [case.make() for _ in range(copies if case.ahead is None else 4)]
+    seconds = timer.of(*calls) if case.ahead is None else _seconds_after(case.ahead, calls, timer)
     return {
         "kernel": case.name,
         **case.size,
@@ -100,6 +109,16 @@ def measure(case: KernelCase, timer: Timer, rates: Rates) -> dict[str, Any]:
         "tflops": case.flops / seconds / 1e12,
         "ratio": rates.seconds(case.num_bytes, case.flops) / seconds,
     }
+
+
+def _seconds_after(
+    make_ahead: Callable[[], Callable[[], object]], calls: list[Callable[[], object]], timer: Timer
+) -> float:
+    """Return what each call adds to the time of the call ahead of it; at least a nanosecond."""
+    ahead = [make_ahead() for _ in calls]
+    alone = timer.of(*ahead)
+    both = 2 * timer.of(*[call for pair in zip(ahead, calls, strict=True) for call in pair])
+    return max(both - alone, 1e-9)
 
 
 def cases(
@@ -119,7 +138,9 @@ def cases(
                 for context in contexts
                 for batch in batches
             ],
+            *[decode_attention(setting, batch, contexts[0], is_float8=True) for batch in batches],
             *[prefill_attention(setting, *prompt) for prompt in prompts],
+            *(captured_attention(setting, *step) for step in _CAPTURED if setting.ops.is_triton),
         ],
         "GEMM": [case for batch in batches for case in matmuls(setting, batch)],
         "step": [make(setting, batch) for make in _OF_A_STEP for batch in batches],
@@ -149,6 +170,18 @@ def add_norm(setting: Setting, batch: int) -> KernelCase:
         return partial(setting.ops.add_norm, x, residual, weight, None, NormForm(1e-5))
 
     return KernelCase("add_norm", make, 4 * batch * hidden * itemsize, size={"batch": batch})
+
+
+def cold_add_norm(setting: Setting, batch: int) -> KernelCase:
+    """The norm after the product ahead of it in a step, whose weights fill the cache."""
+    shape = setting.shape
+
+    def ahead() -> Callable[[], object]:
+        x = setting.randn(batch, shape.intermediate)
+        return partial(F.linear, x, setting.randn(shape.hidden, shape.intermediate))
+
+    warm = add_norm(setting, batch)
+    return replace(warm, name="add_norm, cold weight", ahead=ahead)
 
 
 def act_mul(setting: Setting, batch: int) -> KernelCase:
@@ -182,34 +215,55 @@ def rotary_store_kv(setting: Setting, batch: int) -> KernelCase:
 # -- attention -----------------------------------------------------------------------------
 
 
-def decode_attention(setting: Setting, batch: int, context: int) -> KernelCase:
+def decode_attention(
+    setting: Setting, batch: int, context: int, is_float8: bool = False
+) -> KernelCase:
+    name = "decode attention, fp8 cache" if is_float8 else "decode attention"
     size = {"batch": batch, "context": context}
-    return _attention("decode attention", setting, batch, 1, context - 1, size)
+    return _attention(name, setting, _uniform(batch, 1, context - 1), size, is_float8)
 
 
 def prefill_attention(setting: Setting, batch: int, length: int, before: int) -> KernelCase:
     size = {"batch": batch, "context": before + length, "tokens": length}
-    return _attention("prefill attention", setting, batch, length, before, size)
+    return _attention("prefill attention", setting, _uniform(batch, length, before), size)
+
+
+def captured_attention(
+    setting: Setting, batch: int, length: int, before: int, num_rows: int
+) -> KernelCase:
+    """Attention of chunks in a captured step of `num_rows` tokens, which the padding fills."""
+    step, graph = _uniform(batch, length, before), GraphShape(num_rows, prefills=True)
+    size = {"batch": batch, "context": before + length, "tokens": length, "rows": num_rows}
+    return _attention("captured attention", setting, step, size, graph=graph)
+
+
+def _uniform(batch: int, length: int, before: int) -> StepSequences:
+    ones = np.ones(batch, dtype=np.int64)
+    return StepSequences(np.arange(batch), ones * before, ones * length)
 
 
 def _attention(
-    name: str, setting: Setting, batch: int, length: int, before: int, size: dict[str, int]
+    name: str,
+    setting: Setting,
+    step: StepSequences,
+    size: dict[str, int],
+    is_float8: bool = False,
+    graph: GraphShape | None = None,
 ) -> KernelCase:
-    ones = np.ones(batch, dtype=np.int64)
-    step = StepSequences(np.arange(batch), ones * before, ones * length)
-    work = attention_work(setting, step)
-    make = partial(_make_attention, setting, step)
+    work = attention_work(setting, step, is_float8)
+    make = partial(_make_attention, setting, step, is_float8, graph)
     return KernelCase(name, make, work.num_bytes, work.flops, size)
 
 
-def attention_work(setting: Setting, step: StepSequences) -> Work:
+def attention_work(setting: Setting, step: StepSequences, is_float8: bool = False) -> Work:
     """Return the work: queries read, outputs written, and every visible key and value once."""
     shape, itemsize, mask = setting.shape, setting.dtype.itemsize, MaskSpec()
     cost, num_tokens = Attention.of(_call(shape), itemsize), int(step.lengths.sum())
+    token_bytes = Attention.of(_call(shape), 1).token_bytes if is_float8 else cost.token_bytes
     in_and_out = num_tokens * cost.num_heads * cost.dims * itemsize
     return Work(
         seconds=0.0,
-        num_bytes=in_and_out + int(step.ends.sum()) * cost.token_bytes,
+        num_bytes=in_and_out + int(step.ends.sum()) * token_bytes,
         flops=2.0 * int(visible(mask, step.positions).sum()) * cost.num_heads * cost.dims,
     )
 
@@ -220,18 +274,53 @@ def _call(shape: KernelShape) -> AttentionCall:
     return AttentionCall(torch.nn.Identity(), *heads, dim, dim, MaskSpec())
 
 
-def _make_attention(setting: Setting, step: StepSequences) -> Callable[[], object]:
+def _make_attention(
+    setting: Setting, step: StepSequences, is_float8: bool, graph: GraphShape | None
+) -> Callable[[], object]:
     """Make an attention call over a cache with shuffled blocks."""
     shape, num_sequences, dim = setting.shape, len(step.slots), setting.shape.head_dim
     width = -(-int(step.ends.max()) // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(num_sequences * width)
     tables = tables.reshape(num_sequences, width)
-    metadata = FixedTables(setting.ops, [_call(shape)], tables, setting.device).metadata(step)
+    num_rows = int(step.lengths.sum()) if graph is None else graph.rows
+    if graph is None:
+        fixed = FixedTables(setting.ops, [_call(shape)], tables, setting.device)
+        metadata = fixed.metadata(step)
+    else:
+        metadata = _captured_metadata(setting, step, tables, graph)
     cache = num_sequences * width, BLOCK_SIZE, shape.num_kv_heads, dim
     keys, values = setting.randn(*cache), setting.randn(*cache)
-    query = setting.randn(int(step.lengths.sum()), shape.num_heads, dim)
-    attend = setting.ops.paged_attention
-    return partial(attend, query, keys, values, metadata, MaskSpec(), scale=dim**-0.5)
+    scale = None
+    if is_float8:
+        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+        scale = torch.ones(shape.num_kv_heads, device=setting.device)
+    query = setting.randn(num_rows, shape.num_heads, dim)
+    attend = partial(setting.ops.paged_attention, query, keys, values, metadata, MaskSpec())
+    return partial(attend, scale=dim**-0.5, k_scale=scale, v_scale=scale)
+
+
+def _captured_metadata(
+    setting: Setting, step: StepSequences, tables: np.ndarray, graph: GraphShape
+) -> StepMetadata:
+    """Plan a step as the engine does for a graph: padded, in a buffer with room for any other."""
+    tables = np.concatenate([tables, np.zeros_like(tables[:1])])  # with the slot of padding
+    num_padding = graph.rows - int(step.lengths.sum())
+    padded = StepSequences(
+        np.append(step.slots, np.full(num_padding, len(step.slots))),
+        np.append(step.starts, np.full(num_padding, PADDING)),
+        np.append(step.lengths, np.ones(num_padding, dtype=np.int64)),
+    )
+    shape = tables.shape[0], tables.shape[1]
+    planner = make_planner(setting.ops, [_call(setting.shape)], shape, graph.rows, setting.device)
+    update = planner.update(np.arange(tables.size), tables.reshape(-1))
+    if update is not None:
+        planner.apply_update(update.upload(setting.device))
+    plan = planner.plan(padded, tables, graph)
+    slot_mapping = np.full(graph.rows, -1)
+    arrays = PackedArrays({"slot_mapping": slot_mapping} | plan.arrays, plan.capacity)
+    buffer = torch.zeros(arrays.max_bytes, dtype=torch.uint8, device=setting.device)
+    arrays.copy_to(buffer)
+    return planner.metadata(arrays.unpack(buffer), plan.host_arrays)
 
 
 # -- sampling ------------------------------------------------------------------------------
@@ -266,7 +355,7 @@ def _sampling(name: str, setting: Setting, batch: int, params: SamplingParams) -
     return KernelCase(name, make, num_bytes, size={"batch": batch})
 
 
-_OF_A_STEP = (norm, add_norm, act_mul, rotary_store_kv)
+_OF_A_STEP = (norm, add_norm, cold_add_norm, act_mul, rotary_store_kv)
 _OF_SAMPLING = (greedy, sample, sample_top_p)
 
 

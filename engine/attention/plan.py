@@ -25,13 +25,15 @@ from kernels.paged_attention.plan import (
     decode_capacity,
     num_counters,
     plan_decode,
+    plan_padding,
     plan_prefill,
     prefill_capacity,
 )
 from kernels.paged_attention.reference import AttentionMetadata
 
 PADDING = -1
-"""Position of a row that only pads a captured graph: it belongs to no sequence."""
+"""Position of a row that only pads a captured graph: it belongs to no sequence. Such rows come
+last in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +231,14 @@ class TritonPlanner:
         self, step: StepSequences, _tables: np.ndarray, graph: GraphShape | None = None
     ) -> AttentionPlan:
         rows = np.cumsum(step.lengths) - step.lengths
-        decodes = step.lengths == 1
-        prefills = ~decodes
+        prefills = step.lengths > 1
+        # As a decode, each row of padding would cost a program's time.
+        padding = step.starts == PADDING if graph and graph.prefills else np.zeros_like(prefills)
+        decodes = ~(prefills | padding)
         arrays: dict[str, np.ndarray] = {}
         if prefills.any() or (graph and graph.prefills):
             for block_q in self._block_qs:
-                items = plan_prefill(
-                    step.slots[prefills],
-                    step.lengths[prefills],
-                    step.ends[prefills],
-                    rows[prefills],
-                    block_q,
-                )
+                items = _prefill_items(step, rows, prefills, padding, block_q)
                 num_items = prefill_capacity(graph.rows, block_q) if graph else len(items)
                 arrays |= _work_arrays(_prefill_name(block_q), items, num_items)
         if graph or decodes.any():  # last: its size varies between steps of one graph
@@ -270,6 +268,18 @@ class TritonPlanner:
 
     def apply_update(self, arrays: Mapping[str, Tensor]) -> None:
         self._block_tables.view(-1).index_copy_(0, arrays["index"], arrays["blocks"])
+
+
+def _prefill_items(
+    step: StepSequences, rows: np.ndarray, prefills: np.ndarray, padding: np.ndarray, block_q: int
+) -> np.ndarray:
+    """The items of the chunks and of the padding, [num_sequences] bool each."""
+    slots, lengths, ends = step.slots[prefills], step.lengths[prefills], step.ends[prefills]
+    items = plan_prefill(slots, lengths, ends, rows[prefills], block_q)
+    if not padding.any():
+        return items
+    slot, row = step.slots[padding][0], rows[padding][0]
+    return np.concatenate([items, plan_padding(slot, row, int(padding.sum()), block_q)])
 
 
 def _prefill_name(block_q: int) -> str:

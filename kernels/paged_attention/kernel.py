@@ -14,14 +14,16 @@ affects only the speed.
 - Decode. The splits of all sequences and heads form one list, and every program takes an equal
   run of it, so that any mix of lengths keeps the memory busy to the end (Stream-K, Osama et al.
   2023). A tile within one run never leaves the registers.
-- Prefill. A program takes one split. Only short chunks with a long context have several
-  (Flash-Decoding, Dao et al. 2023).
+- Prefill. A program takes one split after the other, from long ones to short ones. Only short
+  chunks with a long context have several (Flash-Decoding, Dao et al. 2023).
 
 The partials of a tile that several programs share go through device memory, and the last of
 these programs folds them.
 
 **Work in device memory.** The kernel reads everything that varies from step to step from device
-memory, so that a captured CUDA graph serves any step of its shape.
+memory, so that a captured CUDA graph serves any step of its shape. There are no more programs
+than run at once, so that a shape's capacity costs nothing. What a program reads of the plan, it
+reads before the kernel ahead has ended: that one must not write the plan or the block tables.
 """
 
 import math
@@ -32,9 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
 from kernels.paged_attention.mask import MaskSpec
 from kernels.paged_attention.plan import STEP_QUERIES, PagedBatch, Work, block_q_for
-from kernels.paged_attention.tuning import KernelSpec, target_of, variant_for
+from kernels.paged_attention.tuning import KernelSpec, variant_for
+from kernels.target import target_of
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _NONE_SEEN = tl.constexpr(-1.0e30)
@@ -48,7 +52,6 @@ class _Inputs(NamedTuple):
     key_cache: Any
     value_cache: Any
     block_tables: Any
-    items: Any
     k_scale: Any
 
 
@@ -64,6 +67,17 @@ class _Outputs(NamedTuple):
     output: Any
     sinks: Any
     v_scale: Any
+
+
+class _Item(NamedTuple):
+    """A work item, see `Work`."""
+
+    slot: Any
+    row: Any
+    num_queries: Any
+    position: Any
+    split: Any
+    num_splits: Any
 
 
 class _Tile(NamedTuple):
@@ -121,6 +135,7 @@ def _attend_kernel(
     query_row_stride,
     query_head_stride,
     S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     inputs = _Inputs(
         query,
@@ -129,40 +144,74 @@ def _attend_kernel(
         key_cache,
         value_cache,
         block_tables,
-        items,
         k_scale,
     )
     scratch = _Scratch(partial_acc, partial_stats, counters)
     outputs = _Outputs(output, sinks, v_scale)
     num_units = tl.load(num_items) * S.num_kv_heads
     program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
     if S.runs:
-        unit = (program.to(tl.int64) * num_units // tl.num_programs(0)).to(tl.int32)
-        end = ((program + 1).to(tl.int64) * num_units // tl.num_programs(0)).to(tl.int32)
+        unit = (program.to(tl.int64) * num_units // num_programs).to(tl.int32)
+        end = ((program + 1).to(tl.int64) * num_units // num_programs).to(tl.int32)
+        item = _load_item(items, unit, unit < end, S)
+        wait_for_kernel_ahead(DEPENDENT)
         while unit < end:
-            unit = _attend_units(unit, end, inputs, scratch, outputs, S)
-    elif program < num_units:
-        _attend_units(program, program + 1, inputs, scratch, outputs, S)
+            unit = _attend_units(unit, end, item, inputs, scratch, outputs, S)
+            item = _load_item(items, unit, unit < end, S)
+    else:
+        unit = program
+        item = _load_item(items, unit, unit < num_units, S)
+        wait_for_kernel_ahead(DEPENDENT)
+        # What is hoisted out of this loop would have no registers in the loop over the keys.
+        for begin in tl.range(0, num_units, num_programs, disable_licm=True):
+            if unit < num_units:
+                _attend_units(unit, unit + 1, item, inputs, scratch, outputs, S)
+            unit = _unit_of_round(begin // num_programs + 1)
+            item = _load_item(items, unit, unit < num_units, S)
 
 
 @triton.jit
-def _attend_units(unit, end, inputs, scratch, outputs, S: tl.constexpr):
+def _unit_of_round(number):
+    """Return the program's unit in a round of all programs, of which the first has number 0.
+
+    Every other round goes to the programs in reverse order, as units become ever shorter.
+    """
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    mirrored = num_programs - 1 - program
+    return number * num_programs + tl.where(number % 2 == 0, program, mirrored)
+
+
+@triton.jit
+def _load_item(items, unit, valid, S: tl.constexpr):
+    """Load the item of a unit, or of another split of its tile."""
+    fields = items + unit // S.num_kv_heads * 6
+    return _Item(
+        tl.load(fields, valid, 0),
+        tl.load(fields + 1, valid, 0),
+        tl.load(fields + 2, valid, 0),
+        tl.load(fields + 3, valid, 0),
+        tl.load(fields + 4, valid, 0),
+        tl.load(fields + 5, valid, 1),
+    )
+
+
+@triton.jit
+def _attend_units(unit, end, item, inputs, scratch, outputs, S: tl.constexpr):
     """Compute the units from `unit` up to `end` that share its tile and head.
 
     Returns the unit after them. Units are ordered by tile, then head, then split.
     """
-    item = unit // S.num_kv_heads  # an item of the unit's tile, perhaps of another split
-    fields = inputs.items + item * 6
-    num_splits = tl.load(fields + 5)
-    tile_unit = (item - tl.load(fields + 4)) * S.num_kv_heads
-    head = (unit - tile_unit) // num_splits
-    first_unit = tile_unit + head * num_splits
-    end = tl.minimum(end, first_unit + num_splits)
-    tile = _find_tile(fields, num_splits, head, first_unit, S)
+    tile_unit = (unit // S.num_kv_heads - item.split) * S.num_kv_heads
+    head = (unit - tile_unit) // item.num_splits
+    first_unit = tile_unit + head * item.num_splits
+    end = tl.minimum(end, first_unit + item.num_splits)
+    tile = _find_tile(item, head, first_unit, S)
     start = unit - first_unit
     stop = tl.minimum(end - first_unit, tile.num_splits)
     if start < stop:
-        operands = _find_operands(inputs, tl.load(fields), tile, S)
+        operands = _find_operands(inputs, item.slot, tile, S)
         if S.runs:
             part = _attend_run(operands, tile, start, stop, scratch, S)
         else:
@@ -172,23 +221,28 @@ def _attend_units(unit, end, inputs, scratch, outputs, S: tl.constexpr):
 
 
 @triton.jit
-def _find_tile(fields, num_splits, head, unit, S: tl.constexpr):
-    row = tl.load(fields + 1)
-    num_queries = tl.load(fields + 2)
-    position = tl.load(fields + 3)
+def _find_tile(item, head, unit, S: tl.constexpr):
     first_key = 0
     if S.window is not None:
-        first_key = tl.maximum(first_key, position - S.window + 1)
+        first_key = tl.maximum(first_key, item.position - S.window + 1)
     if S.chunk is not None:
-        first_key = tl.maximum(first_key, position // S.chunk * S.chunk)
+        first_key = tl.maximum(first_key, item.position // S.chunk * S.chunk)
     first_step = first_key // S.block_n
-    last_step = (position + num_queries + S.block_n - 1) // S.block_n
+    last_step = (item.position + item.num_queries + S.block_n - 1) // S.block_n
     # A window may leave so few keys that there are fewer splits than items.
     num_steps = last_step - first_step
-    split_steps = tl.maximum((num_steps + num_splits - 1) // num_splits, 1)
+    split_steps = tl.maximum((num_steps + item.num_splits - 1) // item.num_splits, 1)
     num_splits = tl.maximum((num_steps + split_steps - 1) // split_steps, 1)
     return _Tile(
-        row, num_queries, position, head, unit, first_step, last_step, split_steps, num_splits
+        item.row,
+        item.num_queries,
+        item.position,
+        head,
+        unit,
+        first_step,
+        last_step,
+        split_steps,
+        num_splits,
     )
 
 
@@ -584,6 +638,7 @@ def paged_attention_triton(
             variant.spec,
             num_warps=variant.num_warps,
             num_stages=variant.num_stages,
+            **dependent_launch(query.device),
         )
         del acc, stats  # free them before the next: a captured step keeps its peak of memory
     return output

@@ -34,7 +34,8 @@ class Work:
                0  slot of the sequence
                1  row of the first query in the packed row
                2  number of queries, 1 to block_q
-               3  position of the first query; -1 for a padding row, whose output is zero
+               3  position of the first query; minus the number of queries for padding rows,
+                  whose output is zero
                4  index of the split in the tile, ascending
                5  number of splits of the tile
     num_items  [1] int32, on the device
@@ -105,6 +106,14 @@ def plan_prefill(
     return _items(*(column[order] for column in columns))
 
 
+def plan_padding(slot: int, first_row: int, num_rows: int, block_q: int) -> np.ndarray:
+    """Return the items, [n, 6] int32, of consecutive rows that belong to no sequence."""
+    start = np.arange(0, num_rows, block_q)
+    num_queries = np.minimum(num_rows - start, block_q)
+    slots, splits = np.full_like(start, slot), np.ones_like(start)
+    return _items(slots, first_row + start, num_queries, -num_queries, splits)
+
+
 def _items(
     slots: np.ndarray,
     rows: np.ndarray,
@@ -133,8 +142,11 @@ def decode_capacity(num_rows: int, max_sequences: int) -> int:
 
 
 def prefill_capacity(num_tokens: int, block_q: int) -> int:
-    """Return how many items the chunks of `num_tokens` tokens may need, at 2 or more a chunk."""
-    max_chunks = num_tokens // 2
+    """Return how many items the chunks and the padding in `num_tokens` tokens may need.
+
+    A chunk has 2 tokens or more, all the padding together counts as one chunk.
+    """
+    max_chunks = (num_tokens + 1) // 2
     max_tiles = max_chunks + num_tokens // block_q
     return min(max_chunks * (CHUNK_QUERIES // block_q), STEP_QUERIES // block_q) + max_tiles
 

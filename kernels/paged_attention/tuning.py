@@ -1,8 +1,6 @@
 """How the kernel is compiled and launched for a GPU and a layer's shapes."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,53 +8,9 @@ import torch
 import triton
 
 from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
+from kernels.target import Target
 
 _LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A GPU, as far as tuning depends on it.
-
-    capability    compute capability; 90 is 9.0
-    shared_bytes  most shared memory of a block
-    num_sms       number of streaming multiprocessors
-    """
-
-    capability: int
-    shared_bytes: int
-    num_sms: int
-
-
-_assumed_target: Target | None = None
-
-
-def target_of(device: torch.device) -> Target:
-    """Return the GPU that kernels on `device` are tuned for."""
-    return _assumed_target or _query(device)
-
-
-@contextmanager
-def using_target(target: Target) -> Iterator[None]:
-    """Make `target_of` return `target` for every device, in all threads, for the time being."""
-    global _assumed_target
-    before, _assumed_target = _assumed_target, target
-    try:
-        yield
-    finally:
-        _assumed_target = before
-
-
-@cache
-def _query(device: torch.device) -> Target:
-    if device.type != "cuda":  # the kernel is interpreted
-        return Target(80, 163 << 10, 2)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    return Target(
-        major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"]
-    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +19,7 @@ class KernelSpec:
 
     block_m           rows of a tile, padded to a power of two that tensor cores accept
     block_n           keys that a program reads at once
-    block_d, block_v  `head_dim` and `value_dim`, padded to powers of two
+    block_d, block_v  `head_dim` and `value_dim`, padded likewise
     runs              each program takes a run of splits (decode), not one split (prefill)
     is_float8         the caches are float8: keys come as uint8, values as pairs in int16
     as_bits           float8 is decoded by moving bits, as the GPU has no instruction for it
@@ -140,21 +94,23 @@ def variant_for(
     block_size, num_kv_heads, _ = key_shape
     group = num_heads // num_kv_heads
     block_m = max(triton.next_power_of_2(group * block_q), 16)
-    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_v = max(triton.next_power_of_2(value_dim), 16)
     key_bytes = (block_d + block_v) * cache_dtype.itemsize
     query_bytes = block_m * block_d * dtype.itemsize
     if runs:
         other_bytes = query_bytes + block_m * block_v * 4
-        block_n, per_sm = _decode_tiling(
+        block_n, in_flight, per_sm = _decode_tiling(
             target, block_m, key_bytes, cache_dtype.itemsize, other_bytes
         )
-        in_flight, max_programs = 2, target.num_sms * per_sm
+        max_programs = target.num_sms * per_sm
         num_warps = 4 if block_m < 64 else 8
     else:
         block_n, in_flight = _prefill_tiling(
             target, block_m, block_v, key_bytes, query_bytes, dtype.itemsize
         )
-        num_warps, max_programs = 8, 1 << 30
+        num_warps, max_programs = 8, target.num_sms
+    merge_m = min(triton.next_power_of_2(group * block_q), 16)
     spec = KernelSpec(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -176,8 +132,8 @@ def variant_for(
         runs=runs,
         is_float8=cache_dtype == torch.uint8,
         as_bits=cache_dtype == torch.uint8 and target.capability < 89,
-        merge_m=min(triton.next_power_of_2(group * block_q), 16),
-        merge_n=4,
+        merge_m=merge_m,
+        merge_n=_merge_tiling(merge_m * block_v // (num_warps * 32)),
         factor=scale * _LOG2E if softcap is None else 2 * _LOG2E * scale / softcap,
         cap=None if softcap is None else softcap * _LOG2E,
         window=None if mask.window >= NO_LIMIT else mask.window,
@@ -190,18 +146,27 @@ def variant_for(
 
 def _decode_tiling(
     target: Target, block_m: int, key_bytes: int, cache_itemsize: int, other_bytes: int
-) -> tuple[int, int]:
-    """Return the keys that a program reads at once, and the programs per multiprocessor.
+) -> tuple[int, int, int]:
+    """Return the keys that a program reads at once, the reads in flight, the programs per SM.
 
     A read is of 32 KB, with one more in flight: two programs keep the multiprocessor's share of
-    the memory bandwidth, some 40 KB a microsecond, busy over the memory's latency.
+    the memory bandwidth, some 40 KB a microsecond, busy over the memory's latency. A read of a
+    float8 cache is of half of that, as its conversions take registers, with two more in flight
+    where there is room.
     """
     # With more keys, conversions or the scores of many heads run out of registers.
     most = 64 if cache_itemsize == 1 or block_m >= 64 else 128
     block_n = min(max(1 << ((32 << 10) // key_bytes).bit_length() - 1, 16), most)
-    needed = 2 * block_n * (key_bytes + 4) + other_bytes + 1024
-    fits_twice = 2 * needed <= target.shared_bytes + 1024
-    return block_n, 2 if fits_twice and block_m < 64 else 1
+    for in_flight in (3, 2) if cache_itemsize == 1 else (2,):
+        needed = in_flight * block_n * (key_bytes + 4) + other_bytes + 1024
+        if 2 * needed <= target.shared_bytes + 1024 and block_m < 64:
+            return block_n, in_flight, 2
+    return block_n, 2, 1
+
+
+def _merge_tiling(registers: int) -> int:
+    """Return the partials in flight at once, up to 16, of so many registers of a thread each."""
+    return min(max(64 // max(registers, 1), 4), 16)
 
 
 def _prefill_tiling(

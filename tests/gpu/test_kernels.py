@@ -1,16 +1,22 @@
 """The kernels on the device, at real shapes, against float64."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.attention.interface import StepMetadata
 from engine.attention.kv_cache import AttentionCall, copy_blocks
-from engine.attention.plan import FixedTables, StepSequences
+from engine.attention.plan import PADDING, FixedTables, GraphShape, StepSequences, make_planner
 from engine.core.config import BLOCK_SIZE
 from engine.core.request import SamplingParams
+from engine.device.packed_arrays import PackedArrays
 from engine.sampling.torch_sampler import TorchSampler
 from engine.sampling.triton_sampler import TritonSampler
+from engine.step.graphs import CudaCapture
 from kernels.norm import NormForm, norm_torch
 from kernels.ops import TORCH, TRITON
 from kernels.paged_attention.plan import PagedBatch
@@ -36,7 +42,10 @@ def seed() -> None:
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, device=CUDA, dtype=dtype)
+    """Return numbers that are there: a norm loads its weight before the kernel ahead ends."""
+    values = torch.randn(*shape, device=CUDA, dtype=dtype)
+    torch.cuda.synchronize()
+    return values
 
 
 class Step:
@@ -55,6 +64,7 @@ class Step:
             shape.head_dim,
             shape.mask,
         )
+        self.call = call
         self.shape, self.tables, self.seq_lens, self.query_lens = (
             shape,
             tables,
@@ -73,6 +83,29 @@ class Step:
                 owned[length:] = torch.nan
                 cache_[torch.from_numpy(table).to(CUDA)] = owned.view(-1, *cache_.shape[1:])
         self.query = randn(int(query_lens.sum()), shape.num_heads, shape.head_dim, dtype=dtype)
+
+    def captured(self, num_rows: int) -> StepMetadata:
+        """Return the metadata that a captured step of so many tokens reads."""
+        num_padding = num_rows - len(self.query)
+        width = self.tables.shape[1]
+        tables = np.concatenate([self.tables, np.zeros((1, width), dtype=np.int64)])
+        padded = StepSequences(
+            np.append(self.sequences.slots, np.full(num_padding, len(self.tables))),
+            np.append(self.sequences.starts, np.full(num_padding, PADDING)),
+            np.append(self.sequences.lengths, np.ones(num_padding, dtype=np.int64)),
+        )
+        graph = GraphShape(num_rows, prefills=True)
+        shape = len(tables), width
+        planner = make_planner(TRITON, [self.call], shape, num_rows, CUDA)
+        update = planner.update(np.arange(tables.size), tables.reshape(-1))
+        assert update is not None
+        planner.apply_update(update.upload(CUDA))
+        plan = planner.plan(padded, tables, graph)
+        slots = {"slot_mapping": np.full(num_rows, -1)}
+        arrays = PackedArrays(slots | plan.arrays, plan.capacity)
+        buffer = torch.zeros(arrays.max_bytes, dtype=torch.uint8, device=CUDA)
+        arrays.copy_to(buffer)
+        return planner.metadata(arrays.unpack(buffer), plan.host_arrays)
 
     def expected(self) -> Tensor:
         outputs, start = [], 0
@@ -145,6 +178,70 @@ def test_paged_attention_over_an_8_bit_cache(batch: str) -> None:
         v_scale=scales[1],
     )
     assert_close(output, step.expected())
+
+
+@pytest.mark.parametrize("num_rows", [512, 2048])
+def test_attention_of_a_captured_step_is_that_of_the_step(num_rows: int) -> None:
+    """With room for any step of the graph's shape, and padding, no bit of a row changes."""
+    shape = SHAPES["Llama-3.1-8B"]
+    step = Step(shape, "mixed", torch.bfloat16)
+    exact = TRITON.paged_attention(
+        step.query, step.keys, step.values, step.metadata, shape.mask, scale=0.1
+    )
+    num_padding = num_rows - len(step.query)
+    padding = randn(num_padding, shape.num_heads, shape.head_dim, dtype=torch.bfloat16)
+    query = torch.cat([step.query, padding])
+    attend = partial(
+        TRITON.paged_attention,
+        query,
+        step.keys,
+        step.values,
+        step.captured(num_rows),
+        shape.mask,
+        scale=0.1,
+    )
+    graph, output = CudaCapture()(lambda: (attend(), attend())[1])
+    graph.replay()
+    assert torch.equal(output[: len(exact)], exact)
+    assert not output[len(exact) :].any()
+
+
+@pytest.mark.parametrize("batch", ["decode", "prefill"])
+def test_attention_of_heads_of_eight(batch: str) -> None:
+    """As in the tiny models that others test with: matrix units take no fewer than 16."""
+    shape = Shape(32, 64, 4, 2, 8, 100)
+    step = Step(shape, batch, torch.bfloat16)
+    output = TRITON.paged_attention(
+        step.query, step.keys, step.values, step.metadata, shape.mask, scale=8**-0.5
+    )
+    assert_close(output, step.expected())
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_kernels_that_start_early_wait_for_their_input(captured: bool) -> None:
+    """A chain whose every kernel reads what the one ahead wrote, and reuses its memory."""
+    shape = SHAPES["Llama-3.1-8B"]
+    x, weight = randn(4, shape.hidden, dtype=torch.bfloat16), randn(shape.hidden, dtype=DTYPES[0])
+    form = NormForm(1e-6)
+
+    def chain(wait: Callable[[], object]) -> Tensor:
+        normed, total = x, x
+        for _ in range(40):
+            normed, total = TRITON.add_norm(normed, total, weight, None, form)
+            wait()
+            normed = TRITON.act_mul(normed, total, "silu")
+            wait()
+        return normed
+
+    expected = chain(torch.cuda.synchronize)
+    run = partial(chain, lambda: None)
+    for _ in range(20):
+        if captured:
+            graph, actual = CudaCapture()(run)
+            graph.replay()
+        else:
+            actual = run()
+        assert torch.equal(actual, expected)
 
 
 @each_shape

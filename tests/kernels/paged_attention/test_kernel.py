@@ -24,10 +24,11 @@ from kernels.paged_attention.plan import (
     block_q_for,
     num_counters,
     plan_decode,
+    plan_padding,
     plan_prefill,
 )
 from kernels.paged_attention.reference import AttentionMetadata, paged_attention_torch
-from kernels.paged_attention.tuning import Target, using_target
+from kernels.target import Target, using_target
 from tests.kernels.paged_attention.dense import (
     DTYPES,
     Case,
@@ -480,6 +481,38 @@ def test_the_output_of_padding_rows_is_zero() -> None:
     assert dummies.shape[0] == 5
     assert not dummies.any()
     assert all(map(torch.equal, outputs, page(case).run()))
+
+
+@pytest.mark.parametrize("num_padding", [1, 64, 150])
+def test_padding_rows_may_be_tiles(num_padding: int) -> None:
+    """As in a captured step with chunks, whatever the mask."""
+    spec = MaskSpec(window=9, chunk=16)
+    case = Case(make_sequences(SHORT, 2), sinks=torch.zeros(4), softcap=3.0, spec=spec)
+    paged = page(case, dummies=num_padding)
+    expected = paged.run()
+    block_q = block_q_for(2)
+    (prefill,) = paged.batch.prefill.values()
+    assert paged.batch.decode is not None
+    items = [prefill.items.numpy()[: int(prefill.num_items)]]
+    items.append(plan_padding(0, sum(paged.query_lens[:-1]), num_padding, block_q))
+    paged.batch = dataclasses.replace(
+        paged.batch,
+        decode=dataclasses.replace(
+            paged.batch.decode, num_items=paged.batch.decode.num_items - num_padding
+        ),
+        prefill={block_q: work(np.concatenate(items), block_q)},
+    )
+    outputs = paged.run()
+    assert not outputs[-1].any()
+    assert all(map(torch.equal, outputs, expected))
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 7, 1000])
+def test_the_number_of_programs_changes_no_bit_of_a_chunk(num_sms: int) -> None:
+    case = Case(make_sequences([(1, 3000), (70, 500), (1, 40), (300, 300), (33, 2100)], 2))
+    expected = page(case).run()
+    with using_target(Target(80, 163 << 10, num_sms)):
+        assert all(map(torch.equal, page(case).run(), expected))
 
 
 def test_a_batch_may_be_all_padding() -> None:

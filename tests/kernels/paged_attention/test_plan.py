@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.attention.kv_cache import AttentionCall
-from engine.attention.plan import FixedTables, StepSequences
+from engine.attention.plan import FixedTables, GraphShape, StepSequences, TritonPlanner
 from kernels.ops import TRITON
 from kernels.paged_attention.mask import MaskSpec
 from kernels.paged_attention.plan import (
@@ -93,6 +93,40 @@ def test_a_graphs_items_fit_whatever_chunks_it_gets(
 ) -> None:
     num_tokens = sum(length for length, _ in lens)
     assert len(plan(lens, block_q)) <= prefill_capacity(num_tokens, block_q)
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 256), st.integers(0, 40_000)), max_size=40),
+    st.integers(1, 20),
+    st.integers(1, 200),
+    st.sampled_from([1, 2, 4, 32]),
+)
+def test_padding_of_a_mixed_graph_is_tiles_without_keys(
+    lens: list[tuple[int, int]], num_decodes: int, num_padding: int, group: int
+) -> None:
+    """Each row is in one item or one tile, and padding takes an item for `block_q` rows."""
+    sequences = [*lens, *[(1, 77)] * num_decodes]
+    lengths, starts = np.array([*sequences, *[(1, -1)] * num_padding]).T
+    num_tokens = int(lengths.sum())
+    step = StepSequences(np.arange(len(lengths)), starts, lengths)
+    call = AttentionCall(torch.nn.Identity(), group, 1, 128, 128, MaskSpec())
+    shape = len(sequences) + num_padding, 4
+    planner = TritonPlanner([call], shape, num_tokens, torch.device("cpu"))
+    arrays = planner.plan(step, np.zeros(shape), GraphShape(num_tokens, prefills=True)).arrays
+    block_q = block_q_for(group)
+    decodes = arrays["decode"][: arrays["num_decode"][0]]
+    tiles = arrays[f"prefill_{block_q}"][: arrays[f"num_prefill_{block_q}"][0]]
+    covered = [
+        row + i
+        for _, row, num_queries, _, split, _ in [*decodes.tolist(), *tiles.tolist()]
+        for i in range(num_queries)
+        if split == 0
+    ]
+    assert sorted(covered) == list(range(num_tokens))
+    assert len(decodes) == num_decodes
+    nobodys = tiles[tiles[:, 3] < 0]
+    assert len(nobodys) == -(-num_padding // block_q)
+    assert (nobodys[:, 2] == -nobodys[:, 3]).all()
 
 
 def test_a_graphs_items_fit_whatever_decodes_it_gets() -> None:
