@@ -161,8 +161,8 @@ def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> li
        then sees the arithmetic that is served.
     2. A forward of the unchanged model is traced, and gives the logits that every later form
        of the model has to give: tracing recognises the model's own modules only.
-    3. Linears of one input are merged, and norms, activations and rotations fused, where a
-       launch costs more than what it computes.
+    3. Experts are replaced, linears of one input merged, and norms, activations and rotations
+       fused, where a launch costs more than what it computes.
     4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
        last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
        matrix products need no packing.
