@@ -133,7 +133,9 @@ def route_torch(experts: Tensor, num_experts: int, tiling: Tiling | None = None)
     first, blocks = 0, []
     for expert in range(num_experts):
         end = first + int((experts == expert).sum())
-        blocks += [(expert, at, min(at + tiling.rows, end)) for at in range(first, end, tiling.rows)]
+        blocks += [
+            (expert, at, min(at + tiling.rows, end)) for at in range(first, end, tiling.rows)
+        ]
         first = end
     routing.num_blocks.fill_(len(blocks))
     if blocks:
@@ -230,7 +232,7 @@ def route_triton(experts: Tensor, num_experts: int, tiling: Tiling | None = None
         ROWS=tiling.rows,
         CHUNK=tiling.chunk,
         BLOCK=_BLOCK // 8,
-        num_warps=tiling.warps,
+        num_warps=8,
     )
     return routing
 
@@ -279,7 +281,7 @@ def grouped_linear_triton(
         INPUTS=inputs,
         OUTPUTS=outputs,
         TRANSPOSED=transposed,
-        **_gate_constants(form),
+        **gate_constants(form),
         ROWS=tiling.rows,
         COLUMNS=tiling.columns,
         INNER=tiling.inner * 2 // x.dtype.itemsize,
@@ -291,7 +293,8 @@ def grouped_linear_triton(
     return output
 
 
-def _gate_constants(form: GateForm | None) -> dict[str, object]:
+def gate_constants(form: GateForm | None) -> dict[str, object]:
+    """Return the constants of the kernel for a product that is gated so."""
     return {
         "LAYOUT": form.layout if form else None,
         "ACTIVATION": form.activation if form else None,
