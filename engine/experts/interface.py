@@ -90,7 +90,7 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
         if all(_is_known(module) for module in modules):
             previous |= {m: m.config._experts_implementation for m in modules}
     for module in previous:
-        _bind(module, ops)
+        bind(module, ops)
     _compile_ahead(previous)
     return previous
 
@@ -115,7 +115,8 @@ def _is_known(module: Any) -> bool:
     )
 
 
-def _bind(module: Any, ops: Ops[Any]) -> None:
+def bind(module: Any, ops: Ops[Any]) -> None:
+    """Have one module of experts, and all that share its configuration, use our function."""
     module.experts_layer = ExpertsLayer(ops, gate_form(module) if module.has_gate else None)
     # Set directly, as `use_attention` does: the public call skips models that it does not know.
     module.config._experts_implementation_internal = EXPERTS_NAME

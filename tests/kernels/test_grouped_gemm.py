@@ -1,4 +1,4 @@
-"""The experts of a mixture beside their reference, and beside what transformers computes eagerly."""
+"""The experts of a mixture, beside their reference and beside what float64 gives."""
 
 from collections.abc import Iterator
 from itertools import product

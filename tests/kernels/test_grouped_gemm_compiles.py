@@ -1,4 +1,4 @@
-"""The experts' kernels compile for every GPU at real shapes, spill nothing, and load 16 bytes a time."""
+"""The experts' kernels compile for every GPU at real shapes, without spills or narrow loads."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The experts of transformers' models, computed by our function, beside what they compute eagerly."""
+"""The experts of transformers' models, computed by our function and by their eager one."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_a_gate_that_no_kernel_knows_is_computed_by_the_module(
     model = mixture("mixtral")
     experts = experts_of(model)
 
-    def gate(self: Any, x: Tensor) -> Tensor:
+    def gate(_: Any, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return torch.cos(first) * second
 
