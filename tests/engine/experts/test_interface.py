@@ -1,5 +1,6 @@
 """The experts of transformers' models, computed by our function and by their eager one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,3 +139,12 @@ def test_on_a_cpu_experts_are_computed_as_transformers_does() -> None:
     """Its grouped products are the fastest there."""
     served = prepared("mixtral", num_hidden_layers=1)
     assert served.model.config._experts_implementation == "grouped_mm"
+
+
+def test_experts_that_change_the_logits_are_undone(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(*args: Any) -> Tensor:
+        return TORCH.combine(*args) * 1.5
+
+    served = prepared("mixtral", replace(TORCH, fuses=True, combine=wrong), num_hidden_layers=1)
+    assert served.model.config._experts_implementation == "grouped_mm"
+    assert "mixtures of experts are not fused" in caplog.text
