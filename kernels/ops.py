@@ -20,6 +20,7 @@ from kernels.grouped_gemm import (
     sample_routings_torch,
     sample_routings_triton,
 )
+from kernels.invariant_linear import invariant_linear_torch, invariant_linear_triton
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
 from kernels.paged_attention.kernel import paged_attention_triton
 from kernels.paged_attention.mask import MaskSpec
@@ -125,6 +126,7 @@ class Ops(Generic[Metadata]):
     sample_routings: Callable[[int, torch.device], list[Routing]]
     grouped_linear: GroupedLinear
     combine: Combine
+    invariant_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     mask_tokens: MaskTokens
     watermark: Watermark
 
@@ -142,6 +144,7 @@ TORCH: Ops[AttentionMetadata] = Ops(
     sample_routings=sample_routings_torch,
     grouped_linear=grouped_linear_torch,
     combine=combine_torch,
+    invariant_linear=invariant_linear_torch,
     mask_tokens=mask_tokens_torch,
     watermark=watermark_torch,
 )
@@ -158,6 +161,7 @@ TRITON: Ops[PagedBatch] = Ops(
     sample_routings=sample_routings_triton,
     grouped_linear=grouped_linear_triton,
     combine=combine_triton,
+    invariant_linear=invariant_linear_triton,
     mask_tokens=mask_tokens_triton,
     watermark=watermark_triton,
 )

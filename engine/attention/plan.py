@@ -161,13 +161,15 @@ def make_planner(
     tables_shape: tuple[int, int],
     max_rows: int,
     device: torch.device,
+    batch_invariant: bool = False,
 ) -> AttentionPlanner:
     """Return the planner for these kernels.
 
     `max_rows` is the number of rows of the largest graph, or of the most decodes in a step.
+    `batch_invariant` is whether a prompt's attention must not depend on how it is cut into chunks.
     """
     if ops.is_triton:
-        return TritonPlanner(calls, tables_shape, max_rows, device)
+        return TritonPlanner(calls, tables_shape, max_rows, device, batch_invariant)
     return TorchPlanner()
 
 
@@ -212,7 +214,9 @@ class TritonPlanner:
         tables_shape: tuple[int, int],
         max_rows: int,
         device: torch.device,
+        batch_invariant: bool,
     ):
+        self._may_split = not batch_invariant
         self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
         self._num_slots = tables_shape[0]
         self._block_qs = sorted(
@@ -240,6 +244,7 @@ class TritonPlanner:
                     step.ends[prefills],
                     rows[prefills],
                     block_q,
+                    self._may_split,
                 )
                 num_items = prefill_capacity(graph.rows, block_q) if graph else len(items)
                 arrays |= _work_arrays(_prefill_name(block_q), items, num_items)

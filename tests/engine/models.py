@@ -145,6 +145,7 @@ def prepared(
     ops: Ops | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
     **options: Any,
 ) -> LoadedModel:
     """Return a new model of this family, prepared for the engine, to run on these kernels."""
@@ -152,7 +153,7 @@ def prepared(
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     model = build(config_class, **(family_options | options))
     nn.Module.to(model, device, dtype)
-    return prepare_model(model, byte_tokenizer(), checkpoint, ops)
+    return prepare_model(model, byte_tokenizer(), checkpoint, ops, batch_invariant=batch_invariant)
 
 
 @cache
