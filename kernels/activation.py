@@ -93,8 +93,17 @@ def _act_mul_kernel(
     up = tl.load(up_ptr + row * up_stride + cols, mask, 0.0).to(tl.float32)
     tl.debug_barrier()
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask, 0.0).to(tl.float32)
+    activated = activated_in_float32(gate, ACTIVATION)
+    activated = activated.to(output_ptr.dtype.element_ty).to(tl.float32)
+    product = (activated * up).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + row * N + cols, product, mask)
+
+
+@triton.jit
+def activated_in_float32(gate, ACTIVATION: tl.constexpr):
+    """Apply the activation to float32, as torch's CUDA kernels do; the caller rounds the result."""
     if ACTIVATION == "silu":
-        activated = tl.div_rn(gate, 1.0 + _exp(-gate))
+        activated = tl.div_rn(gate, 1.0 + exp_float32(-gate))
     elif ACTIVATION == "gelu":
         activated = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -105,13 +114,11 @@ def _act_mul_kernel(
         activated = tl.where(gate < 0, 0.0, gate)
         if ACTIVATION == "relu2":
             activated *= activated
-    activated = activated.to(output_ptr.dtype.element_ty).to(tl.float32)
-    product = (activated * up).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + row * N + cols, product, mask)
+    return activated
 
 
 @triton.jit
-def _exp(x):
+def exp_float32(x):
     """Return e^x as CUDA's expf computes it.
 
     `tl.exp` rounds x * log2(e) once, which costs a large x its last bits. Below the clamp, e^x

@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from kernels.activation import act_mul_torch, act_mul_triton
+from kernels.grouped_gemm import (
+    GateForm,
+    Routing,
+    combine_torch,
+    combine_triton,
+    grouped_linear_torch,
+    grouped_linear_triton,
+    route_torch,
+    route_triton,
+    sample_routings_torch,
+    sample_routings_triton,
+)
+from kernels.invariant_linear import invariant_linear_torch, invariant_linear_triton
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
 from kernels.paged_attention.kernel import paged_attention_triton
 from kernels.paged_attention.mask import MaskSpec
@@ -72,9 +85,23 @@ class RotaryStoreKv(Protocol):
     ) -> Tensor: ...
 
 
+class GroupedLinear(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        transposed: bool = False,
+        form: GateForm | None = None,
+    ) -> Tensor: ...
+
+
 Norm = Callable[[Tensor, Tensor | None, Tensor | None, NormForm], Tensor]
 AddNorm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormForm], tuple[Tensor, Tensor]]
 ActMul = Callable[[Tensor, Tensor, str], Tensor]
+Route = Callable[[Tensor, int], Routing]
+Combine = Callable[[Tensor, Tensor, Routing, int], Tensor]
 MaskTokens = Callable[[Tensor, Tensor, Tensor], None]
 Watermark = Callable[[Tensor, Tensor, Tensor, float, float], None]
 
@@ -95,6 +122,11 @@ class Ops(Generic[Metadata]):
     norm: Norm
     add_norm: AddNorm
     act_mul: ActMul
+    route: Route
+    sample_routings: Callable[[int, torch.device], list[Routing]]
+    grouped_linear: GroupedLinear
+    combine: Combine
+    invariant_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     mask_tokens: MaskTokens
     watermark: Watermark
 
@@ -108,6 +140,11 @@ TORCH: Ops[AttentionMetadata] = Ops(
     norm=norm_torch,
     add_norm=add_norm_torch,
     act_mul=act_mul_torch,
+    route=route_torch,
+    sample_routings=sample_routings_torch,
+    grouped_linear=grouped_linear_torch,
+    combine=combine_torch,
+    invariant_linear=invariant_linear_torch,
     mask_tokens=mask_tokens_torch,
     watermark=watermark_torch,
 )
@@ -120,6 +157,11 @@ TRITON: Ops[PagedBatch] = Ops(
     norm=norm_triton,
     add_norm=add_norm_triton,
     act_mul=act_mul_triton,
+    route=route_triton,
+    sample_routings=sample_routings_triton,
+    grouped_linear=grouped_linear_triton,
+    combine=combine_triton,
+    invariant_linear=invariant_linear_triton,
     mask_tokens=mask_tokens_triton,
     watermark=watermark_triton,
 )

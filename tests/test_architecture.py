@@ -27,6 +27,7 @@ LAYERS = {
         "device",
         "text",
         "linear",
+        "experts",
         "fusion",
         "attention",
         "loading",

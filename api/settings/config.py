@@ -201,6 +201,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             dtype=self.dtype,
             quantize=self._quantization(),
             rope=self._rope(),
+            batch_invariant=self.batch_invariant,
             trust_remote_code=self.trust_remote_code,
             tokenizer_config_path=self.tokenizer_config_path,
         )

@@ -32,6 +32,9 @@ class ServedFlags(BaseSettings):
         description="quantise the weights while loading: bitsandbytes to 8 bits, -nf4 and -fp4 to "
         "4 bits; None leaves them as they are, as does the name of the checkpoint's own format",
     )
+    batch_invariant: bool = Field(
+        False, description="have a request's answer on a GPU not depend on those beside it"
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="how to scale rotary positions, instead of the model's own scaling"
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from bench.gpu.expert_cases import MIXTRAL_FP16, QWEN3_30B, ExpertsShape
 from bench.gpu.kernel_cases import LLAMA_8B, KernelShape
 from bench.gpu.workloads import Workload, mixed, uniform
 
@@ -46,6 +47,7 @@ class Scale:
     copy_bytes: int
     gemm_size: int
     kernels: KernelShape
+    experts: tuple[ExpertsShape, ...]
     kernel_batches: tuple[int, ...]
     kernel_contexts: tuple[int, ...]
     kernel_prompts: tuple[tuple[int, int, int], ...]
@@ -80,6 +82,7 @@ FULL = Scale(
     copy_bytes=4 << 30,
     gemm_size=8192,
     kernels=LLAMA_8B,
+    experts=(MIXTRAL_FP16, QWEN3_30B),
     kernel_batches=(32, 1, 256),
     kernel_contexts=(4096, 1024),
     kernel_prompts=((1, 4096, 0), (1, 4096, 4096), (8, 512, 0)),
@@ -118,6 +121,7 @@ TINY = Scale(
     copy_bytes=1 << 20,
     gemm_size=64,
     kernels=KernelShape(64, 128, 4, 2, 16, 512),
+    experts=(ExpertsShape("tiny", 4, 2, 64, 128),),
     kernel_batches=(1, 3),
     kernel_contexts=(40,),
     kernel_prompts=((2, 24, 0), (1, 16, 20)),

@@ -7,6 +7,7 @@ from typing import Any
 from bench.gpu import (
     cold_start,
     engine_steps,
+    expert_cases,
     kernel_cases,
     workloads,
 )
@@ -44,7 +45,7 @@ SECTIONS = (
 def sections_of(run: Run, only: set[str]) -> list[Section]:
     """Return the chosen sections, the most informative first.
 
-    Their times are estimates for an H200 that has to compile the kernels: 435 s in all, of the
+    Their times are estimates for an H200 that has to compile the kernels: 440 s in all, of the
     465 s of the full scale.
     """
     stage, scale = Stage(run), run.scale
@@ -197,13 +198,15 @@ def kernel_sections(run: Run, stage: Stage) -> list[Section]:
 
     Attention and sampling take longest, as they are compiled for each shape.
     """
-    needs_s = {"attention": 15, "GEMM": 6, "step": 8, "sampling": 12}
+    needs_s = {"attention": 15, "GEMM": 6, "step": 8, "sampling": 12, "experts": 5}
     scale = run.scale
     setting = Setting(scale.kernels, run.device, run.dtype, ops_for(run.device))
     sizes = scale.kernel_batches, scale.kernel_contexts, scale.kernel_prompts
+    by_kind = kernel_cases.cases(setting, *sizes)
+    by_kind["experts"] = expert_cases.cases(setting, scale.experts, scale.kernel_batches)
     return [
         Section(f"kernels: {kind}", partial(measure_kernels, run, stage, cases), needs_s[kind])
-        for kind, cases in kernel_cases.cases(setting, *sizes).items()
+        for kind, cases in by_kind.items()
     ]
 
 

@@ -163,13 +163,15 @@ def make_planner(
     tables_shape: tuple[int, int],
     max_rows: int,
     device: torch.device,
+    batch_invariant: bool = False,
 ) -> AttentionPlanner:
     """Return the planner for these kernels.
 
     `max_rows` is the number of rows of the largest graph, or of the most decodes in a step.
+    `batch_invariant` is whether a prompt's attention must not depend on how it is cut into chunks.
     """
     if ops.is_triton:
-        return TritonPlanner(calls, tables_shape, max_rows, device)
+        return TritonPlanner(calls, tables_shape, max_rows, device, batch_invariant)
     return TorchPlanner()
 
 
@@ -214,7 +216,9 @@ class TritonPlanner:
         tables_shape: tuple[int, int],
         max_rows: int,
         device: torch.device,
+        batch_invariant: bool,
     ):
+        self._may_split = not batch_invariant
         self._block_tables = torch.zeros(tables_shape, dtype=torch.int32, device=device)
         self._num_slots = tables_shape[0]
         self._block_qs = sorted(
@@ -238,7 +242,7 @@ class TritonPlanner:
         arrays: dict[str, np.ndarray] = {}
         if prefills.any() or (graph and graph.prefills):
             for block_q in self._block_qs:
-                items = _prefill_items(step, rows, prefills, padding, block_q)
+                items = self._prefill_items(step, rows, prefills, padding, block_q)
                 num_items = prefill_capacity(graph.rows, block_q) if graph else len(items)
                 arrays |= _work_arrays(_prefill_name(block_q), items, num_items)
         if graph or decodes.any():  # last: its size varies between steps of one graph
@@ -246,6 +250,22 @@ class TritonPlanner:
             arrays |= _work_arrays("decode", items, len(items))
         capacity = decode_capacity(graph.rows, self._num_slots) if graph else None
         return AttentionPlan(arrays, {}, capacity)
+
+    def _prefill_items(
+        self,
+        step: StepSequences,
+        rows: np.ndarray,
+        prefills: np.ndarray,
+        padding: np.ndarray,
+        block_q: int,
+    ) -> np.ndarray:
+        """The items of the chunks and of the padding, [num_sequences] bool each."""
+        slots, lengths, ends = step.slots[prefills], step.lengths[prefills], step.ends[prefills]
+        items = plan_prefill(slots, lengths, ends, rows[prefills], block_q, self._may_split)
+        if not padding.any():
+            return items
+        slot, row = step.slots[padding][0], rows[padding][0]
+        return np.concatenate([items, plan_padding(slot, row, int(padding.sum()), block_q)])
 
     def metadata(
         self, arrays: Mapping[str, Tensor], _host_arrays: Mapping[str, np.ndarray]
@@ -268,18 +288,6 @@ class TritonPlanner:
 
     def apply_update(self, arrays: Mapping[str, Tensor]) -> None:
         self._block_tables.view(-1).index_copy_(0, arrays["index"], arrays["blocks"])
-
-
-def _prefill_items(
-    step: StepSequences, rows: np.ndarray, prefills: np.ndarray, padding: np.ndarray, block_q: int
-) -> np.ndarray:
-    """The items of the chunks and of the padding, [num_sequences] bool each."""
-    slots, lengths, ends = step.slots[prefills], step.lengths[prefills], step.ends[prefills]
-    items = plan_prefill(slots, lengths, ends, rows[prefills], block_q)
-    if not padding.any():
-        return items
-    slot, row = step.slots[padding][0], rows[padding][0]
-    return np.concatenate([items, plan_padding(slot, row, int(padding.sum()), block_q)])
 
 
 def _prefill_name(block_q: int) -> str:

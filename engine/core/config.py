@@ -24,6 +24,8 @@ class LoadConfig:
                            CPU, whose bfloat16 is slower beyond one sequence
     quantize               how to quantise the weights while loading. None: leave them as they are
     rope                   scaling of rotary positions, (type, factor), in place of the checkpoint's
+    batch_invariant        compute a row's logits the same to the last bit, whatever the rows
+                           beside it
     tokenizer_config_path  a tokenizer_config.json whose chat template replaces the model's
     device                 None: the GPU if there is one
     """
@@ -34,6 +36,7 @@ class LoadConfig:
     quantize: Quantization | None = None
     rope: tuple[RopeScaling, float] | None = None
     trust_remote_code: bool = False
+    batch_invariant: bool = False
     tokenizer_config_path: str | None = None
     device: str | None = None
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.experts.interface import restore_experts, use_experts
 from engine.fusion.deferred import (
     Activated,
     Deferred,
@@ -84,6 +85,7 @@ def fuse(
     all fusions together change the logits, they are tried one after the other.
     """
     appliers: list[Callable[[], Fusion]] = [
+        partial(_replace_experts, model, ops),
         partial(_merge_linears, model, trace),
         partial(_fuse_norms, model, trace, ops),
         partial(_fuse_activations, trace, ops),
@@ -257,6 +259,12 @@ def _set_rotation(module: nn.Module, rotation: Callable[..., Any]) -> None:
 
 
 # -- the fusions ---------------------------------------------------------------------------
+
+
+def _replace_experts(model: PreTrainedModel, ops: Ops) -> Fusion:
+    """Compute the experts of a mixture by kernels that do the same for all of them at once."""
+    previous = use_experts(model, ops)
+    return Fusion("mixtures of experts", len(previous), partial(restore_experts, previous))
 
 
 def _merge_linears(model: PreTrainedModel, trace: ForwardTrace) -> Fusion:

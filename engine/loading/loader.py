@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.fusion.find import fuse, trace_forward
+from engine.linear.invariant import collecting_products, make_invariant
 from engine.linear.packed import pack_linears
 from engine.loading.checkpoint import Checkpoint, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
@@ -50,8 +52,9 @@ _UNBOUNDED = 1 << 40
 class LoadedModel:
     """A model whose logits through the paged cache were verified.
 
-    eos_token_ids  ids that end a sequence
-    max_positions  the longest sequence that the model was made for
+    eos_token_ids    ids that end a sequence
+    max_positions    the longest sequence that the model was made for
+    batch_invariant  its linears compute a row the same whatever the rows beside it
     """
 
     model: PreTrainedModel
@@ -61,6 +64,7 @@ class LoadedModel:
     ops: Ops
     eos_token_ids: frozenset[int]
     max_positions: int
+    batch_invariant: bool = False
 
 
 def load(
@@ -83,7 +87,7 @@ def load(
         cold_start.move(checkpoint.shards.seconds_since(started), "load", "download")
     with cold_start.phase("verify"):
         try:
-            return prepare_model(model, tokenizer, checkpoint, ops, check)
+            return prepare_model(model, tokenizer, checkpoint, ops, check, config.batch_invariant)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,11 +127,13 @@ def prepare_model(
     checkpoint: Checkpoint,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    batch_invariant: bool = False,
 ) -> LoadedModel:
     """Prepare a transformers model that is in memory for the engine, in place.
 
     `ops` are the kernels to run it with, by default those of its device. `check` compares the
-    logits of the prepared model with its own. Raises LoadError where they differ.
+    logits of the prepared model with its own. Raises LoadError where they differ, and where
+    logits that do not depend on the batch are asked for and cannot be had.
     """
     model.eval().requires_grad_(False)
     ops = ops or ops_for(model.device)
@@ -145,14 +151,17 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=_replace_modules(model, ops, check),
+        calls=_replace_modules(model, ops, check, batch_invariant),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
+        batch_invariant=batch_invariant,
     )
 
 
-def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> list[AttentionCall]:
+def _replace_modules(
+    model: PreTrainedModel, ops: Ops, check: LogitsCheck, batch_invariant: bool
+) -> list[AttentionCall]:
     """Have the model's parts computed by our own, verify it, and return its attention calls.
 
     The order matters:
@@ -161,11 +170,12 @@ def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> li
        then sees the arithmetic that is served.
     2. A forward of the unchanged model is traced, and gives the logits that every later form
        of the model has to give: tracing recognises the model's own modules only.
-    3. Linears of one input are merged, and norms, activations and rotations fused, where a
-       launch costs more than what it computes.
+    3. Experts are replaced, linears of one input merged, and norms, activations and rotations
+       fused, where a launch costs more than what it computes.
     4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
        last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
        matrix products need no packing.
+       If logits must not depend on the batch, they are replaced by those of one tiling there.
     5. The whole is verified through the paged cache.
 
     A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
@@ -177,8 +187,24 @@ def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> li
         fuse(model, trace, ops, partial(find_problem, model, calls, expected, ops, check))
     if not ops.is_triton:
         pack_linears(model)
+    if batch_invariant:
+        _make_invariant(model, ops, partial(find_problem, model, calls, expected, ops, check))
     verify(model, calls, expected, ops, check)
     return calls
+
+
+def _make_invariant(model: PreTrainedModel, ops: Ops, forward: Callable[[], object]) -> None:
+    """Replace the linears by those of one tiling; raise LoadError if other products remain."""
+    if not ops.is_triton:
+        raise LoadError("--batch-invariant needs a GPU: leave out the flag")
+    make_invariant(model, ops.invariant_linear)
+    with collecting_products() as products:
+        forward()
+    if products:
+        raise LoadError(
+            f"{type(model).__name__} cannot be served with --batch-invariant: it has matrix "
+            f"products outside of its linears ({', '.join(sorted(products))}). Leave out the flag."
+        )
 
 
 def _max_positions(model: PreTrainedModel, tokenizer: Tokenizer) -> int:

@@ -42,7 +42,9 @@ def build_runner(
     )
     shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
     max_rows = max((limits.max_sequences, *(shape.rows for shape in shapes)))
-    planner = make_planner(loaded.ops, loaded.calls, tables_shape, max_rows, device)
+    planner = make_planner(
+        loaded.ops, loaded.calls, tables_shape, max_rows, device, loaded.batch_invariant
+    )
     builder = StepBuilder(tables_shape, sampler, planner, shapes)
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
     graphs = StepGraphs(capture, planner, device) if capture else None

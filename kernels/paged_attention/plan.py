@@ -81,12 +81,14 @@ def plan_prefill(
     seq_lens: np.ndarray,
     rows: np.ndarray,
     block_q: int,
+    may_split: bool = True,
 ) -> np.ndarray:
     """Return the items, [n, 6] int32, of chunks with several queries.
 
     The queries of a chunk are the last `query_lens` of its `seq_lens` positions, in the packed
     row from `rows` on. Tiles with many keys come before tiles with few, so that the last
-    program to finish is a short one.
+    program to finish is a short one. Into how many splits keys are cut depends on the size of the
+    chunk and of the step, unless `may_split` is False: then there is one.
     """
     num_tiles = -(-query_lens // block_q)
     chunk = np.repeat(np.arange(len(slots)), num_tiles)
@@ -98,7 +100,7 @@ def plan_prefill(
         -(-(positions + num_queries) // PREFILL_SPLIT),
         CHUNK_QUERIES // (num_tiles * block_q)[chunk],
     )
-    num_splits = np.maximum(num_splits, 1)
+    num_splits = np.maximum(num_splits, 1) if may_split else np.ones_like(num_splits)
     if num_splits[num_splits > 1].sum() * block_q > STEP_QUERIES:
         num_splits = np.minimum(num_splits, max(STEP_QUERIES // (len(chunk) * block_q), 1))
     order = np.lexsort((-positions, num_splits == 1))

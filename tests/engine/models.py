@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -20,6 +21,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PhimoeConfig,
     PreTrainedConfig,
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     Starcoder2Config,
 )
 
@@ -77,7 +80,31 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "phimoe": (PhimoeConfig, {"num_local_experts": 4, "sliding_window": _WINDOW}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    ),
+    "olmoe": (OlmoeConfig, {"num_experts": 8, "num_experts_per_tok": 3}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "moe_intermediate_size": 40,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
+MIXTURES = ("mixtral", "phimoe", "gpt_oss", "qwen3_moe", "olmoe", "deepseek_v3")
+"""The families whose tokens choose among experts."""
 
 
 def build(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedModel:
@@ -118,6 +145,7 @@ def prepared(
     ops: Ops | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
     **options: Any,
 ) -> LoadedModel:
     """Return a new model of this family, prepared for the engine, to run on these kernels."""
@@ -125,7 +153,7 @@ def prepared(
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     model = build(config_class, **(family_options | options))
     nn.Module.to(model, device, dtype)
-    return prepare_model(model, byte_tokenizer(), checkpoint, ops)
+    return prepare_model(model, byte_tokenizer(), checkpoint, ops, batch_invariant=batch_invariant)
 
 
 @cache

@@ -5,7 +5,7 @@ them as a CUDA graph does, without the Python around them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ def _storages(tree: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
+def _tensors(result: Any) -> list[Tensor]:
+    """Return the tensors of a result, those that a dataclass holds included."""
+    leaves = tree_leaves(result)
+    if len(leaves) == 1 and is_dataclass(leaves[0]):
+        leaves = [getattr(leaves[0], field.name) for field in fields(leaves[0])]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 class Recording(TorchDispatchMode):
     """Records everything that runs while it is active, kernels of `recorded(ops)` included."""
 
@@ -95,7 +103,9 @@ class Recording(TorchDispatchMode):
 
     def remember(self, tree: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-        self.touched += [(tensor, tensor.clone()) for tensor in tensors]
+        # An expanded tensor, one of whose elements has several places, is never written to.
+        own = [tensor for tensor in tensors if 0 not in tensor.stride() or tensor.numel() < 2]
+        self.touched += [(tensor, tensor.clone()) for tensor in own]
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
@@ -113,8 +123,8 @@ class Recording(TorchDispatchMode):
             if call.is_view or call.func in _FREE:
                 continue
             again = call.func(*call.args, **call.kwargs)
-            for old, new in zip(tree_leaves(call.result), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+            for old, new in zip(_tensors(call.result), _tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

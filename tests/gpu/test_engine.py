@@ -106,8 +106,6 @@ def _sampling(rng: random.Random) -> SamplingParams:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mixtral"])
 def test_graphs_replay_what_runs_kernel_by_kernel(name: str, dtype: torch.dtype) -> None:
-    if name == "mixtral" and dtype is torch.float32:
-        pytest.skip("transformers' grouped experts are bfloat16's")
     model, requests = loaded(name, dtype), arrivals(1, 40, sampled=True)
     replayed = run(engine(model), requests)
     again = run(engine(model, eager_capture), requests)

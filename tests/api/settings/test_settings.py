@@ -30,6 +30,7 @@ def test_settings_reach_the_engine() -> None:
     settings = read_settings(
         ["--max-batch-size", "7", "--max-batch-prefill-tokens", "512", "--max-total-tokens", "99",
          "--cuda-memory-fraction", "0.5", "--no-prefix-caching", "--dtype", "bfloat16",
+         "--batch-invariant",
          "--quantize", "bitsandbytes-nf4", "--watermark-gamma", "0.25", "--watermark-delta", "1"]
     )  # fmt: skip
     engine = settings.engine_config()
@@ -39,6 +40,7 @@ def test_settings_reach_the_engine() -> None:
     assert engine.watermark == (0.25, 1.0)
     load = settings.load_config()
     assert (load.dtype, load.quantize) == ("bfloat16", "bitsandbytes-nf4")
+    assert load.batch_invariant
 
 
 def test_the_cache_of_a_cpu_has_a_size_of_its_own() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from bench.gpu import (
     device,
+    expert_cases,
     kernel_cases,
     models,
     sections,
@@ -86,7 +87,8 @@ def test_every_section_runs_and_is_written(
     check_steps(figures)
     of_a_step = len(TINY.kernel_batches) * (7 + 5)  # kernels and GEMMs
     attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.kernel_prompts)
-    assert len(figures["kernels"]) == of_a_step + attention
+    experts = len(TINY.kernel_batches) * 2  # ours and torch's
+    assert len(figures["kernels"]) == of_a_step + attention + experts
     check_engine(figures)
     check_workloads(figures)
     (start,) = figures["cold_start"]
@@ -327,6 +329,7 @@ def test_a_lost_device_ends_the_process_with_the_section_noted(
 def test_every_kernel_can_be_called_again_and_again(ops: Ops) -> None:
     setting = Setting(TINY.kernels, CPU, torch.float32, ops)
     cases = kernel_cases.cases(setting, (2,), (20,), ((2, 9, 0), (1, 5, 7)))
+    cases["experts"] = expert_cases.cases(setting, TINY.experts, (2,))
     for case in (case for of_kind in cases.values() for case in of_kind):
         call = case.make()
         call()

@@ -149,6 +149,16 @@ def test_fixed_tables_have_counters_for_all_their_sequences(num_sequences: int) 
     assert len(batch.counters) >= len(batch.decode.items) * call.num_kv_heads
 
 
+def test_where_keys_must_not_be_split_no_tile_has_two_splits() -> None:
+    lens = np.array([5, 100])
+    ends = np.array([9000, 4000])
+    rows = np.array([0, 5])
+    assert plan_prefill(np.arange(2), lens, ends, rows, 32)[:, 5].max() > 1
+    items = plan_prefill(np.arange(2), lens, ends, rows, 32, may_split=False)
+    assert (items[:, 5] == 1).all()
+    assert len(items) == 1 + 4
+
+
 def test_splits_of_a_decode_depend_on_its_position_alone() -> None:
     positions = np.array([-1, 0, 127, 128, 4000, 4095, 4096, 10**6])
     items = plan_decode(np.arange(8), positions, np.arange(8)[::-1])
