@@ -41,12 +41,14 @@ logger = logging.getLogger(__name__)
 class Readiness:
     """What the worker reports once it is ready, 0 until then.
 
-    load_s    seconds from the start of the process until it was ready
-    max_perf  tokens per second in the benchmark
+    load_s     seconds from the start of the process until it was ready
+    max_perf   tokens per second in the benchmark
+    is_paused  whether the engine stands still: the report is then that of a worker that loads
     """
 
     load_s: float = 0.0
     max_perf: float = 0.0
+    is_paused: bool = False
 
 
 class Reporter:
@@ -127,16 +129,17 @@ class Reporter:
     async def _send_status(self, attempts: int) -> None:
         activity, load = self._activity, self._workload.load()
         disk = await asyncio.to_thread(_disk_used)
+        readiness = Readiness() if self._readiness.is_paused else self._readiness
         report = {
             "id": self._identity.container_id,
             "mtoken": self._identity.master_token.get_secret_value(),
             "version": VERSION,
-            "loadtime": self._readiness.load_s,
+            "loadtime": readiness.load_s,
             "cur_load": load.pending,
             "rej_load": load.rejected,
             "new_load": load.received,
             "error_msg": self._errors.message,
-            "max_perf": self._readiness.max_perf,
+            "max_perf": readiness.max_perf,
             "cur_perf": load.served,
             "cur_capacity": 0,
             "max_capacity": 0,
