@@ -319,7 +319,7 @@ class AsyncEngine:
             self._end(self._fail_all, _SHUTTING_DOWN)
         except Exception as error:
             logger.exception("the engine died")
-            self._end(self._die, str(error))
+            self._end(self._die, str(error) or repr(error))
         finally:
             self._engine.close()
 
