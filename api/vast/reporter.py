@@ -67,6 +67,8 @@ class Reporter:
         self._workload = workload
         self._errors = errors
         self._readiness = readiness
+        self.on_delivered: Callable[[], None] = lambda: None
+        """Called when a report was delivered and taken out of the workload."""
         self._soon = asyncio.Event()
         self._is_overdue = False
         self._reported_at = float("-inf")
@@ -155,6 +157,7 @@ class Reporter:
             self._reported_activity, self._reported_disk = activity, disk
             self._reported_at = time.monotonic()
             self._is_overdue = False
+            self.on_delivered()
 
     async def _send_ended(self, attempts: int) -> None:
         ended = list(islice(self._workload.ended, _MAX_ENDED_PER_REPORT))
@@ -165,6 +168,7 @@ class Reporter:
             delivery = await self._deliver_in_old_format(ended, attempts)
         if delivery is Delivery.ACCEPTED:
             self._workload.discard_ended(len(ended))
+            self.on_delivered()
 
     async def _deliver_in_old_format(self, ended: list[EndedJob], attempts: int) -> "Delivery":
         """Report to an older autoscaler, which takes request numbers only: one body for the

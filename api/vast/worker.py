@@ -142,13 +142,14 @@ class Worker:
             self._start_task(self._sessions.sweep())
             if self._handover is not None and self._books is not None:
                 self._handover.termination_s = server.termination_s
+                self._reporter.on_delivered = self._books.save
                 self._start_task(self._books.keep())
             await server.serve()
             self._sessions.close_all()
             if server.engine is not None and server.has_lost_engine:
                 self._note(server.engine.status())
         if self._books is not None:
-            self._books.save()  # without what the last report has delivered
+            self._books.save()  # also what the last report could not deliver
         return server.exit_status
 
     async def _stop(self) -> None:

@@ -246,7 +246,6 @@ class Workload:
                     job.entered_at,
                     job.started_at,
                     job.pending,
-                    job.is_session,
                 )
                 for job in self.working
             ],
@@ -260,11 +259,8 @@ class Workload:
         self._received, self._served, self._rejected = snapshot["totals"]
         self._delivered = Totals(*snapshot["delivered"])
         self.ended.extend(EndedJob(idx, Outcome(o), *times) for idx, o, *times in snapshot["ended"])
-        for idx, entered_at, started_at, pending, is_session in snapshot["working"]:
-            if is_session:
-                self._served += pending
-            else:
-                self._received -= pending
+        for idx, entered_at, started_at, pending in snapshot["working"]:
+            self._received -= pending
             if idx is not None:
                 ended = EndedJob(idx, Outcome.ERROR, entered_at, started_at, time.time())
                 self.ended.append(ended)
