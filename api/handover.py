@@ -47,7 +47,7 @@ class Handover:
         """What the last `write_books` wrote, by whichever server; empty before."""
         start = self._slot(self._head[2])
         (length,) = _LENGTH.unpack_from(self._memory, start)
-        return self._memory[start + _LENGTH.size :][:length] if length else b""
+        return self._memory[start + _LENGTH.size : start + _LENGTH.size + length]
 
     def write_books(self, books: bytes) -> None:
         """Replace the books, at once and as a whole. Raises ValueError above 16 MiB."""

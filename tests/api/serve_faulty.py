@@ -10,11 +10,14 @@ A step takes the file away and does what it says:
     crash  ends the process with a segmentation fault
     kill   ends the process as the system does when memory is short
 
+or calls the function of that name in `tests.gpu.device_faults`.
+
 The `real` engine runs the built-in model on the CPU. The `paced` one needs no torch, makes fifty
 tokens of each request in a second, and obeys while it is loaded, too.
 """
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -23,6 +26,7 @@ import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from api import __main__ as entry
 from api.handover import Handover
@@ -53,7 +57,14 @@ def obey(told: Path) -> None:
     with suppress(FileNotFoundError):
         word = told.read_text()
         told.unlink()
-        FAULTS[word]()
+        fault_named(word)()
+
+
+def fault_named(word: str) -> Callable[[], object]:
+    if word in FAULTS:
+        return FAULTS[word]
+    device_faults = importlib.import_module("tests.gpu.device_faults")
+    return cast(Callable[[], object], getattr(device_faults, word))
 
 
 def install_paced(told: Path) -> None:
@@ -82,7 +93,7 @@ def install_real(told: Path) -> None:
         obey(told)
         return step(engine)
 
-    Engine.step = obedient  # type: ignore[method-assign]
+    Engine.step = obedient  # type: ignore[method-assign, assignment]
 
 
 def serve(argv: Sequence[str], handover: Handover | None = None) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from api.__main__ import is_supervised
 from api.handover import Handover
+from api.settings.config import read_settings
 from api.supervisor import LOST
 
 ROOT = Path(__file__).parents[2]
@@ -331,3 +333,23 @@ class TestHandover:
         with pytest.raises(ValueError, match="too long"):
             handover.write_books(bytes(1 << 24))
         assert handover.books == b"x"
+
+
+@pytest.mark.parametrize("name", ["SUPERVISE", "supervise", "Supervise"])
+@pytest.mark.parametrize(
+    "value", ["", "0", "1", "f", "t", "false", "False", "TRUE", "n", "no", "NO", "off", "on", "yes"]
+)
+def test_the_variable_is_read_as_by_the_settings(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert is_supervised([], {name: value}) is read_settings([]).supervise
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-supervise"], ["--port", "1", "--no-supervise"]])
+def test_the_flag_is_read_as_by_the_settings(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variables in ({}, {"SUPERVISE": "true"}, {"SUPERVISE": "false"}):
+        monkeypatch.setenv("SUPERVISE", variables.get("SUPERVISE", ""))
+        assert is_supervised(flags, variables) is read_settings(flags).supervise
