@@ -171,8 +171,8 @@ class _Supervisor:
         return status
 
     def _reap(self) -> int | None:
-        """Bury all children that have ended, also those that the system gave to the first process
-        of a container. Return the server's status if it is among them.
+        """Take the status of all children that have ended, also of those that the system gave to
+        the first process of a container. Return the server's if it is among them.
         """
         found = None
         with suppress(ChildProcessError):

@@ -1,6 +1,7 @@
 """The supervisor and servers that do nothing but end: what is started again, and what is not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def start() -> Iterator[Start]:
     def start(
         *statements: str,
         first: str = "",
+        wrapper: tuple[str, ...] = (),
         pause: float = 0.01,
         steady: float = 600.0,
         **options: Any,
@@ -61,7 +63,7 @@ def start() -> Iterator[Start]:
         serve = "\n".join(f"    {statement}" for statement in statements)
         program = PROGRAM.format(serve=serve, first=first, pause=pause, steady=steady)
         process = subprocess.Popen(
-            [sys.executable, "-c", program],
+            [*wrapper, sys.executable, "-c", program],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -239,7 +241,7 @@ def test_the_server_dies_with_its_supervisor(start: Start) -> None:
     await_end(child)
 
 
-def test_orphans_are_buried(start: Start) -> None:
+def test_the_status_of_orphans_is_taken(start: Start) -> None:
     """They come to the first process of a container; here the supervisor asks for them."""
     adopt = "ctypes.CDLL(None).prctl(36, 1)"  # PR_SET_CHILD_SUBREAPER
     orphan = "if os.fork() == 0: pid = os.fork(); say(pid) if pid else time.sleep(0.2); os._exit(0)"
@@ -253,6 +255,28 @@ def test_orphans_are_buried(start: Start) -> None:
         time.sleep(0.02)
     server.terminate()
     assert ended(server)[0] == 128 + signal.SIGTERM
+
+
+NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child")
+HAS_NAMESPACES = (
+    shutil.which("unshare")
+    and not subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode
+)
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="no rights to make a PID namespace")
+@pytest.mark.parametrize(
+    ("serve", "status"), [(HANDLER.format("TERM", 0), 0), ("pass", 128 + signal.SIGTERM)]
+)
+def test_the_first_process_of_a_container_passes_signals_on(
+    start: Start, serve: str, status: int
+) -> None:
+    """The system keeps from the first process every signal that it does not handle."""
+    server = start(READY, serve, "say('ready', os.getppid())", FOREVER, wrapper=NAMESPACE)
+    await_line(server, "ready 1")
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    os.kill(int(children.read_text()), signal.SIGTERM)
+    assert ended(server)[0] == status
 
 
 def test_children_leave_a_status_where_they_would_be_ignored(start: Start) -> None:
