@@ -146,10 +146,10 @@ class Worker:
                 self._start_task(self._books.keep())
             await server.serve()
             self._sessions.close_all()
+            if self._books is not None:
+                self._books.save()  # with how the last requests ended
             if server.engine is not None and server.has_lost_engine:
                 self._note(server.engine.status())
-        if self._books is not None:
-            self._books.save()  # also what the last report could not deliver
         return server.exit_status
 
     async def _stop(self) -> None:
