@@ -30,6 +30,9 @@ _ERROR_FORMATS = (
 )
 """The format of errors of the paths that begin with a prefix; the first that fits counts."""
 
+_STOP_S = 0.4
+"""Seconds that the engine's current step may take at the end, when no request waits for it."""
+
 
 def create_app(state: AppState) -> FastAPI:
     """Build the application. It starts and stops the engine of `state`."""
@@ -70,6 +73,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: AppState = app.state.serving
     state.engine.start()
     yield
-    await state.engine.stop()
+    await state.engine.stop(_STOP_S)
     state.validator.close()
     await asyncio.to_thread(state.observer.close)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -14,13 +15,15 @@ from uvicorn.config import STARTUP_FAILURE
 from api.http.connections import Connections, Patience, connection_limit
 from api.http.listener import Listener
 from api.http.protocol import Connection
+from api.supervisor import LOST
 from api.telemetry.logs import stopping
 from engine.async_engine import AsyncEngine
 
 _FAIL_BEFORE_CUT_S = 0.5
 """Unfinished requests fail this long before uvicorn cuts their connections, so that a stream ends
 with an error event."""
-
+_LAST_WORDS_S = 2
+"""Seconds that answers get to be sent in after the engine has died, when none can still succeed."""
 
 PATIENCE = Patience()
 
@@ -29,6 +32,33 @@ class Server(uvicorn.Server):
     """A server that lets requests finish before it ends. `engine` is None until it is loaded."""
 
     engine: AsyncEngine | None = None
+    closing_s = 1.0
+    """Most seconds for what follows the last request: the engine's end, last traces or reports."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.exit_status = 0
+
+    def attach(self, engine: AsyncEngine) -> None:
+        """Take the engine, and end when it dies."""
+        self.engine = engine
+        engine.on_death = self._end_with_engine
+
+    @property
+    def termination_s(self) -> float:
+        """The most seconds that an orderly end takes."""
+        return (self.config.timeout_graceful_shutdown or 0) + self.closing_s
+
+    @property
+    def has_lost_engine(self) -> bool:
+        return self.exit_status == LOST
+
+    def _end_with_engine(self) -> None:
+        """End soon, with an exit status of its own. All requests have failed already."""
+        self.exit_status = LOST
+        self.config.timeout_graceful_shutdown = _LAST_WORDS_S
+        self.should_exit = True
+        _end_within(self.termination_s, LOST)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
         """Listen by a `Listener`, where uvicorn would have asyncio listen."""
@@ -54,9 +84,11 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
+        _end_within(self.termination_s, 0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping()
+        if not self.has_lost_engine:
+            stopping()
         timeout_s = self.config.timeout_graceful_shutdown or 0
         give_up = asyncio.get_running_loop().call_later(
             max(timeout_s - _FAIL_BEFORE_CUT_S, 0), self._give_up
@@ -67,6 +99,13 @@ class Server(uvicorn.Server):
     def _give_up(self) -> None:
         if self.engine is not None:
             self.engine.give_up("the server is shutting down")
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process after `seconds`, whatever it still waits for then."""
+    timer = threading.Timer(seconds, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def server_config(

@@ -10,8 +10,10 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -46,6 +48,8 @@ _SWITCH_INTERVAL_S = 1e-4
 5 ms the engine, which gives up the lock at each call of torch, would have to wait for it through
 the waking of all streams, several times in a step.
 """
+
+_SHUTTING_DOWN = "the server is shutting down"
 
 
 class Overloaded(Exception):
@@ -148,15 +152,22 @@ class AsyncEngine:
     """Runs an `Engine` in a thread of its own.
 
     All methods must be called on the event loop, except `status`, which any thread may call. If a
-    step takes longer than `stall_timeout_s`, the status is "stalled".
+    step takes longer than `stall_timeout_s`, the status is "stalled". If it takes longer than
+    `watchdog_timeout_s`, it counts as hung: the engine is dead, as it is when a step raises an
+    error, and every request fails.
     """
 
     def __init__(
-        self, engine: "Engine", max_concurrent_requests: int = 128, stall_timeout_s: float = 60.0
+        self,
+        engine: "Engine",
+        max_concurrent_requests: int = 128,
+        stall_timeout_s: float = 60.0,
+        watchdog_timeout_s: float = 300.0,
     ):
         self._engine = engine
         self._free_permits = max_concurrent_requests
         self._stall_timeout_s = stall_timeout_s
+        self._watchdog_timeout_s = watchdog_timeout_s
         self._generations: dict[str, Generation] = {}
         self._inbox: deque[_Add | _Abort] = deque()
         self._wake = threading.Event()
@@ -171,6 +182,8 @@ class AsyncEngine:
         self._collected: _Step | None = None
         self.on_step: Callable[[StepFigures], None] | None = None
         """Called on the event loop with the figures of each step."""
+        self.on_death: Callable[[], None] | None = None
+        """Called on the event loop when the engine has died and every request has failed."""
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -213,12 +226,20 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(self._loop, self._dispatch)
         self._thread.start()
+        self._watchdog = asyncio.create_task(self._watch())
 
-    async def stop(self) -> None:
-        """End the engine thread after its current step. Unfinished requests get `Failed`."""
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """End the engine thread after its current step. Unfinished requests get `Failed`.
+
+        A step that takes longer than `timeout_s` is left to itself.
+        """
+        self._watchdog.cancel()
         self._stopping = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        if self._thread.is_alive():
+            self._death = self._death or _SHUTTING_DOWN
+            self._fail_all(self._death)
 
     def give_up(self, reason: str) -> None:
         """End every request with `Failed`. The engine keeps running."""
@@ -258,6 +279,32 @@ class AsyncEngine:
             return EngineStatus("stalled", reason, self._figures)
         return EngineStatus("ready", None, self._figures)
 
+    async def _watch(self) -> None:
+        """Wait until a step hangs, then let the engine die.
+
+        Only the time is counted in which this task was running, too: a process that was stopped
+        and goes on has not hung.
+        """
+        pause_s = min(self._watchdog_timeout_s / 10, 1.0)
+        watched, hung_s = None, 0.0
+        while hung_s < self._watchdog_timeout_s:
+            await asyncio.sleep(pause_s)
+            since = self._busy_since
+            hung_s = hung_s + pause_s if since is not None and since == watched else 0.0
+            watched = since
+        if self._death is None:
+            stack = sys._current_frames().get(self._thread.ident or 0)
+            where = "".join(traceback.format_stack(stack))
+            logger.error("a step hangs; the engine thread is here:\n%s", where)
+            self._stopping = True
+            self._die(f"step {self._figures.num_steps + 1} has hung for {hung_s:.0f} s")
+
+    def _die(self, reason: str) -> None:
+        self._death = reason
+        self._fail_all(reason)
+        if self.on_death is not None:
+            self.on_death()
+
     def _abort(self, request_id: str) -> None:
         self._generations.pop(request_id, None)
         self._post(_Abort(request_id))
@@ -289,21 +336,22 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 self._await_work()
-                self._busy_since = time.monotonic()
-                self._drain_inbox()
-                self._take_step()
-                self._busy_since = None
+                with self._busy():
+                    self._drain_inbox()
+                    self._take_step()
                 self._figures = self._engine.figures()
-            self._end("the server is shutting down")
+            self._end(self._fail_all, _SHUTTING_DOWN)
         except Exception as error:
             logger.exception("the engine died")
-            self._end(str(error))
+            self._end(self._die, str(error) or repr(error))
         finally:
             self._engine.close()
 
     def _await_work(self) -> None:
         while not (self._engine.has_work or self._inbox or self._stopping):
-            if not self._engine.capture_next_graph():
+            with self._busy():
+                has_captured = self._engine.capture_next_graph()
+            if not has_captured:
                 self._prepared = True
                 self._wake.wait()
                 self._wake.clear()
@@ -319,8 +367,17 @@ class AsyncEngine:
 
     def _send(self) -> None:
         step, self._collected = self._collected, None
-        if step is not None and (step.events or step.figures is not None):
+        if self._death is None and step is not None and (step.events or step.figures):
             self._outbox.send(step)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Let the status and the watchdog see for how long the engine has been busy."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     def _drain_inbox(self) -> None:
         while self._inbox:
@@ -330,13 +387,14 @@ class AsyncEngine:
                 case _Abort(request_id):
                     self._engine.abort(request_id)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, fail: Callable[[str], None], reason: str) -> None:
         """Fail all accepted requests, also those that are still in the inbox.
 
         The event loop does it, so that no request is missed: a `submit` runs either before
-        `_fail_all`, which then fails its request, or after it and raises EngineDead.
+        `fail`, which then fails its request, or after it and raises EngineDead.
         """
         self._send()
-        self._death = reason
-        self._loop.call_soon_threadsafe(self._fail_all, reason)
+        if self._death is None:  # else the event loop did not wait for a step that hung
+            self._death = reason
+            self._loop.call_soon_threadsafe(fail, reason)
         self._engine.fail_all(reason)

@@ -71,6 +71,16 @@ class ServedFlags(BaseSettings):
         60.0,
         description="seconds without a step, while there is work, until /health reports a stall",
     )
+    watchdog_timeout: Annotated[float, Field(gt=0)] = Field(
+        300.0,
+        description="seconds that a step may take; one that takes longer hangs: all requests fail, "
+        "and the server ends with exit code 86",
+    )
+    supervise: bool = Field(
+        True,
+        description="start the server again, from a small process of its own, when it ends with "
+        "exit code 86 or dies of a signal such as SIGSEGV",
+    )
     compute_type: str | None = Field(
         None, description="value of the x-compute-type header; None is 1-<device>"
     )

@@ -29,7 +29,7 @@ from api.vast.envelope import (
 )
 from api.vast.public_key import PublicKeys
 from api.vast.sessions import Session, Sessions
-from api.vast.signature import FORMS, OLDEST, Form, Verifier
+from api.vast.signature import FORMS, OLDEST, Form, ReplayGuard, Verifier
 from api.vast.workload import Job, Outcome, Workload, declared_tokens
 
 _REPLACED_HEADERS = frozenset(
@@ -72,13 +72,14 @@ class AuthGateway:
         keys: PublicKeys,
         workload: Workload,
         sessions: Sessions,
+        replays: ReplayGuard | None = None,
     ) -> None:
         self._app = app
         self._config = config
         self._keys = keys
         self._workload = workload
         self._sessions = sessions
-        self._verifier = Verifier()
+        self._verifier = Verifier(replays)
         self._last_warning = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

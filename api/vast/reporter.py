@@ -41,12 +41,14 @@ logger = logging.getLogger(__name__)
 class Readiness:
     """What the worker reports once it is ready, 0 until then.
 
-    load_s    seconds from the start of the process until it was ready
-    max_perf  tokens per second in the benchmark
+    load_s     seconds from the start of the process until it was ready
+    max_perf   tokens per second in the benchmark
+    is_paused  whether the engine stands still: the report is then that of a worker that loads
     """
 
     load_s: float = 0.0
     max_perf: float = 0.0
+    is_paused: bool = False
 
 
 class Reporter:
@@ -65,6 +67,8 @@ class Reporter:
         self._workload = workload
         self._errors = errors
         self._readiness = readiness
+        self.on_delivered: Callable[[], None] = lambda: None
+        """Called when a report was delivered and taken out of the workload."""
         self._soon = asyncio.Event()
         self._is_overdue = False
         self._reported_at = float("-inf")
@@ -127,16 +131,17 @@ class Reporter:
     async def _send_status(self, attempts: int) -> None:
         activity, load = self._activity, self._workload.load()
         disk = await asyncio.to_thread(_disk_used)
+        readiness = Readiness() if self._readiness.is_paused else self._readiness
         report = {
             "id": self._identity.container_id,
             "mtoken": self._identity.master_token.get_secret_value(),
             "version": VERSION,
-            "loadtime": self._readiness.load_s,
+            "loadtime": readiness.load_s,
             "cur_load": load.pending,
             "rej_load": load.rejected,
             "new_load": load.received,
             "error_msg": self._errors.message,
-            "max_perf": self._readiness.max_perf,
+            "max_perf": readiness.max_perf,
             "cur_perf": load.served,
             "cur_capacity": 0,
             "max_capacity": 0,
@@ -152,6 +157,7 @@ class Reporter:
             self._reported_activity, self._reported_disk = activity, disk
             self._reported_at = time.monotonic()
             self._is_overdue = False
+            self.on_delivered()
 
     async def _send_ended(self, attempts: int) -> None:
         ended = list(islice(self._workload.ended, _MAX_ENDED_PER_REPORT))
@@ -162,6 +168,7 @@ class Reporter:
             delivery = await self._deliver_in_old_format(ended, attempts)
         if delivery is Delivery.ACCEPTED:
             self._workload.discard_ended(len(ended))
+            self.on_delivered()
 
     async def _deliver_in_old_format(self, ended: list[EndedJob], attempts: int) -> "Delivery":
         """Report to an older autoscaler, which takes request numbers only: one body for the

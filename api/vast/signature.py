@@ -59,28 +59,32 @@ FORMS = (
 
 
 class ReplayGuard:
-    """Admits each message once, and none whose number is far behind the newest."""
+    """Admits each message once, and none whose number is far behind the newest.
+
+    `accepted` are the digests of the newest messages that were admitted, the last one last.
+    """
 
     def __init__(self) -> None:
         self._newest = -1
-        self._accepted: deque[bytes] = deque(maxlen=_HISTORY)
+        self.accepted: deque[bytes] = deque(maxlen=_HISTORY)
 
     def admit(self, reqnum: object, message: bytes) -> bool:
         """Whether the message is new; if so, remember it. Call only with verified messages."""
         if not isinstance(reqnum, int) or reqnum < self._newest - _HISTORY:
             return False
-        if message in self._accepted:
+        digest = hashlib.sha256(message).digest()
+        if digest in self.accepted:
             return False
         self._newest = max(self._newest, reqnum)
-        self._accepted.append(message)
+        self.accepted.append(digest)
         return True
 
 
 class Verifier:
-    """Checks signatures and replays."""
+    """Checks signatures and replays; `guard` knows of those before."""
 
-    def __init__(self) -> None:
-        self._guard = ReplayGuard()
+    def __init__(self, guard: ReplayGuard | None = None) -> None:
+        self._guard = guard or ReplayGuard()
         self._last_form: Form | None = None
 
     def find_form(self, auth: Mapping[str, Any], keys: list[RSAPublicKey]) -> Form | None:

@@ -5,7 +5,6 @@ serves, and reports errors for as long as they last.
 import asyncio
 import logging
 import math
-import os
 import signal
 import socket
 import threading
@@ -21,19 +20,23 @@ import uvloop
 
 from api.app import create_app
 from api.generation.state import AppState
+from api.handover import Handover
 from api.server import CannotListen, Server, check_port, server_config
 from api.settings.config import ConfigError
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import benchmark
 from api.vast.active_errors import ActiveErrors
 from api.vast.auth_gateway import AuthGateway, GatewayConfig
+from api.vast.books import Books
 from api.vast.certificate import CertificateFiles, NotSigned, obtain_certificate
 from api.vast.public_key import PublicKeys
 from api.vast.reporter import Readiness, Reporter
 from api.vast.sessions import Sessions
+from api.vast.signature import ReplayGuard
 from api.vast.worker_app import WorkerApp
 from api.vast.workload import Workload
 from engine.core.errors import LoadError
+from engine.core.metrics import EngineStatus
 
 _HEALTH_INTERVAL_S = 1.0
 _PREPARED_POLL_S = 0.05
@@ -54,21 +57,20 @@ class AlreadyRunning(Exception):
     """Another worker runs on that port of this machine."""
 
 
-def run(config: WorkerConfig, load: LoadState) -> None:
-    """Serve until a signal. Raises AlreadyRunning, CannotListen. `load` may raise LoadError or
-    ConfigError, which are reported.
+def run(config: WorkerConfig, load: LoadState, handover: Handover | None = None) -> int:
+    """Serve until a signal or the engine's death, and return the exit status.
+
+    Raises AlreadyRunning, CannotListen. `load` may raise LoadError or ConfigError, which are
+    reported. `handover` is None if nothing starts the worker again after its engine's death.
     """
     with _only_worker(config.port):
         check_port("0.0.0.0", config.port, "WORKER_PORT")
-        if uvloop.run(_run(config, load)).is_loading:
-            os._exit(0)  # the thread that loads the model cannot be stopped
+        return uvloop.run(_run(config, load, handover))
 
 
-async def _run(config: WorkerConfig, load: LoadState) -> "Worker":
+async def _run(config: WorkerConfig, load: LoadState, handover: Handover | None) -> int:
     async with httpx2.AsyncClient() as http:
-        worker = Worker(config, load, http)
-        await worker.run()
-        return worker
+        return await Worker(config, load, http, handover).run()
 
 
 @contextmanager
@@ -100,12 +102,21 @@ def report_failure(identity: Identity, message: str) -> None:
 class Worker:
     """One run of a worker. All of it is on the event loop, except loading the model."""
 
-    def __init__(self, config: WorkerConfig, load: LoadState, http: httpx2.AsyncClient) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        load: LoadState,
+        http: httpx2.AsyncClient,
+        handover: Handover | None = None,
+    ) -> None:
         self._config = config
         self._load = load
         self._http = http
         self._errors = ActiveErrors()
         self._workload = Workload()
+        self._replays = ReplayGuard()
+        self._handover = handover
+        self._books = None if handover is None else Books(handover, self._workload, self._replays)
         self._readiness = Readiness()
         identity = config.identity
         self._keys = PublicKeys(self._http, identity.report_addresses, self._errors)
@@ -116,11 +127,10 @@ class Worker:
         )
         self._files = CertificateFiles(config.tls_directory)
         self._tasks: list[asyncio.Task[None]] = []
-        self.is_loading = False
 
-    async def run(self) -> None:
-        """Run until a signal. Then running requests get a few seconds to finish, and the last
-        reports are sent.
+    async def run(self) -> int:
+        """Run until a signal or the engine's death, and return the exit status. At the end running
+        requests get a few seconds to finish, and the last reports are sent.
         """
         if self._config.unsecured:
             logger.warning("UNSECURED: every request is served, signed or not")
@@ -130,8 +140,17 @@ class Worker:
             server = self._server()
             self._start_task(self._become_ready(server, ending))
             self._start_task(self._sessions.sweep())
+            if self._handover is not None and self._books is not None:
+                self._handover.termination_s = server.termination_s
+                self._reporter.on_delivered = self._books.save
+                self._start_task(self._books.keep())
             await server.serve()
             self._sessions.close_all()
+            if self._books is not None:
+                self._books.save()  # with how the last requests ended
+            if server.engine is not None and server.has_lost_engine:
+                self._note(server.engine.status())
+        return server.exit_status
 
     async def _stop(self) -> None:
         for task in self._tasks:
@@ -169,14 +188,16 @@ class Worker:
         """Load the model, and meanwhile obtain the public key and the certificate."""
         credentials = self._start_task(self._obtain_credentials(server))
         try:
-            state = await self._load_state()
-            server.engine = state.engine
+            state = await _in_daemon_thread(self._load)
+            server.attach(state.engine)
             app = create_app(state)
             await ending.enter_async_context(app.router.lifespan_context(app))
             self._app.application = app
-            self._start_task(self._watch(state))
+            self._start_task(self._watch(server))
             await self._measure(state)
         except Exception as error:
+            if server.has_lost_engine:
+                return
             is_expected = isinstance(error, _FOR_USERS)
             logger.error("the worker cannot start: %s", error, exc_info=not is_expected)
             self._app.reason = str(error)
@@ -184,13 +205,6 @@ class Worker:
             return
         await credentials
         self._start_serving(state)
-
-    async def _load_state(self) -> AppState:
-        self.is_loading = True
-        try:
-            return await _in_daemon_thread(self._load)
-        finally:
-            self.is_loading = False
 
     async def _obtain_credentials(self, server: "_Server") -> None:
         tasks = []
@@ -240,9 +254,16 @@ class Worker:
         )
         assert self._app.application is not None
         self._app.gateway = AuthGateway(
-            self._app.application, gateway_config, self._keys, self._workload, self._sessions
+            self._app.application,
+            gateway_config,
+            self._keys,
+            self._workload,
+            self._sessions,
+            self._replays,
         )
         self._sessions.on_close = partial(self._post, gateway_config.api_key)
+        if self._handover is not None:
+            self._handover.mark_ready()
         self._readiness.load_s = time.time() - psutil.Process().create_time()
         self._reporter.report_soon()
         cold_start, perf = state.engine.cold_start, self._readiness.max_perf
@@ -261,17 +282,26 @@ class Worker:
             return 0.0
         return self._workload.wait_s(self._readiness.max_perf)
 
-    async def _watch(self, state: AppState) -> None:
-        """Report the engine's errors. Only its published status is read; the device is not
-        touched.
+    async def _watch(self, server: "_Server") -> None:
+        """Report how the engine is, until the server ends. Only its published status is read; the
+        device is not touched.
         """
-        while True:
-            status = state.engine.status()
-            if status.healthy:
-                self._errors.clear("engine")
-            else:
-                self._errors.add("engine", f"{status.state}: {status.reason}")
+        assert server.engine is not None
+        while not server.should_exit:
+            self._note(server.engine.status())
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    def _note(self, status: EngineStatus) -> None:
+        """Have an engine that stands still reported: as an error, which has the autoscaler destroy
+        the instance, only if nothing else mends it. A supervisor does.
+        """
+        if self._books is None and not status.healthy:
+            self._errors.add("engine", f"{status.state}: {status.reason}")
+            return
+        self._errors.clear("engine")
+        if self._readiness.is_paused is status.healthy:
+            self._readiness.is_paused = not status.healthy
+            self._reporter.report_soon()
 
     async def _post(self, api_key: str | None, route: str, payload: Mapping[str, Any]) -> None:
         assert self._app.application is not None
@@ -283,6 +313,8 @@ class Worker:
 
 class _Server(Server):
     """A server that handles signals itself and can change its certificate while it listens."""
+
+    closing_s = 3.2
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()

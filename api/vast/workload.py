@@ -12,7 +12,7 @@ report loses nothing, nor does anything that happens while a report is being sen
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +22,8 @@ MAX_WORKLOAD = 1 << 32
 """Largest workload of one job. No model generates that many tokens, and sums of such numbers stay
 exact in a float.
 """
+_MAX_KEPT = 5000
+"""Most ended jobs in a snapshot. There are more only if the autoscaler is away for long."""
 
 
 class Outcome(StrEnum):
@@ -230,6 +232,38 @@ class Workload:
         totals = load.totals
         received = max(totals.received, self._delivered.received)
         self._delivered = Totals(received, totals.served, totals.rejected)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all figures in JSON's types, for the `restore` of another process."""
+        return {
+            "num_received": self.num_received,
+            "totals": [self._received, self._served, self._rejected],
+            "delivered": astuple(self._delivered),
+            "ended": [astuple(ended) for ended in self.ended][-_MAX_KEPT:],
+            "working": [
+                (
+                    job.request_idx if job.is_listed else None,
+                    job.entered_at,
+                    job.started_at,
+                    job.pending,
+                )
+                for job in self.working
+            ],
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from the figures of a worker that died. What it was working on ended in an error,
+        at this moment.
+        """
+        self.num_received = snapshot["num_received"]
+        self._received, self._served, self._rejected = snapshot["totals"]
+        self._delivered = Totals(*snapshot["delivered"])
+        self.ended.extend(EndedJob(idx, Outcome(o), *times) for idx, o, *times in snapshot["ended"])
+        for idx, entered_at, started_at, pending in snapshot["working"]:
+            self._received -= pending
+            if idx is not None:
+                ended = EndedJob(idx, Outcome.ERROR, entered_at, started_at, time.time())
+                self.ended.append(ended)
 
     def discard_ended(self, num_ended: int) -> None:
         """Drop the first `num_ended` entries of `ended`, which have been reported."""

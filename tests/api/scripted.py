@@ -231,7 +231,7 @@ class ScriptedEngine:
     def start(self) -> None:
         self.num_starts += 1
 
-    async def stop(self) -> None:
+    async def stop(self, _: float = 0.0) -> None:
         self.num_stops += 1
 
     def admit(self, permits: int = 1) -> ScriptedPermit:

@@ -9,7 +9,7 @@ import time
 import types
 from collections.abc import AsyncIterator
 
-from api import __main__ as server
+from api import process as server
 from api import server as serving
 from api.http.connections import Patience
 from engine.core.config import LoadConfig

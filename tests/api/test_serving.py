@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from api.__main__ import main
+from api.process import main
 from engine.core.config import DEFAULT_MODEL_ID
 from engine.core.errors import DownloadFailed, LoadError
 from engine.loading.checkpoint import locate
@@ -256,7 +256,7 @@ def test_a_fault_after_the_model_has_loaded_is_one_sentence(
     def fail(_: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("api.__main__._load", fail)
+    monkeypatch.setattr("api.process._load", fail)
     assert main(["--port", "0"]) == 1
     assert capsys.readouterr().err == (
         "error: the server cannot run: RuntimeError: no such thing (the log says where; please "

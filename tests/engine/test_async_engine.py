@@ -165,6 +165,116 @@ async def test_a_dead_engine_fails_every_request_with_the_reason() -> None:
             served.submit(greedy([1], 1))
 
 
+async def test_a_death_is_told_once_when_every_request_has_failed() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+        told: list[list[bool]] = []
+        tasks = [asyncio.create_task(answer(served, greedy([i], 200))) for i in range(3)]
+        served.on_death = lambda: told.append([not served._generations])
+        await eventually(lambda: len(engine.scheduler.running) == 3)
+
+        def die() -> None:
+            raise EngineDead("CUDA error")
+
+        engine.step = die  # type: ignore[method-assign, assignment]
+        for task in tasks:
+            assert (await task)[-1] == Failed("CUDA error")
+        await eventually(lambda: told == [[True]])
+    assert told == [[True]]
+
+
+async def test_an_error_without_words_is_told_by_its_name() -> None:
+    engine = make_engine(family("llama"))
+    async with serving(engine) as served:
+
+        def die() -> None:
+            raise AssertionError
+
+        engine.step = die  # type: ignore[method-assign, assignment]
+        assert (await answer(served, greedy([1], 2)))[-1] == Failed("AssertionError()")
+
+
+async def test_an_orderly_stop_is_no_death() -> None:
+    async with serving(make_engine(family("llama"))) as served:
+        served.on_death = lambda: pytest.fail("it did not die")
+
+
+@asynccontextmanager
+async def hanging(release: threading.Event, **options: float) -> AsyncIterator[AsyncEngine]:
+    """An engine whose steps hang until `release`, and whose thread has ended at the end."""
+    engine = make_engine(family("llama"))
+    sabotage(engine, lambda _: not release.wait(60), ValueError())
+    async with serving(engine, **options) as served:
+        yield served
+        release.set()
+    served._thread.join(20)
+    assert not served._thread.is_alive()
+
+
+async def test_a_hung_step_fails_every_request_and_is_a_death() -> None:
+    release, told = threading.Event(), asyncio.Event()
+    async with hanging(release, watchdog_timeout_s=0.3) as served:
+        served.on_death = told.set
+        tasks = [asyncio.create_task(answer(served, greedy([i], 5))) for i in range(3)]
+        for task in tasks:
+            (failed,) = await task
+            assert isinstance(failed, Failed)
+            assert "has hung" in failed.message
+        await asyncio.wait_for(told.wait(), 10)
+        assert served.status().state == "dead"
+        with pytest.raises(EngineDead, match="has hung"):
+            served.submit(greedy([1], 1))
+
+
+async def test_the_log_says_where_a_step_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+    async with hanging(release, watchdog_timeout_s=0.3) as served:
+        await answer(served, greedy([1], 5))
+        (record,) = [r for r in caplog.records if "hangs" in r.getMessage()]
+        assert "in step" in record.getMessage()
+        release.set()
+        await eventually(lambda: not served._thread.is_alive())
+
+
+async def test_the_time_of_a_stopped_process_does_not_count_as_a_hang() -> None:
+    """An event loop that is held up stands for a process that is stopped as a whole."""
+    release = threading.Event()
+    async with hanging(release, watchdog_timeout_s=5.0) as served:
+        task = asyncio.create_task(answer(served, greedy([1], 2)))
+        await eventually(lambda: served._busy_since is not None)
+        time.sleep(5.5)
+        await asyncio.sleep(0.1)
+        assert served.status().state == "ready"
+        release.set()
+        assert isinstance((await task)[-1], Finished | Failed)
+        assert served.status().state == "ready"
+
+
+async def test_steps_that_follow_one_another_are_no_hang() -> None:
+    async with serving(make_engine(family("llama")), watchdog_timeout_s=0.5) as served:
+        assert isinstance((await answer(served, greedy([1], 150)))[-1], Finished)
+        assert served.status().healthy
+
+
+async def test_a_capture_that_hangs_while_there_is_no_work_is_a_death() -> None:
+    engine, release = make_engine(family("llama")), threading.Event()
+    engine.capture_next_graph = lambda: release.wait(60) and False  # type: ignore[method-assign]
+    async with serving(engine, watchdog_timeout_s=0.3) as served:
+        await eventually(lambda: served.status().state == "dead")
+        release.set()
+
+
+async def test_stopping_does_not_wait_for_a_step_that_hangs() -> None:
+    release = threading.Event()
+    async with hanging(release) as served:
+        task = asyncio.create_task(answer(served, greedy([1], 5)))
+        await eventually(lambda: served._busy_since is not None)
+        started = time.monotonic()
+        await served.stop(0.2)
+        assert time.monotonic() - started < 10  # the step hangs for 60
+        assert (await task)[-1] == Failed("the server is shutting down")
+
+
 async def test_stopping_fails_unfinished_requests() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:

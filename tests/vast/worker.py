@@ -45,24 +45,10 @@ def scripted_worker(
     autoscaler: Autoscaler, folder: Path, port: int, **variables: str
 ) -> Iterator[WorkerProcess]:
     """Run a worker and at the end terminate it as Vast does. It must have logged no exception."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not _is_setting(name)},
-        **PLATFORM,
-        "REPORT_ADDR": autoscaler.url,
-        "VAST_CONSOLE_URL": autoscaler.listeners[0].url,
-        "WORKER_PORT": str(port),
-        f"VAST_TCP_PORT_{port}": str(port),
-        "USE_SSL": "false",
-        "TLS_DIRECTORY": str(folder),
-        "BENCHMARK_CACHE": str(folder),
-        "BENCHMARK_SECONDS": "0.5",
-        "LOG_COLORIZE": "1",
-        **variables,
-    }
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.api.serve_scripted"],
         cwd=ROOT,
-        env=environment,
+        env=worker_environment(autoscaler, folder, port) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -78,6 +64,23 @@ def scripted_worker(
         reader.join(10)
     assert code == 0, worker.output()
     assert "Traceback" not in worker.output(), worker.output()
+
+
+def worker_environment(autoscaler: Autoscaler, folder: Path, port: int) -> dict[str, str]:
+    """Return the variables of a worker that reports to `autoscaler`."""
+    return {
+        **{name: value for name, value in os.environ.items() if not _is_setting(name)},
+        **PLATFORM,
+        "REPORT_ADDR": autoscaler.url,
+        "VAST_CONSOLE_URL": autoscaler.listeners[0].url,
+        "WORKER_PORT": str(port),
+        f"VAST_TCP_PORT_{port}": str(port),
+        "USE_SSL": "false",
+        "TLS_DIRECTORY": str(folder),
+        "BENCHMARK_CACHE": str(folder),
+        "BENCHMARK_SECONDS": "0.5",
+        "LOG_COLORIZE": "1",
+    }
 
 
 def _is_setting(name: str) -> bool:

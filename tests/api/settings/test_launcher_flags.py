@@ -79,6 +79,7 @@ ONLY_IN_THE_ENVIRONMENT = [
     ("ATTENTION", "flashinfer", "flashinfer"),
     ("PREFIX_CACHING", "0", False),
     ("PREFIX_CACHING", "true", True),
+    ("SUPERVISE", "false", False),
     ("PREFILL_CHUNKING", "0", False),
     ("TGI_WIGGLE_ROOM", "0.95", 0.95),
     ("USE_FLASH_ATTENTION", "true", True),
@@ -336,6 +337,6 @@ def test_the_launcher_rejects_an_unknown_flag(tmp_path: Path) -> None:
 def test_every_setting_is_tested_in_this_file() -> None:
     named = {field_of(flag) for flag, *_ in VALUES} | {field_of(s) for s in SWITCHES + SECRETS}
     named |= {name.lower() for name, *_ in ONLY_IN_THE_ENVIRONMENT}
-    others = {"lora_adapters", "stall_timeout", "log_colorize", "env"}
+    others = {"lora_adapters", "stall_timeout", "watchdog_timeout", "log_colorize", "env"}
     platform = VastVariables.model_fields.keys()  # in test_vast_variables.py
     assert named | others == Settings.model_fields.keys() - platform

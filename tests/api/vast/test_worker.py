@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr
 
 from api.generation.state import AppState
+from api.handover import Handover
 from api.server import CannotListen
 from api.settings.vast_variables import Identity, WorkerConfig
 from api.vast import public_key, reporter
@@ -110,7 +111,10 @@ def loader_of(engine: ScriptedEngine) -> Callable[[], AppState]:
 
 @asynccontextmanager
 async def running(
-    config: WorkerConfig, platform: Platform, load: Callable[[], AppState]
+    config: WorkerConfig,
+    platform: Platform,
+    load: Callable[[], AppState],
+    handover: Handover | None = None,
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """Run a worker and yield a client of it; at the end stop the worker as a signal would."""
     servers: list[Any] = []
@@ -121,7 +125,7 @@ async def running(
             return servers[0]
 
     async with httpx2.AsyncClient(transport=httpx2.MockTransport(platform)) as http:
-        running_worker = asyncio.create_task(Stoppable(config, load, http).run())
+        running_worker = asyncio.create_task(Stoppable(config, load, http, handover).run())
         await platform.report(lambda _: True)
         async with httpx2.AsyncClient(base_url=config.identity.url) as client:
             yield client
@@ -230,6 +234,27 @@ async def test_an_engine_error_is_cleared_when_it_is_over(config: WorkerConfig) 
         engine.state = "ready"
         platform.reports.clear()
         await platform.report(lambda report: report["error_msg"] == "")
+
+
+@pytest.mark.slow
+async def test_a_supervised_worker_whose_engine_stalls_is_loading_until_it_goes_on(
+    config: WorkerConfig,
+) -> None:
+    platform, engine = Platform(), ScriptedEngine(as_many_as_asked)
+    async with running(config, platform, loader_of(engine), Handover()):
+        ready = await platform.report(is_loaded)
+        for state in ("stalled", "dead"):
+            engine.state, engine.reason = state, "no step for 60 s"
+            platform.reports.clear()
+            paused = await platform.report(lambda report: not is_loaded(report))
+            assert paused["max_perf"] == 0
+            engine.state = "ready"
+            platform.reports.clear()
+            again = await platform.report(is_loaded)
+            assert [again[key] for key in ("loadtime", "max_perf")] == [
+                ready[key] for key in ("loadtime", "max_perf")
+            ]
+    assert all(report["error_msg"] == "" for report in platform.reports)
 
 
 async def test_a_worker_is_not_ready_without_the_public_key(config: WorkerConfig) -> None:
