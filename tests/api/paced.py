@@ -49,7 +49,8 @@ class PacedEngine:
     def figures(self) -> EngineFigures:
         return EngineFigures(num_running=len(self._live), num_steps=self._num_steps)
 
-    def step(self) -> list[tuple[str, Event]]:
+    def step(self, launched: Callable[[], None]) -> list[tuple[str, Event]]:
+        launched()
         self._before_step()
         time.sleep(_STEP_S)
         self._num_steps += 1

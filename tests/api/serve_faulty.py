@@ -89,9 +89,9 @@ def install_real(told: Path) -> None:
 
     step = Engine.step
 
-    def obedient(engine: Engine) -> Events:
+    def obedient(engine: Engine, **hooks: Callable[[], None]) -> Events:
         obey(told)
-        return step(engine)
+        return step(engine, **hooks)
 
     Engine.step = obedient  # type: ignore[method-assign, assignment]
 
