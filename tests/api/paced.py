@@ -49,8 +49,9 @@ class PacedEngine:
     def figures(self) -> EngineFigures:
         return EngineFigures(num_running=len(self._live), num_steps=self._num_steps)
 
-    def step(self) -> list[tuple[str, Event]]:
+    def step(self, launched: Callable[[], None]) -> list[tuple[str, Event]]:
         self._before_step()
+        launched()
         time.sleep(_STEP_S)
         self._num_steps += 1
         events: list[tuple[str, Event]] = []

@@ -173,7 +173,7 @@ async def test_a_death_is_told_once_when_every_request_has_failed() -> None:
         served.on_death = lambda: told.append([not served._generations])
         await eventually(lambda: len(engine.scheduler.running) == 3)
 
-        def die() -> None:
+        def die(**_: object) -> None:
             raise EngineDead("CUDA error")
 
         engine.step = die  # type: ignore[method-assign, assignment]
@@ -187,7 +187,7 @@ async def test_an_error_without_words_is_told_by_its_name() -> None:
     engine = make_engine(family("llama"))
     async with serving(engine) as served:
 
-        def die() -> None:
+        def die(**_: object) -> None:
             raise AssertionError
 
         engine.step = die  # type: ignore[method-assign, assignment]
