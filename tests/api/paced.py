@@ -50,8 +50,8 @@ class PacedEngine:
         return EngineFigures(num_running=len(self._live), num_steps=self._num_steps)
 
     def step(self, launched: Callable[[], None]) -> list[tuple[str, Event]]:
-        launched()
         self._before_step()
+        launched()
         time.sleep(_STEP_S)
         self._num_steps += 1
         events: list[tuple[str, Event]] = []

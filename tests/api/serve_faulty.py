@@ -89,9 +89,9 @@ def install_real(told: Path) -> None:
 
     step = Engine.step
 
-    def obedient(engine: Engine, **hooks: Callable[[], None]) -> Events:
+    def obedient(engine: Engine, **options: Callable[[], None]) -> Events:
         obey(told)
-        return step(engine, **hooks)
+        return step(engine, **options)
 
     Engine.step = obedient  # type: ignore[method-assign, assignment]
 
