@@ -278,7 +278,10 @@ class AsyncEngine:
 
     def _await_work(self) -> None:
         while not (self._engine.has_work or self._inbox or self._stopping):
-            if not self._engine.capture_next_graph():
+            self._busy_since = time.monotonic()
+            is_captured = self._engine.capture_next_graph()
+            self._busy_since = None
+            if not is_captured:
                 self._prepared = True
                 self._wake.wait()
                 self._wake.clear()
