@@ -90,7 +90,7 @@ def _run(work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:
-        error.add_note(traceback.format_exc())
+        error.__notes__ = [traceback.format_exc()]  # other notes are a part of it
         _drop_tracebacks(error)
         raise
 

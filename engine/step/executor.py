@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from traceback import format_exception
 from typing import cast
 
 import numpy as np
@@ -46,8 +47,9 @@ class ModelExecutor:
         way. Only the device can tell: errors of every class come from devices that go on, and
         from devices that do not.
         """
-        logger.warning("a step failed: %s", reason(error), exc_info=error)
-        error.__traceback__ = None  # it refers to the step, which refers to the error
+        # As text: the traceback refers to the step, and whoever keeps the record would keep both.
+        logger.warning("a step failed: %s", "".join(format_exception(error)))
+        error.__traceback__ = None
         try:
             self._device.synchronize()
         except RuntimeError as lost:

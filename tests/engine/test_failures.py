@@ -164,7 +164,8 @@ def test_a_failed_step_is_logged_with_where_it_failed(caplog: pytest.LogCaptureF
     engine = make_engine(family("llama"))
     sabotage(engine, poisoned, ValueError("poison"))
     run(engine, [(0, greedy([9, POISON], 6))])
-    assert "a step failed: ValueError: poison" in caplog.text
+    assert "a step failed: " in caplog.text
+    assert "ValueError: poison" in caplog.text
     assert "forward_or_raise" in caplog.text  # a function of the traceback
 
 
