@@ -21,7 +21,6 @@ from engine.core.request import (
     StoppingParams,
     TokenOutput,
 )
-from engine.device.device import Device
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
 from engine.loading.probe import use_attention
@@ -31,9 +30,9 @@ LOGPROB_TOLERANCE = 1e-4
 _numbers = count()
 
 
-def make_engine(loaded: LoadedModel, device: Device | None = None, **config: object) -> Engine:
+def make_engine(loaded: LoadedModel, **config: object) -> Engine:
     settings = {"max_sequences": 8, "max_batch_tokens": 64, "num_blocks": 128} | config
-    return Engine(loaded, EngineConfig(**settings), device=device)  # type: ignore[arg-type]
+    return Engine(loaded, EngineConfig(**settings))  # type: ignore[arg-type]
 
 
 def greedy(prompt: Iterable[int], num_tokens: int, **sampling: object) -> Request:

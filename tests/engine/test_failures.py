@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from engine import engine as engine_module
+from engine.core.config import EngineConfig
 from engine.core.errors import EngineDead
 from engine.core.request import Failed, Finished, Request
 from engine.device.stream import CpuStream, CudaStream, Stream
 from engine.engine import Engine
+from engine.loading.loader import LoadedModel
 from engine.step.builder import StepInputs
 from tests.engine.driving import Answers, check_greedy, greedy, make_engine, run
 from tests.engine.fake_device import FakeDevice, FakeEvent, without_collection
@@ -30,6 +32,11 @@ def sabotage(engine: Engine, fails: Callable[[StepInputs], bool], error: Excepti
         return forward(inputs)
 
     engine.runner.forward = forward_or_raise  # type: ignore[method-assign]
+
+
+def engine_on(device: FakeDevice, loaded: LoadedModel | None = None) -> Engine:
+    config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=128)
+    return Engine(loaded or family("llama"), config, device=device)
 
 
 def poisoned(inputs: StepInputs) -> bool:
@@ -140,7 +147,7 @@ def test_a_token_whose_text_cannot_be_made_fails_its_request_alone(
 def test_an_error_of_any_class_ends_the_engine_if_the_device_is_lost(error: Exception) -> None:
     device = FakeDevice()
     device.lost = "CUDA error: an illegal memory access was encountered"
-    engine = make_engine(family("llama"), device)
+    engine = engine_on(device)
     sabotage(engine, lambda _: True, error)
     requests = [greedy([i, 1], 4) for i in range(3)]
     with pytest.raises(EngineDead, match=r"the device is lost: .*illegal memory access"):
@@ -151,7 +158,7 @@ def test_an_error_of_any_class_ends_the_engine_if_the_device_is_lost(error: Exce
 
 
 def test_an_error_of_a_device_that_goes_on_fails_its_request_alone() -> None:
-    engine = make_engine(family("llama"), FakeDevice())
+    engine = engine_on(FakeDevice())
     sabotage(engine, poisoned, torch.AcceleratorError("CUDA error: invalid configuration"))
     good, bad = greedy([1, 2, 3], 6), greedy([9, POISON, 9], 6)
     answers = run(engine, [(0, good), (0, bad)])
@@ -204,7 +211,7 @@ def test_a_failed_step_is_freed_before_the_next_forward(
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(engine_module, "make_stream", lambda _: stream())
     loaded = prepared("llama", FUSED, num_hidden_layers=2)
-    engine = make_engine(loaded, FakeDevice())
+    engine = engine_on(FakeDevice(), loaded)
     activations = Activations(engine, error, lambda: 1 < engine.num_steps < 4)
     layers: Any = loaded.model.model.layers
     layers[1].mlp.down_proj.register_forward_pre_hook(activations)
@@ -241,7 +248,7 @@ def test_memory_is_freed_after_it_ran_out_and_only_then() -> None:
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
     ]:
         device = FakeDevice()
-        engine = make_engine(family("llama"), device)
+        engine = engine_on(device)
         sabotage(engine, poisoned, error)
         run(engine, [(0, greedy([POISON], 2))])
         assert bool(device.num_freed) is is_freed

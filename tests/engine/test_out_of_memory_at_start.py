@@ -21,6 +21,7 @@ from engine.loading import sizing
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.step.builder import StepInputs
+from engine.step.runner import build_runner
 from tests.engine.driving import check_greedy, greedy, run
 from tests.engine.models import family, reference
 
@@ -123,10 +124,9 @@ def test_a_forward_that_runs_out_in_the_warm_up_gives_its_whole_cache_back(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, engines: Engines
 ) -> None:
     """The engine gives up the request of the warm-up, as it would any other."""
-    build = engine_module.build_runner
 
     def build_with_little_room(loaded: LoadedModel, limits: Limits, *rest: Any) -> Any:
-        builder, runner = build(loaded, limits, *rest)
+        builder, runner = build_runner(loaded, limits, *rest)
         forward = runner.forward
 
         def run_out(inputs: StepInputs) -> torch.Tensor:
