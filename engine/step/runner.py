@@ -13,6 +13,7 @@ from engine.attention.plan import AttentionPlanner, GraphShape, make_planner
 from engine.core.config import BLOCK_SIZE
 from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending, Stream
+from engine.fusion.rotary_tables import RotaryTables
 from engine.linear.merged import forget_results
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
@@ -48,7 +49,16 @@ def build_runner(
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
     graphs = StepGraphs(capture, planner, device) if capture else None
     runner = ModelRunner(
-        model, context, sampler, planner, graphs, captures, stream, limits.max_sequences, watermark
+        model,
+        RotaryTables(model, tables_shape[1] * BLOCK_SIZE),  # all that a block table has room for
+        context,
+        sampler,
+        planner,
+        graphs,
+        captures,
+        stream,
+        limits.max_sequences,
+        watermark,
     )
     return builder, runner
 
@@ -101,6 +111,7 @@ class ModelRunner:
     def __init__(
         self,
         model: PreTrainedModel,
+        rotary_tables: RotaryTables,
         context: StepContext,
         sampler: Sampler,
         planner: AttentionPlanner,
@@ -112,6 +123,7 @@ class ModelRunner:
     ):
         """`watermark` is the share of the vocabulary it favours, and by how much."""
         self._model = model
+        self._rotary_tables = rotary_tables
         self._context = context
         self._sampler = sampler
         self._planner = planner
@@ -277,12 +289,13 @@ class ModelRunner:
         input_ids = self._known(inputs.input_ids, inputs.token_slots)
         self._context.begin(inputs.attention)
         try:
-            return self._model(
-                input_ids=input_ids[None],
-                position_ids=inputs.position_ids[None],
-                use_cache=False,
-                logits_to_keep=inputs.kept_rows,
-            ).logits[0]
+            with self._rotary_tables:
+                return self._model(
+                    input_ids=input_ids[None],
+                    position_ids=inputs.position_ids[None],
+                    use_cache=False,
+                    logits_to_keep=inputs.kept_rows,
+                ).logits[0]
         except Exception:
             forget_results(self._model)
             raise
