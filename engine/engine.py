@@ -299,6 +299,6 @@ def _finished(seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Fi
 
 
 def _warm_up_error(message: str) -> Exception:
-    if message.startswith(torch.OutOfMemoryError.__name__):
+    if is_out_of_memory(RuntimeError(message)):
         return torch.OutOfMemoryError(message)
     return LoadError(f"the model fails to run: {message}")

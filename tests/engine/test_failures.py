@@ -246,6 +246,7 @@ def test_memory_is_freed_after_it_ran_out_and_only_then() -> None:
         (ValueError("no"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
     ]:
         device = FakeDevice()
         engine = engine_on(device)

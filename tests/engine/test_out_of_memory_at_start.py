@@ -120,8 +120,17 @@ def test_a_warm_up_that_runs_out_gives_its_whole_cache_back(
     assert engine.limits.num_blocks == ASKED * 9 // 10
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=repr,
+)
 def test_a_forward_that_runs_out_in_the_warm_up_gives_its_whole_cache_back(
-    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, engines: Engines
+    error: Exception, monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, engines: Engines
 ) -> None:
     """The engine gives up the request of the warm-up, as it would any other."""
 
@@ -131,7 +140,7 @@ def test_a_forward_that_runs_out_in_the_warm_up_gives_its_whole_cache_back(
 
         def run_out(inputs: StepInputs) -> torch.Tensor:
             if limits.num_blocks == ASKED:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return forward(inputs)
 
         runner.forward = run_out  # type: ignore[method-assign]
