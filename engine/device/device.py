@@ -18,7 +18,7 @@ class Device(Protocol):
         """Give back the memory that nothing refers to any more."""
 
     def refusing_waits(self) -> AbstractContextManager[None]:
-        """While it is active, whatever waits for the device raises RuntimeError."""
+        """While it is active, whatever waits for the device raises RuntimeError, in all threads."""
 
 
 class CpuDevice:

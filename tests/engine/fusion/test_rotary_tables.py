@@ -1,7 +1,9 @@
 """Rotary tables give each step the bits that the model's own rotary modules would."""
 
 import logging
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,8 +35,8 @@ LONGROPE = {
     "long_factor": [3.0] * 6,
     "original_max_position_embeddings": 64,
 }
-MODELS = {
-    **{name: lambda name=name: reference(name) for name in ("llama", "gemma3", "gpt_oss", "phi3")},
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: partial(reference, name) for name in ("llama", "gemma3", "gpt_oss", "phi3")},
     "llama3": lambda: build(LlamaConfig, rope_parameters=LLAMA3),
     "dynamic": lambda: build(LlamaConfig, rope_parameters=DYNAMIC),
     "longrope": lambda: build(Phi3Config, rope_parameters=LONGROPE),
