@@ -227,16 +227,16 @@ def test_a_forward_that_breaks_off_leaves_no_result_in_merged_linears() -> None:
     loaded = prepared("llama", FUSED, num_hidden_layers=1)
     engine = make_engine(loaded)
     layers: Any = loaded.model.model.layers
-    results: list[weakref.ref[torch.Tensor]] = []
+    inputs: list[weakref.ref[torch.Tensor]] = []
 
-    def fail(_: object, __: object, output: torch.Tensor) -> None:
-        results.append(weakref.ref(output))
+    def fail(_: object, args: tuple[torch.Tensor], __: object) -> None:
+        inputs.append(weakref.ref(args[0]))
         raise ValueError("between a merged linear and the next")
 
     hook = layers[0].self_attn.q_proj.register_forward_hook(fail)
     run(engine, [(0, greedy([1, 2], 3))])
     hook.remove()
-    assert [ref() for ref in results] == [None] * len(results) != []
+    assert [ref() for ref in inputs] == [None] * len(inputs) != []
     again = greedy([1, 2], 3)
     check_greedy(reference("llama", num_hidden_layers=1), run(engine, [(0, again)]), again)
 
