@@ -34,6 +34,9 @@ class _Done:
     def result(self) -> StepResult:
         return self._result
 
+    def exception(self) -> None:
+        pass
+
 
 def _launch(step: HostStep) -> _Done:
     return _Done(step.num_sampled)

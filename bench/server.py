@@ -127,7 +127,7 @@ def time_raw(loaded: LoadedModel, shape: Shape, seed: int) -> float:
     for _ in range(shape.output_len):
         length = ids.shape[1] // batch
         step = StepSequences(np.arange(batch), np.full(batch, computed), np.full(batch, length))
-        context.metadata = attention.metadata(step)
+        context.begin(attention.metadata(step))
         computed += length
         logits = model(
             input_ids=ids,

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from engine.attention.kv_cache import unbind_kv_cache
 from engine.core.config import EngineConfig, LoadConfig
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, EngineFigures, StepFigures
@@ -30,11 +31,14 @@ from engine.core.request import (
 )
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
+from engine.device.device import Device, make_device
 from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
+from engine.step.builder import HostStep
+from engine.step.captures import Captures
 from engine.step.executor import ModelExecutor
 from engine.step.graphs import Capture, CudaCapture
 from engine.step.runner import build_runner
@@ -64,20 +68,30 @@ class Engine:
         cold_start = cold_start or ColdStart()
         loaded = run_in_temporary_thread(lambda: load(load_config, cold_start))
         limits = run_in_temporary_thread(lambda: decide_limits(loaded, config))
-        while True:
-            try:
-                with cold_start.phase("warm-up"):
-                    engine = run_in_temporary_thread(partial(cls, loaded, config, limits))
-                    engine.warm_up()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+        with cold_start.phase("warm-up"):
+            while (engine := cls._warm(loaded, config, limits)) is None:
+                unbind_kv_cache(loaded.calls)
+                make_device(loaded.model.device).free_unused()
                 limits = with_smaller_cache(loaded, config, limits)
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
-            else:
-                engine.grammars.prepare()
-                engine.cold_start = cold_start
-                return engine
+        engine.grammars.prepare()
+        engine.cold_start = cold_start
+        return engine
+
+    @classmethod
+    def _warm(cls, loaded: LoadedModel, config: EngineConfig, limits: Limits) -> "Engine | None":
+        """Return an engine that is warm; None if memory runs out.
+
+        Then nothing refers to the engine that failed, once this function and its error are gone.
+        """
+        try:
+            engine = run_in_temporary_thread(partial(cls, loaded, config, limits))
+            engine.warm_up()
+        except Exception as error:
+            if is_out_of_memory(error):
+                return None
+            raise
+        return engine
 
     def __init__(
         self,
@@ -85,8 +99,12 @@ class Engine:
         config: EngineConfig,
         limits: Limits | None = None,
         capture: Capture | None = None,
+        device: Device | None = None,
     ):
-        """`capture` records steps as graphs. None: CUDA graphs on CUDA, no graphs on a CPU."""
+        """`capture` records steps as graphs. None: CUDA graphs on CUDA, no graphs on a CPU.
+
+        `device` is asked what its state is after an error. None: the one that has the model.
+        """
         if capture is None and config.cuda_graphs and loaded.model.device.type == "cuda":
             capture = CudaCapture()
         self.limits = limits or decide_limits(loaded, config)
@@ -98,18 +116,20 @@ class Engine:
         self.scheduler = Scheduler(
             limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
         )
+        device = device or make_device(loaded.model.device)
         self._stream = make_stream(loaded.model.device)
         self._builder, self.runner = build_runner(
-            loaded, limits, self._stream, capture, config.watermark
+            loaded, limits, self._stream, capture, config.watermark, Captures(device)
         )
         self._graphs_to_capture = [
             (shape, kind) for shape in self._builder.graph_shapes for kind in _COMMON_SAMPLING
         ]
         vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
-        executor = ModelExecutor(self._builder, self.runner, TokenMasks(vocab_size))
+        masks = TokenMasks(vocab_size)
+        self._executor = ModelExecutor(self._builder, self.runner, masks, device)
         prefill_budget = PrefillBudget(limits.min_prefill_tokens, limits.max_batch_tokens)
-        self.pipeline = StepPipeline(self.scheduler, executor, self, prefill_budget)
+        self.pipeline = StepPipeline(self.scheduler, self._executor, self, prefill_budget)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._events: Events = []
         self.cold_start = ColdStart()
@@ -196,15 +216,24 @@ class Engine:
     def capture_next_graph(self) -> bool:
         """Capture one graph that is still missing, those of decodes first; False if none is.
 
-        Called while there is no work, so that no step has to wait for a capture.
+        Called while there is no work, so that no step has to wait for a capture. If one fails, the
+        rest are captured when they are first needed. Raises EngineDead if the device is lost.
         """
         while self._graphs_to_capture:
             step = self._builder.empty(*self._graphs_to_capture.pop())
             if self.runner.needs_capture(step):
                 with self.cold_start.phase("graphs"):
-                    self.runner.launch(step).result()
+                    self._run_ahead(step)
                 return True
         return False
+
+    def _run_ahead(self, step: HostStep) -> None:
+        """Run a step of padding, which captures its graphs."""
+        try:
+            self.runner.launch(step).result()
+        except Exception as error:
+            self._executor.recover(error)
+            self._graphs_to_capture.clear()
 
     # -- one step ---------------------------------------------------------------------
 
@@ -271,6 +300,6 @@ def _finished(seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Fi
 
 
 def _warm_up_error(message: str) -> Exception:
-    if message.startswith(torch.OutOfMemoryError.__name__):
+    if is_out_of_memory(RuntimeError(message)):
         return torch.OutOfMemoryError(message)
     return LoadError(f"the model fails to run: {message}")

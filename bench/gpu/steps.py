@@ -18,10 +18,12 @@ from engine.core.config import BLOCK_SIZE, EngineConfig
 from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.core.scheduler import Batch, ScheduledSequence
 from engine.core.sequence import Sequence
+from engine.device.device import make_device
 from engine.device.stream import Pending, make_stream
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.step.builder import HostStep
+from engine.step.captures import Captures
 from engine.step.graphs import Capture, Graph
 from engine.step.runner import StepResult, build_runner
 
@@ -59,6 +61,7 @@ class Steps:
             self._stream,
             capture and self._counted(capture),
             EngineConfig().watermark,
+            Captures(make_device(device)),
         )
         fill_cache(loaded.calls)
         self._rng = np.random.default_rng(0)

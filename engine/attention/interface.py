@@ -31,13 +31,20 @@ StepMetadata = AttentionMetadata | PagedBatch
 class StepContext:
     """The step in progress, and the kernels that run it. One per model.
 
-    pools     the K and V tensors of the whole KV cache
-    metadata  of the step in progress; set before each forward
+    pools         the K and V tensors of the whole KV cache
+    metadata      of the step in progress
+    num_forwards  that were begun, the one in progress included
     """
 
     ops: Ops
     pools: list[Tensor]
     metadata: StepMetadata | None = None
+    num_forwards: int = 0
+
+    def begin(self, metadata: StepMetadata) -> None:
+        """Begin a forward of the model for a step with this metadata."""
+        self.metadata = metadata
+        self.num_forwards += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +71,18 @@ class PagedAttention:
     def __init__(self, context: StepContext, calls: list[LayerCache]):
         self.context = context
         self._calls = calls
-        self._metadata: StepMetadata | None = None
+        self._forward = 0
         self._next = 0
 
     def next_call(self) -> tuple[LayerCache, StepMetadata]:
         """Return the cache of the call in progress, and the step's metadata.
 
-        Calls are counted from 0 again with each step's metadata, and with each forward.
+        Calls are counted from 0 again with each forward, also after one that broke off.
         """
         metadata = self.context.metadata
         assert metadata is not None, "forward outside of a step"
-        if metadata is not self._metadata or self._next == len(self._calls):
-            self._metadata, self._next = metadata, 0
+        if self._forward != self.context.num_forwards:
+            self._forward, self._next = self.context.num_forwards, 0
         self._next += 1
         return self._calls[self._next - 1], metadata
 

@@ -60,8 +60,7 @@ def bind_kv_cache(
     through the returned context. A cache that was bound before is dropped first. The scales of
     an 8-bit cache are 1, since no checkpoint brings others: it stores the values themselves.
     """
-    for call in calls:
-        call.module.paged_attention = None  # type: ignore[assignment]
+    unbind_kv_cache(calls)
     caches, pools = _allocate(calls, num_blocks, dtype, device)
     context = StepContext(ops, pools)
     per_module: dict[nn.Module, list[LayerCache]] = defaultdict(list)
@@ -70,6 +69,12 @@ def bind_kv_cache(
     for module, layer_caches in per_module.items():
         module.paged_attention = PagedAttention(context, layer_caches)  # type: ignore[assignment]
     return context
+
+
+def unbind_kv_cache(calls: list[AttentionCall]) -> None:
+    """Take the cache away from the attention modules that it was given to."""
+    for call in calls:
+        call.module.paged_attention = None  # type: ignore[assignment]
 
 
 def copy_blocks(pools: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:

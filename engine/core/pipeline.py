@@ -241,19 +241,17 @@ class StepPipeline:
 
     def collect(self) -> None:
         """Wait for the oldest step in flight and take what it produced."""
-        step = self._in_flight.popleft()
-        error = None
+        step, failed = self._in_flight.popleft(), False
         try:
             output = step.result()
-        except Exception as e:
-            error = e
-        finished = self._clock()
-        if error is None:
-            self._take(step, output)
-        else:
+        except Exception as error:  # no variable keeps it, since it keeps what the step had
+            finished, failed = self._clock(), True
             self._recover(step, error)
-        self.last_step = figures = self._figures(step, finished, failed=error is not None)
-        if error is None:
+        else:
+            finished = self._clock()
+            self._take(step, output)
+        self.last_step = figures = self._figures(step, finished, failed)
+        if not failed:
             # The device's time for the step, without the one before it.
             seconds = finished - max(step.launch_time, self._last_finished)
             num_prefill_tokens = figures.num_tokens - figures.num_decodes

@@ -6,6 +6,7 @@ launch step N+1, then collect the results of step N.
 """
 
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
@@ -22,6 +23,9 @@ class Pending(Protocol[T_co]):
     def result(self) -> T_co:
         """Wait for the computation and return its result, or raise its error."""
 
+    def exception(self) -> BaseException | None:
+        """Wait for the computation and return its error, if it has one."""
+
 
 class Stream(Protocol):
     """Runs the work that is launched on it in order."""
@@ -36,7 +40,7 @@ class CpuStream:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="skiff-cpu-stream")
 
     def launch(self, work: Callable[[], T]) -> Future[T]:
-        return self._worker.submit(work)
+        return self._worker.submit(_run, work)
 
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)
@@ -54,12 +58,19 @@ class _CudaPending(Generic[T]):
         self._done.synchronize()
         return self._value  # type: ignore[return-value]
 
+    def exception(self) -> Exception | None:
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:
+            return error
+        return self._error
+
 
 class CudaStream:
     def launch(self, work: Callable[[], T]) -> Pending[T]:
         value, error = None, None
         try:
-            value = work()
+            value = _run(work)
         except Exception as e:  # raised when the result is asked for, as on the CPU
             error = e
         done = torch.cuda.Event()
@@ -70,6 +81,30 @@ class CudaStream:
         pass
 
 
+def _run(work: Callable[[], T]) -> T:
+    """Run `work`. If it fails, its error has the traceback as a note.
+
+    The traceback itself would keep the tensors of half a step as long as the error is known, and
+    the next step needs their memory.
+    """
+    try:
+        return work()
+    except Exception as error:
+        error.__notes__ = [traceback.format_exc()]  # other notes are a part of it
+        _drop_tracebacks(error)
+        raise
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Free the variables of all functions that an error passed, or one that it was raised from."""
+    errors: list[BaseException] = [error]
+    for each in errors:
+        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
+        causes = (each.__cause__, each.__context__)
+        errors += [cause for cause in causes if cause is not None and cause not in errors]
+
+
 def run_in_temporary_thread(work: Callable[[], T]) -> T:
     """Run `work` in a thread of its own, and return its result once that thread is done.
 
@@ -78,16 +113,27 @@ def run_in_temporary_thread(work: Callable[[], T]) -> T:
     between any two operations: a forward takes half as long again.
     """
     done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
     # A daemon thread, so that an interrupt from the keyboard ends the process.
-    threading.Thread(target=run, name="skiff-load", daemon=True).start()
-    return done.result()
+    threading.Thread(target=_fulfil, args=(done, work), name="skiff-load", daemon=True).start()
+    try:
+        return done.result()
+    finally:
+        del done
+
+
+def _fulfil(done: "Future[T]", work: Callable[[], T]) -> None:
+    """Give the future the result of `work`, or its error.
+
+    An error's traceback keeps the variables of this function and of the one that waits for it.
+    If one of them still named the future, which has the error, neither the error nor what the
+    failed work had allocated would be freed.
+    """
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
+    finally:
+        del done
 
 
 def make_stream(device: torch.device) -> Stream:

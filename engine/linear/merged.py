@@ -36,6 +36,10 @@ class _JointLinear(nn.Module):
             self._input = None
         return result
 
+    def forget(self) -> None:
+        """Let go of a result that not all members took, as their forward broke off."""
+        self._input, self._slices = None, {}
+
 
 class MergedLinear(nn.Module):
     """One of several merged linears. Its parent calls it as it called the original."""
@@ -81,6 +85,13 @@ def merge(linears: Sequence[nn.Linear]) -> dict[nn.Module, nn.Module]:
         if merged.bias is not None:
             linear.bias.data = merged.bias
     return replacements
+
+
+def forget_results(model: nn.Module) -> None:
+    """Let go of what a forward of the model that broke off has left in merged linears."""
+    for module in model.modules():
+        if isinstance(module, _JointLinear):
+            module.forget()
 
 
 def _concatenated(parts: Sequence[Tensor]) -> nn.Parameter:

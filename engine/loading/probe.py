@@ -22,6 +22,7 @@ from engine.attention.kv_cache import AttentionCall, bind_kv_cache
 from engine.attention.plan import FixedTables, StepSequences
 from engine.core.config import BLOCK_SIZE
 from engine.core.errors import LoadError
+from engine.loading.reasons import is_out_of_memory
 from kernels.ops import Ops
 from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
 
@@ -69,6 +70,8 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     except LoadError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise LoadError(f"{name} cannot be served: its probe forward failed: {error}") from error
     if not recorder.calls:
         raise LoadError(
@@ -251,6 +254,8 @@ def find_problem(
     try:
         actual = _packed_logits(model, calls, _prompts(model), ops)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"its packed forward failed: {error}"
     return check(actual, expected, model.dtype)
 
@@ -277,7 +282,7 @@ def _packed_logits(
         members = np.flatnonzero(sizes)
         starts, ends = done[members], (done + sizes)[members]
         step = StepSequences(members, starts, sizes[members])
-        context.metadata = attention.metadata(step)
+        context.begin(attention.metadata(step))
         ids = torch.cat(
             [prompts[m][:, s:e] for m, s, e in zip(members, starts, ends, strict=True)], dim=1
         )

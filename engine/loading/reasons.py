@@ -6,7 +6,12 @@ from pathlib import Path
 
 _LONGEST = 300
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
-_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "out of memory")
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def reason(error: BaseException) -> str:

@@ -174,7 +174,7 @@ def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> 
     tables = np.arange(-(-num_tokens // BLOCK_SIZE))[None] % num_blocks
     attention = FixedTables(loaded.ops, loaded.calls, tables, model.device)
     step = StepSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([num_tokens]))
-    context.metadata = attention.metadata(step)
+    context.begin(attention.metadata(step))
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
     logits = model(
         input_ids=ids,

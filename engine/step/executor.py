@@ -1,31 +1,38 @@
 """The pipeline's executor: batches become steps of the model, results become Python numbers."""
 
-import contextlib
+import logging
 from collections.abc import Iterable
+from traceback import format_exception
 from typing import cast
 
 import numpy as np
-import torch
 
 from engine.core.errors import EngineDead
 from engine.core.pipeline import SampledToken, StepOutput, new_sampled_token
 from engine.core.request import ConstraintState
 from engine.core.scheduler import Batch
+from engine.device.device import Device
 from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending
+from engine.loading.reasons import is_out_of_memory, reason
 from engine.sampling.sampler import SampledTokens
 from engine.step.builder import StepBuilder
 from engine.step.runner import Forward, ModelRunner, StepResult
 from engine.text.grammar import GrammarState, TokenMasks
 
+logger = logging.getLogger(__name__)
+
 
 class ModelExecutor:
     """Builds, launches and reads back steps of one model. Satisfies `Executor`."""
 
-    def __init__(self, builder: StepBuilder, runner: ModelRunner, masks: TokenMasks):
+    def __init__(
+        self, builder: StepBuilder, runner: ModelRunner, masks: TokenMasks, device: Device
+    ):
         self._builder = builder
         self._runner = runner
         self._masks = masks
+        self._device = device
 
     def launch(self, batch: Batch) -> "ModelStep":
         step = self._builder.build(batch)
@@ -34,13 +41,21 @@ class ModelExecutor:
         return ModelStep(self._runner, self._masks, None, self._runner.launch(step))
 
     def recover(self, error: Exception) -> None:
-        """Free cached memory after an out-of-memory error. Raises EngineDead if the device's
-        context is gone, because whatever runs next would fail the same way.
+        """Log the error, and make room for the next step if memory ran out.
+
+        Raises EngineDead if the device is lost, because whatever runs next would fail the same
+        way. Only the device can tell: errors of every class come from devices that go on, and
+        from devices that do not.
         """
-        if isinstance(error, torch.AcceleratorError):
-            raise EngineDead(f"{type(error).__name__}: {error}") from error
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        # As text: the traceback refers to the step, and whoever keeps the record would keep both.
+        logger.warning("a step failed: %s", "".join(format_exception(error)))
+        error.__traceback__ = None
+        try:
+            self._device.synchronize()
+        except RuntimeError as lost:
+            raise EngineDead(f"the device is lost: {reason(lost)}") from lost
+        if is_out_of_memory(error):
+            self._device.free_unused()
 
 
 class ModelStep:
@@ -76,11 +91,10 @@ class ModelStep:
         return _output(self._pending.result())
 
     def wait(self) -> None:
-        with contextlib.suppress(Exception):
-            if self._pending is not None:
-                self._pending.result()
-            elif self._forward is not None and self._forward.pending is not None:
-                self._forward.pending.result()
+        if self._pending is not None:
+            self._pending.exception()
+        elif self._forward is not None and self._forward.pending is not None:
+            self._forward.pending.exception()
 
 
 def _output(result: StepResult) -> StepOutput:

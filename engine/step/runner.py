@@ -1,6 +1,5 @@
 """Runs one step of the model: packed row in, sampled tokens out. Never waits for the device."""
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +13,15 @@ from engine.attention.plan import AttentionPlanner, GraphShape, make_planner
 from engine.core.config import BLOCK_SIZE
 from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending, Stream
+from engine.fusion.rotary_tables import RotaryTables
+from engine.linear.merged import forget_results
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.sampling.factory import make_sampler
 from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind
 from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
+from engine.step.captures import Captures
 from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
-
-logger = logging.getLogger(__name__)
 
 
 def build_runner(
@@ -30,10 +30,12 @@ def build_runner(
     stream: Stream,
     capture: Capture | None,
     watermark: tuple[float, float],
+    captures: Captures,
 ) -> tuple[StepBuilder, "ModelRunner"]:
     """Return what turns batches into steps, and what runs them; both share the slots' state.
 
-    `capture` records steps as graphs; None: every step is launched kernel by kernel.
+    `capture` records those steps as graphs that `captures` allows; None: every step is launched
+    kernel by kernel.
     """
     model, device = loaded.model, loaded.model.device
     tables_shape = limits.max_sequences + 1, -(-limits.max_total_tokens // BLOCK_SIZE)
@@ -49,7 +51,16 @@ def build_runner(
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
     graphs = StepGraphs(capture, planner, device) if capture else None
     runner = ModelRunner(
-        model, context, sampler, planner, graphs, stream, limits.max_sequences, watermark
+        model,
+        RotaryTables(model, tables_shape[1] * BLOCK_SIZE),  # all that a block table has room for
+        context,
+        sampler,
+        planner,
+        graphs,
+        captures,
+        stream,
+        limits.max_sequences,
+        watermark,
     )
     return builder, runner
 
@@ -91,6 +102,10 @@ class _Sampling:
         self.forward.result()
         return self.sampling.result()
 
+    def exception(self) -> BaseException | None:
+        errors = self.forward.exception(), self.sampling.exception()
+        return errors[0] or errors[1]
+
 
 class ModelRunner:
     """Owns the model and what the device remembers between steps: each slot's last token."""
@@ -98,21 +113,24 @@ class ModelRunner:
     def __init__(
         self,
         model: PreTrainedModel,
+        rotary_tables: RotaryTables,
         context: StepContext,
         sampler: Sampler,
         planner: AttentionPlanner,
         graphs: StepGraphs | None,
+        captures: Captures,
         stream: Stream,
         max_sequences: int,
         watermark: tuple[float, float],
     ):
         """`watermark` is the share of the vocabulary it favours, and by how much."""
         self._model = model
+        self._rotary_tables = rotary_tables
         self._context = context
         self._sampler = sampler
         self._planner = planner
         self._graphs = graphs
-        self._captures = {"prefills", "decodes"} if graphs else set()
+        self._captures = captures
         self._watermark = watermark
         self._stream = stream
         self._device = model.device
@@ -157,8 +175,10 @@ class ModelRunner:
             if graphs.forward is not None:
                 forward.logits = graphs.forward.replay()
                 return
-        else:
-            forward.inputs = step.inputs(step.arrays.upload(self._device), self._planner)
+            run = partial(self.forward, graphs.inputs)
+            forward.logits = self._captures.try_out(step.graph, run)
+            return
+        forward.inputs = step.inputs(step.arrays.upload(self._device), self._planner)
         forward.logits = self.forward(forward.inputs)
 
     def _start_counts(self, new: NewContexts) -> None:
@@ -233,36 +253,33 @@ class ModelRunner:
         is_captured = graphs is not None and graphs.forward is not None and kind in graphs.sampling
         if graphs is not None and is_captured and not is_copy:
             return graphs.sampling[kind].replay()
-        sampled = self._sample(scores, inputs, kind, logits if is_copy else None)
-        if graphs is not None and shape is not None and not is_captured:
-            self._capture(graphs, shape, kind)
+        run = partial(self._sample, scores, inputs, kind, logits if is_copy else None)
+        if graphs is None or shape is None or is_captured:
+            return run()
+        sampled = self._captures.try_out(shape, run)
+        self._capture(graphs, shape, kind)
         return sampled
 
     def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:
-        """Capture a step's graphs for the next step of its shape and kind.
+        """Capture a step's graphs for the next step of its shape and kind, where that is allowed.
 
-        If one capture fails, none is tried again for steps like it.
+        Both parts of the step were tried out.
         """
+        if self._captures.allow(shape):
+            self._captures.attempt(shape, partial(self._capture_parts, graphs, kind))
+
+    def _capture_parts(self, graphs: ShapeGraphs, kind: SamplingKind) -> None:
         assert self._graphs is not None
-        if shape.steps not in self._captures:
-            return
-        try:
-            if graphs.forward is None:
-                graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))
-            logits = graphs.forward.result
-            graphs.sampling[kind] = self._graphs.capture(
-                partial(self._sample, logits, graphs.inputs, kind)
-            )
-        except RuntimeError as error:
-            # Whatever cannot be captured in decodes is in prefills too.
-            refused = self._captures & ({"prefills"} if shape.prefills else {"prefills", "decodes"})
-            self._captures -= refused
-            steps = " and ".join(sorted(refused))
-            logger.warning("%s are launched kernel by kernel: no graph of them (%s)", steps, error)
+        if graphs.forward is None:
+            graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))
+        logits = graphs.forward.result
+        graphs.sampling[kind] = self._graphs.capture(
+            partial(self._sample, logits, graphs.inputs, kind)
+        )
 
     def needs_capture(self, step: HostStep) -> bool:
         """Whether the step lacks a graph that can be captured."""
-        if self._graphs is None or step.graph is None or step.graph.steps not in self._captures:
+        if self._graphs is None or step.graph is None or not self._captures.allow(step.graph):
             return False
         graphs = self._graphs.get(step.graph)
         if graphs is None or graphs.forward is None:
@@ -272,13 +289,18 @@ class ModelRunner:
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of the kept rows, [num_sampled + prompt rows, vocab_size]."""
         input_ids = self._known(inputs.input_ids, inputs.token_slots)
-        self._context.metadata = inputs.attention
-        return self._model(
-            input_ids=input_ids[None],
-            position_ids=inputs.position_ids[None],
-            use_cache=False,
-            logits_to_keep=inputs.kept_rows,
-        ).logits[0]
+        self._context.begin(inputs.attention)
+        try:
+            with self._rotary_tables:
+                return self._model(
+                    input_ids=input_ids[None],
+                    position_ids=inputs.position_ids[None],
+                    use_cache=False,
+                    logits_to_keep=inputs.kept_rows,
+                ).logits[0]
+        except Exception:
+            forget_results(self._model)
+            raise
 
     def _known(self, token_ids: Tensor, slots: Tensor) -> Tensor:
         """Replace `ON_DEVICE` among the token ids by the last token sampled in the slot."""

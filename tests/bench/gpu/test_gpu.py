@@ -474,6 +474,9 @@ class FakePending:
     def result(self) -> None:
         pass
 
+    def exception(self) -> None:
+        pass
+
 
 @pytest.fixture
 def cuda_timer(monkeypatch: pytest.MonkeyPatch) -> Timer:

@@ -2,12 +2,22 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from engine.attention.interface import attention_forward, unsupported_keywords
+from engine.attention.interface import (
+    LayerCache,
+    PagedAttention,
+    StepContext,
+    attention_forward,
+    unsupported_keywords,
+)
 from engine.core.errors import LoadError
 from engine.loading.probe import discover
+from kernels.ops import TORCH
+from kernels.paged_attention.mask import MaskSpec
+from kernels.paged_attention.reference import AttentionMetadata
 from tests.engine.models import reference
 
 
@@ -64,3 +74,32 @@ def test_a_model_that_passes_an_unknown_keyword_is_refused_at_load(
     monkeypatch.setattr(attention, "forward", passing)
     with pytest.raises(LoadError, match="LlamaAttention passes never_heard_of to attention"):
         discover(model)
+
+
+# -- modules that attend several times in a forward ------------------------------------------
+
+
+def metadata() -> AttentionMetadata:
+    """Return a step's metadata. Steps that run in one graph have the same."""
+    none = np.zeros(0, dtype=np.int64)
+    return AttentionMetadata(none, none, none.reshape(0, 0), torch.zeros(0), block_size=16)
+
+
+def test_calls_are_counted_anew_after_a_forward_that_broke_off() -> None:
+    caches = [LayerCache(torch.zeros(1), torch.zeros(1), MaskSpec(), True) for _ in range(3)]
+    context = StepContext(TORCH, [])
+    paged, step = PagedAttention(context, caches), metadata()
+    context.begin(step)
+    assert [paged.next_call() for _ in range(2)] == [(caches[0], step), (caches[1], step)]
+    context.begin(step)
+    assert [paged.next_call()[0] is cache for cache in caches] == [True] * 3
+
+
+def test_a_call_that_was_not_seen_at_load_is_an_error() -> None:
+    cache = LayerCache(torch.zeros(1), torch.zeros(1), MaskSpec(), True)
+    context = StepContext(TORCH, [])
+    paged = PagedAttention(context, [cache])
+    context.begin(metadata())
+    paged.next_call()
+    with pytest.raises(IndexError):
+        paged.next_call()

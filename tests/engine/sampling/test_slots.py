@@ -10,9 +10,10 @@ import torch
 from engine.core.request import SamplingParams
 from engine.sampling import torch_sampler, triton_sampler
 from engine.sampling.sampler import Sampler, SamplingPlan
-from engine.sampling.slots import HOST_ONLY, STEP_PARAMETERS, check_heeded
+from engine.sampling.slots import HOST_ONLY, STEP_PARAMETERS, SamplingSlots, check_heeded
 from engine.sampling.torch_sampler import TorchSampler
 from engine.sampling.triton_sampler import TritonSampler
+from tests.engine.recording import Recording
 
 CPU = torch.device("cpu")
 NEUTRAL = SamplingParams()
@@ -110,3 +111,11 @@ def test_a_slot_with_any_step_parameter_is_not_plain(
 ) -> None:
     assert not plan(make, replace(NEUTRAL, **{name: USED[name]})).kind.plain
     assert plan(make, replace(NEUTRAL, **{other: USED[other] for other in HOST_ONLY})).kind.plain
+
+
+def test_counting_the_tokens_of_a_new_sequence_waits_for_nothing() -> None:
+    slots, known = SamplingSlots(2, 8, CPU), torch.tensor([1, 2, 3, 3])
+    slots.all_counts()
+    with Recording():  # raises where it would
+        for counts_prompt in (True, False):
+            slots.start_counts(0, known, 2, counts_prompt)
