@@ -23,7 +23,8 @@ from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.step.builder import HostStep
 from engine.step.graphs import Capture, Graph
-from engine.step.runner import StepResult, build_runner
+from engine.step.result import StepResult
+from engine.step.runner import build_runner
 
 
 @dataclass(frozen=True, slots=True)
