@@ -98,7 +98,11 @@ class Engine:
         limits = self.limits
         freeze_rotary(loaded.model, limits.max_total_tokens)
         self.scheduler = Scheduler(
-            limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
+            limits.num_blocks,
+            limits.max_sequences,
+            limits.max_batch_tokens,
+            config.prefix_caching,
+            step_multiple=limits.step_multiple,
         )
         self._stream = make_stream(loaded.model.device)
         self._builder, self.runner = build_runner(

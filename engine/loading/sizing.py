@@ -33,6 +33,8 @@ _CUDA_MIXED_STEP_S = 0.05
 a stream hardly notice, in which a large GPU computes thousands of tokens. A CPU's decode takes
 that long.
 """
+_CUDA_STEP_MULTIPLE = 256
+"""Tokens. Beside decodes, long prompts fill steps up to a multiple, as captured steps have."""
 _PROBED_BLOCKS = 8
 """Blocks of the cache over which memory is measured. What they hold does not matter."""
 
@@ -47,12 +49,14 @@ class Limits:
     min_prefill_tokens  beside decodes a step has at least that many tokens of prompts, if there
                         are prompts; see `PrefillBudget`
     mixed_step_s        seconds that such a step may take in any case
+    step_multiple       long prompts fill such a step up to a multiple of so many tokens
     """
 
     max_sequences: int
     max_batch_tokens: int
     min_prefill_tokens: int
     mixed_step_s: float
+    step_multiple: int
     max_total_tokens: int
     num_blocks: int
     cache_dtype: torch.dtype
@@ -131,6 +135,7 @@ def _limits(loaded: LoadedModel, config: EngineConfig, num_blocks: int, why_bloc
         max_batch_tokens=sizes.batch_tokens,
         min_prefill_tokens=min(prefill, sizes.batch_tokens),
         mixed_step_s=_CUDA_MIXED_STEP_S if on_cuda else 0.0,
+        step_multiple=_CUDA_STEP_MULTIPLE if on_cuda else 1,
         max_total_tokens=max_total_tokens,
         num_blocks=num_blocks,
         cache_dtype=dtype,

@@ -24,6 +24,8 @@ ON_DEVICE = -1
 """Stands for a token id that only the device knows yet."""
 _WRITE_NOTHING = -1
 """Stands in the slot mapping for a token whose K and V are not stored."""
+_MIN_TABLE_ROOM = 64
+"""Changes of block tables for which every graph has room: those of a prompt of 1024 tokens."""
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -230,16 +232,17 @@ class StepBuilder:
     ) -> tuple[dict[str, np.ndarray], PackedArrays | None]:
         """Return the changes of block tables that ride among the step's arrays, and those apart.
 
-        A graph has room for as many as it has tokens: a block for each decode, or the tables of
-        its prompts. Only the table of a long cached prefix is larger.
+        A graph has room for a block of each decode, and for the tables of its prompts. Only that of
+        a long cached prefix is larger.
         """
         tables = self._block_tables.reshape(-1)
         if graph is None:
             return (self._planner.update(changed, tables) if len(changed) else {}), None
-        if len(changed) <= graph.tokens:
-            return self._planner.update(changed, tables, graph.tokens), None
+        room = max(graph.tokens, _MIN_TABLE_ROOM)
+        if len(changed) <= room:
+            return self._planner.update(changed, tables, room), None
         apart = self._planner.update(changed, tables)
-        riding = self._planner.update(_NO_ROWS, tables, graph.tokens)
+        riding = self._planner.update(_NO_ROWS, tables, room)
         return riding, PackedArrays(apart) if apart else None
 
     def _extra_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:

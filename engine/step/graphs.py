@@ -27,11 +27,12 @@ _DECODES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
 A step of more than 8 rows fills at least half of its graph, one of more than 64 at least four
 fifths. Beyond 256 sizes go up by an eighth at most.
 """
-_PREFILLS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+_PREFILLS = (16, 32, 64, 128, 256, 384, *range(512, 2049, 256))
 """Tokens of the captured steps with chunks of prompts.
 
-A step of more than 256 fills at least two thirds of its graph. Beyond 2048 the device takes longer
-than the host, which launches kernel by kernel, on all but the smallest models.
+A step of more than 256 fills at least two thirds of its graph, and chunks of long prompts fill it
+whole. Beyond 2048 tokens the device takes longer than the host, which launches kernel by kernel, on
+all but the smallest models.
 """
 
 
