@@ -198,7 +198,7 @@ def measure_mixed(run: Run, stage: Stage, name: str) -> None:
     steps, scale = stage.steps(name), run.scale
     num_tokens, decodes, context = scale.mixed_step
     eager, replayed = steps.mixed(num_tokens, decodes, context, scale.count)
-    row = stage.subject(name).labels | {"tokens": num_tokens, "decodes": decodes}
+    row: Row = stage.subject(name).labels | {"tokens": num_tokens, "decodes": decodes}
     row |= {"host_ms": eager.host * 1e3, "step_ms": eager.on_device * 1e3}
     if replayed is not None:
         row |= {"graph_host_ms": replayed.host * 1e3, "graph_ms": replayed.on_device * 1e3}

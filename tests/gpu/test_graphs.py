@@ -66,8 +66,8 @@ def test_a_large_mixed_graph_replays_what_runs_kernel_by_kernel(name: str, num_t
 def test_what_graphs_keep_is_what_was_measured() -> None:
     model = loaded("llama", torch.bfloat16)
     memory = CudaMemory(torch.device("cuda"), 0.9)
-    sizes = {name: SIZES[name] for name in ("max_sequences", "max_batch_tokens")}
-    limits = measure_limits(model, EngineConfig(**sizes), memory)
+    config = EngineConfig(SIZES["max_sequences"], SIZES["max_batch_tokens"])
+    limits = measure_limits(model, config, memory)
     (said,) = re.findall(r"([\d.]+) for graphs kept, measured", "\n".join(limits.reasons))
     measured = float(said) * 2**30
     serving = engine(model, **SIZES)
