@@ -36,6 +36,7 @@ from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
+from engine.step.builder import HostStep
 from engine.step.executor import ModelExecutor
 from engine.step.graph_memory import capture_shape, graph_bytes
 from engine.step.graphs import Capture, CudaCapture
@@ -216,7 +217,13 @@ class Engine:
 
     def _capture_shape(self, shape: GraphShape) -> bool:
         with self.cold_start.phase("graphs"):
-            return capture_shape(self._builder, self.runner, shape, _COMMON_SAMPLING)
+            return capture_shape(
+                self._builder, self.runner, shape, _COMMON_SAMPLING, self._run_ahead
+            )
+
+    def _run_ahead(self, step: HostStep) -> None:
+        """Run a step of padding, which captures its graphs."""
+        self.runner.launch(step).result()
 
     # -- one step ---------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class CudaCapture:
     def __call__(self, work: Callable[[], T]) -> tuple[Graph, T]:
         torch.cuda.synchronize()
         if not self._has_captured:
-            torch.cuda.empty_cache()  # to the pool belongs all that it may need
+            torch.cuda.empty_cache()  # so that the pool can have what other steps have freed
             self._has_captured = True
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
