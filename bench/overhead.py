@@ -11,15 +11,14 @@ import argparse
 import statistics
 import time
 
-import torch
+import numpy as np
 
 from engine.core.config import DEFAULT_MODEL_ID, EngineConfig, LoadConfig
 from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.engine import Engine
 from engine.loading.loader import load
-from engine.sampling.sampler import SampledTokens
 from engine.step.builder import HostStep
-from engine.step.runner import StepResult
+from engine.step.result import HostTokens, StepResult
 
 _TOKEN = 260  # an ordinary word piece of the default model
 
@@ -28,7 +27,7 @@ class _Done:
     """A step whose result is available as soon as it is launched."""
 
     def __init__(self, num_sampled: int):
-        tokens = SampledTokens(torch.full((num_sampled,), _TOKEN), torch.zeros(num_sampled))
+        tokens = HostTokens(np.full(num_sampled, _TOKEN), np.zeros(num_sampled, np.float32))
         self._result = StepResult(tokens, None)
 
     def result(self) -> StepResult:

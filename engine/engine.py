@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from engine.attention.kv_cache import unbind_kv_cache
+from engine.attention.plan import GraphShape
 from engine.core.config import EngineConfig, LoadConfig
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, EngineFigures, StepFigures
@@ -32,6 +33,7 @@ from engine.core.request import (
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.device.device import Device, make_device
+from engine.device.memory import DeviceMemory
 from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
@@ -40,6 +42,7 @@ from engine.output import SequenceOutput
 from engine.step.builder import HostStep
 from engine.step.captures import Captures
 from engine.step.executor import ModelExecutor
+from engine.step.graph_memory import capture_shape, graph_bytes
 from engine.step.graphs import Capture, CudaCapture
 from engine.step.runner import build_runner
 from engine.text.grammar import GrammarCompiler, TokenMasks
@@ -48,11 +51,11 @@ Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
 
 _COMMON_SAMPLING = (
-    SamplingParams(do_sample=True, logprobs=True),
-    SamplingParams(logprobs=True),
     SamplingParams(),
+    SamplingParams(logprobs=True),
+    SamplingParams(do_sample=True, logprobs=True),
 )
-"""Kinds of sampling whose graphs are captured while there is no work, the last one first."""
+"""Kinds of sampling whose graphs are captured ahead, before a request needs them."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Engine:
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
         cold_start = cold_start or ColdStart()
         loaded = run_in_temporary_thread(lambda: load(load_config, cold_start))
-        limits = run_in_temporary_thread(lambda: decide_limits(loaded, config))
+        limits = run_in_temporary_thread(lambda: measure_limits(loaded, config))
         with cold_start.phase("warm-up"):
             while (engine := cls._warm(loaded, config, limits)) is None:
                 unbind_kv_cache(loaded.calls)
@@ -76,6 +79,7 @@ class Engine:
                 logger.warning("out of memory: trying a KV cache of %d blocks", limits.num_blocks)
         engine.grammars.prepare()
         engine.cold_start = cold_start
+        engine.capture_decodes()
         return engine
 
     @classmethod
@@ -105,8 +109,7 @@ class Engine:
 
         `device` is asked what its state is after an error. None: the one that has the model.
         """
-        if capture is None and config.cuda_graphs and loaded.model.device.type == "cuda":
-            capture = CudaCapture()
+        capture = capture or _make_capture(loaded, config)
         self.limits = limits or decide_limits(loaded, config)
         self.info = loaded.info
         self.tokenizer = loaded.tokenizer
@@ -114,21 +117,25 @@ class Engine:
         limits = self.limits
         freeze_rotary(loaded.model, limits.max_total_tokens)
         self.scheduler = Scheduler(
-            limits.num_blocks, limits.max_sequences, limits.max_batch_tokens, config.prefix_caching
+            limits.num_blocks,
+            limits.max_sequences,
+            limits.max_batch_tokens,
+            config.prefix_caching,
+            step_multiple=limits.step_multiple,
         )
         device = device or make_device(loaded.model.device)
         self._stream = make_stream(loaded.model.device)
         self._builder, self.runner = build_runner(
             loaded, limits, self._stream, capture, config.watermark, Captures(device)
         )
-        self._graphs_to_capture = [
-            (shape, kind) for shape in self._builder.graph_shapes for kind in _COMMON_SAMPLING
-        ]
+        self._graphs_to_capture = list(self._builder.graph_shapes)
         vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         masks = TokenMasks(vocab_size)
         self._executor = ModelExecutor(self._builder, self.runner, masks, device)
-        prefill_budget = PrefillBudget(limits.min_prefill_tokens, limits.max_batch_tokens)
+        prefill_budget = PrefillBudget(
+            limits.min_prefill_tokens, limits.max_batch_tokens, limits.mixed_step_s
+        )
         self.pipeline = StepPipeline(self.scheduler, self._executor, self, prefill_budget)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}
         self._events: Events = []
@@ -213,19 +220,27 @@ class Engine:
     def close(self) -> None:
         self._stream.close()
 
+    def capture_decodes(self) -> None:
+        """Capture the graphs of decodes, for which the first requests would have to wait."""
+        while self._graphs_to_capture and not self._graphs_to_capture[-1].prefills:
+            self._capture_shape(self._graphs_to_capture.pop())
+
     def capture_next_graph(self) -> bool:
-        """Capture one graph that is still missing, those of decodes first; False if none is.
+        """Capture the graphs of one more shape, the largest ones first; False if none is missing.
 
         Called while there is no work, so that no step has to wait for a capture. If one fails, the
         rest are captured when they are first needed. Raises EngineDead if the device is lost.
         """
         while self._graphs_to_capture:
-            step = self._builder.empty(*self._graphs_to_capture.pop())
-            if self.runner.needs_capture(step):
-                with self.cold_start.phase("graphs"):
-                    self._run_ahead(step)
+            if self._capture_shape(self._graphs_to_capture.pop()):
                 return True
         return False
+
+    def _capture_shape(self, shape: GraphShape) -> bool:
+        with self.cold_start.phase("graphs"):
+            return capture_shape(
+                self._builder, self.runner, shape, _COMMON_SAMPLING, self._run_ahead
+            )
 
     def _run_ahead(self, step: HostStep) -> None:
         """Run a step of padding, which captures its graphs."""
@@ -281,6 +296,36 @@ class Engine:
         request_id = seq.request.request_id
         del self._live[request_id]
         self._events.append((request_id, Failed(message)))
+
+
+def measure_limits(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    memory: DeviceMemory | None = None,
+    capture: Capture | None = None,
+) -> Limits:
+    """Decide the limits, with room for the graphs that an engine will capture.
+
+    `capture` and its default are those of `Engine`. Raises LoadError.
+    """
+    capture = capture or _make_capture(loaded, config)
+
+    def measure_graphs(limits: Limits, memory: DeviceMemory) -> int:
+        freeze_rotary(loaded.model, limits.max_total_tokens)
+        stream = make_stream(loaded.model.device)
+        captures = Captures(make_device(loaded.model.device))
+        build = partial(build_runner, loaded, limits, stream, capture, config.watermark, captures)
+        try:
+            return graph_bytes(build, _COMMON_SAMPLING, memory)
+        finally:
+            stream.close()
+
+    return decide_limits(loaded, config, memory, graph_bytes=measure_graphs if capture else None)
+
+
+def _make_capture(loaded: LoadedModel, config: EngineConfig) -> Capture | None:
+    """Return what captures graphs of this model's steps; None: its steps are not captured."""
+    return CudaCapture() if config.cuda_graphs and loaded.model.device.type == "cuda" else None
 
 
 def _finished(seq: Sequence, output: SequenceOutput, reason: FinishReason) -> Finished:

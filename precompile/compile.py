@@ -33,7 +33,7 @@ _NUM_TOP = 5, 20
 """The most alternatives that a request may ask for, Text Generation Inference's by default and
 OpenAI's; other limits are other kernels.
 """
-_MAX_BATCH_TOKENS, _MAX_SEQUENCES = 4096, 256
+_MAX_BATCH_TOKENS, _MAX_SEQUENCES = 8192, 256
 """A GPU's defaults. They matter because block tables are as wide as the longest step needs."""
 
 

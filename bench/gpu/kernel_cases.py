@@ -232,7 +232,7 @@ def captured_attention(
     setting: Setting, batch: int, length: int, before: int, num_rows: int
 ) -> KernelCase:
     """Attention of chunks in a captured step of `num_rows` tokens, which the padding fills."""
-    step, graph = _uniform(batch, length, before), GraphShape(num_rows, prefills=True)
+    step, graph = _uniform(batch, length, before), GraphShape(num_rows, num_rows, prefills=True)
     size = {"batch": batch, "context": before + length, "tokens": length, "rows": num_rows}
     return _attention("captured attention", setting, step, size, graph=graph)
 
@@ -282,7 +282,7 @@ def _make_attention(
     width = -(-int(step.ends.max()) // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(num_sequences * width)
     tables = tables.reshape(num_sequences, width)
-    num_rows = int(step.lengths.sum()) if graph is None else graph.rows
+    num_rows = int(step.lengths.sum()) if graph is None else graph.tokens
     if graph is None:
         fixed = FixedTables(setting.ops, [_call(shape)], tables, setting.device)
         metadata = fixed.metadata(step)
@@ -304,19 +304,19 @@ def _captured_metadata(
 ) -> StepMetadata:
     """Plan a step as the engine does for a graph: padded, in a buffer with room for any other."""
     tables = np.concatenate([tables, np.zeros_like(tables[:1])])  # with the slot of padding
-    num_padding = graph.rows - int(step.lengths.sum())
+    num_padding = graph.tokens - int(step.lengths.sum())
     padded = StepSequences(
         np.append(step.slots, np.full(num_padding, len(step.slots))),
         np.append(step.starts, np.full(num_padding, PADDING)),
         np.append(step.lengths, np.ones(num_padding, dtype=np.int64)),
     )
     shape = tables.shape[0], tables.shape[1]
-    planner = make_planner(setting.ops, [_call(setting.shape)], shape, graph.rows, setting.device)
+    planner = make_planner(setting.ops, [_call(setting.shape)], shape, graph.tokens, setting.device)
     update = planner.update(np.arange(tables.size), tables.reshape(-1))
-    if update is not None:
-        planner.apply_update(update.upload(setting.device))
+    if update:
+        planner.apply_update(PackedArrays(update).upload(setting.device))
     plan = planner.plan(padded, tables, graph)
-    slot_mapping = np.full(graph.rows, -1)
+    slot_mapping = np.full(graph.tokens, -1)
     arrays = PackedArrays({"slot_mapping": slot_mapping} | plan.arrays, plan.capacity)
     buffer = torch.zeros(arrays.max_bytes, dtype=torch.uint8, device=setting.device)
     arrays.copy_to(buffer)

@@ -71,6 +71,8 @@ def _render_run(figures: Figures) -> str:
         _titled("Goals", goals_table(figures)),
         _titled("Decode steps: milliseconds, and the share of the bound", _decode(figures)),
         _titled("Prefill steps", _prefill(figures)),
+        _titled("A prompt beside decodes: milliseconds of host and device", _mixed(figures)),
+        _titled("Capturing the steps of a shape", _graphs(figures)),
         _titled("The engine in steady decode: a step as the host sees it", _steady(figures)),
         _titled("First token of a prompt, in milliseconds", _first_token(figures)),
         _titled("End to end: output tokens a second", _end_to_end(figures)),
@@ -134,6 +136,37 @@ def _prefill(figures: Figures) -> str | None:
                 f"{row['ratio']:.0%}",
             ]
             for row in figures["prefill"]
+        ],
+    )
+
+
+def _mixed(figures: Figures) -> str | None:
+    return _table(
+        ["model", "prompt", "decodes", "host", "device", "host, from graphs", "device"],
+        [
+            [row["model"], row["tokens"], row["decodes"]]
+            + [
+                f"{row[name]:.2f}" if name in row else _ABSENT
+                for name in ("host_ms", "step_ms", "graph_host_ms", "graph_ms")
+            ]
+            for row in figures.get("mixed", [])
+        ],
+    )
+
+
+def _graphs(figures: Figures) -> str | None:
+    return _table(
+        ["model", "steps", "tokens", "sampled rows", "ms", "MB"],
+        [
+            [
+                row["model"],
+                "prefills" if row["prefills"] else "decodes",
+                row["tokens"],
+                row["rows"],
+                f"{row['ms']:.0f}",
+                f"{row['mb']:.1f}",
+            ]
+            for row in figures.get("graphs", [])
         ],
     )
 

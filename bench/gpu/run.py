@@ -174,7 +174,7 @@ def new_figures(device: torch.device, scale: Scale) -> dict[str, Any]:
         "triton": triton.__version__,
         "transformers": transformers.__version__,
     }
-    lists = ("models", "kernels", "decode", "prefill", "steady", "end_to_end")
+    lists = ("models", "kernels", "decode", "prefill", "mixed", "graphs", "steady", "end_to_end")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions,

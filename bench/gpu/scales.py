@@ -35,6 +35,8 @@ class Scale:
     single         workload of one request, for the engine and `generate`
     peer           workload for the engine and transformers' continuous batching
     starts         number of starts of the server, of which the last one counts
+    mixed          models of which a step is timed that has a prompt beside decodes
+    mixed_step     (tokens of the prompt, decodes, context of these) of such a step
     """
 
     name: str
@@ -59,6 +61,8 @@ class Scale:
     single: Workload
     peer: Workload
     starts: int
+    mixed: tuple[str, ...]
+    mixed_step: tuple[int, int, int]
 
     @property
     def longest(self) -> int:
@@ -69,7 +73,7 @@ class Scale:
 
 FULL = Scale(
     name="full",
-    seconds=465,
+    seconds=478,
     model="Llama-3.1-8B",
     others=("Qwen3-8B", "Gemma-2-9B", "Mixtral-8x7B-8-layers", "Phi-3-mini", "gpt2-xl"),
     points=Points(
@@ -94,6 +98,8 @@ FULL = Scale(
     single=uniform(1, 1000, 128),
     peer=uniform(64, 1000, 128),
     starts=2,
+    mixed=("Llama-3.1-8B", "Llama-3.2-1B", "Qwen3-0.6B"),
+    mixed_step=(300, 32, 1024),
 )
 QUICK = replace(
     FULL,
@@ -108,6 +114,7 @@ QUICK = replace(
     http=uniform(64, 200, 200),
     peer=uniform(64, 200, 64),
     starts=1,
+    mixed=("Llama-3.1-8B",),
 )
 _FEW = Points(batches=(1, 3), contexts=(20, 50), prompts=((2, 24, 0), (1, 300, 20)))
 TINY = Scale(
@@ -133,4 +140,6 @@ TINY = Scale(
     single=uniform(1, 12, 4),
     peer=uniform(3, 12, 4),
     starts=1,
+    mixed=("tiny",),
+    mixed_step=(24, 2, 20),
 )

@@ -31,6 +31,8 @@ Row = dict[str, Any]
 SECTIONS = (
     "decode",
     "prefill",
+    "mixed",
+    "graphs",
     "steady",
     "first-token",
     "offline",
@@ -45,14 +47,16 @@ SECTIONS = (
 def sections_of(run: Run, only: set[str]) -> list[Section]:
     """Return the chosen sections, the most informative first.
 
-    Their times are estimates for an H200 that has to compile the kernels: 440 s in all, of the
-    465 s of the full scale.
+    Their times are estimates for an H200 that has to compile the kernels: 459 s in all, of the
+    484 s of the full scale.
     """
     stage, scale = Stage(run), run.scale
     first = scale.model
     by_name: dict[str, list[Section]] = {
         "decode": decode_sections(run, stage, first, first_s=35, next_s=8),
         "prefill": [Section(f"{first}: prefill", partial(measure_prefill, run, stage, first), 8)],
+        "mixed": mixed_sections(run, stage),
+        "graphs": graph_sections(run, stage),
         "steady": steady_sections(run, stage),
         "first-token": [Section("first token", partial(measure_first_token, run, stage), 5)],
         "offline": offline_sections(run, stage),
@@ -176,6 +180,49 @@ def _prefill_row(
     size = {"batch": batch, "tokens": length, "before": before, "steps": len(parts)}
     row = subject.labels | size | _figures(seconds, work)
     return row | {"tokens_per_s": batch * length / seconds.wall}
+
+
+def mixed_sections(run: Run, stage: Stage) -> list[Section]:
+    """Return a section for each model; a small one takes 4 s to build and to size."""
+    return [
+        Section(
+            f"{name}: a prompt beside decodes",
+            partial(measure_mixed, run, stage, name),
+            2 if name == run.scale.model else 6,
+        )
+        for name in run.scale.mixed
+    ]
+
+
+def measure_mixed(run: Run, stage: Stage, name: str) -> None:
+    """Compare what a step with a prompt beside decodes takes the host and the device."""
+    steps, scale = stage.steps(name), run.scale
+    num_tokens, decodes, context = scale.mixed_step
+    eager, replayed = steps.mixed(num_tokens, decodes, context, scale.count)
+    row: Row = stage.subject(name).labels | {"tokens": num_tokens, "decodes": decodes}
+    row |= {"host_ms": eager.host * 1e3, "step_ms": eager.on_device * 1e3}
+    if replayed is not None:
+        row |= {"graph_host_ms": replayed.host * 1e3, "graph_ms": replayed.on_device * 1e3}
+    run.figures["mixed"].append(row)
+
+
+def graph_sections(run: Run, stage: Stage) -> list[Section]:
+    """Return the section of captures, which take some 50 ms for each of 32 shapes."""
+    return [Section("graphs", partial(measure_graphs, run, stage), 4)] if run.on_cuda else []
+
+
+def measure_graphs(run: Run, stage: Stage) -> None:
+    """Capture the steps of all shapes, with the seconds and the bytes that each takes."""
+    stage.clear_cache()  # its graphs too
+    name = run.scale.model
+    steps = stage.steps(name)
+    labels = stage.subject(name).labels
+    run.figures["graphs"] = [
+        labels
+        | captured.shape._asdict()
+        | {"ms": captured.seconds * 1e3, "mb": captured.num_bytes / 1e6}
+        for captured in steps.capture_all()
+    ]
 
 
 def _figures(seconds: StepSeconds, work: Work) -> Row:

@@ -17,9 +17,9 @@ from bench.gpu.run import Run
 from bench.gpu.scales import Points
 from bench.gpu.steps import Steps
 from engine.core.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, measure_limits
 from engine.loading.loader import LoadedModel
-from engine.loading.sizing import Limits, decide_limits
+from engine.loading.sizing import Limits
 from engine.step.graphs import CudaCapture
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def load(run: Run, name: str) -> Subject:
     config = EngineConfig(
         max_sequences=max(points.batches), max_total_tokens=min(longest, loaded.max_positions)
     )
-    limits = decide_limits(loaded, config)
+    limits = measure_limits(loaded, config)
     cost = ModelCost.of(loaded, limits.cache_dtype.itemsize)
     row = {
         "model": name,

@@ -4,12 +4,14 @@ The runner, its graphs, the paged cache and the sampler are the engine's. The se
 up: their tokens count as computed, and the cache holds noise, which takes as long.
 """
 
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.gpu.device import Timer
 from engine.attention.kv_cache import AttentionCall
@@ -25,7 +27,8 @@ from engine.loading.sizing import Limits
 from engine.step.builder import HostStep
 from engine.step.captures import Captures
 from engine.step.graphs import Capture, Graph
-from engine.step.runner import StepResult, build_runner
+from engine.step.result import StepResult
+from engine.step.runner import build_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,26 @@ class StepSeconds:
     wall: float
     fits: bool
     in_graph: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """Seconds that the host takes to launch a step, and seconds that the step takes the device."""
+
+    host: float
+    on_device: float
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedShape:
+    """What it took to run a step of this shape once and to capture it.
+
+    num_bytes  that the device has less afterwards
+    """
+
+    shape: GraphShape
+    seconds: float
+    num_bytes: int
 
 
 class Steps:
@@ -90,6 +113,46 @@ class Steps:
         step = self._builder.build(_batch(sequences, before, length))
         return StepSeconds(self._device_seconds(step, count), wall, fits)
 
+    def mixed(
+        self, num_tokens: int, decodes: int, context: int, count: int
+    ) -> tuple[Launched, Launched | None]:
+        """Time a step with a prompt beside decodes: launched kernel by kernel, and from graphs.
+
+        The second is None where steps are not captured.
+        """
+        sequences, _ = self._sequences(decodes + 1, max(context, num_tokens), context + 1)
+        entries = [_entry(sequence, context - 1, 1) for sequence in sequences[:-1]]
+        batch = Batch([*entries, _entry(sequences[-1], 0, num_tokens)])
+        self._launch(replace(batch, reset=sequences)).result()
+        shapes, self._builder.graph_shapes = self._builder.graph_shapes, ()
+        try:
+            eager = self._launched(batch, count)
+        finally:
+            self._builder.graph_shapes = shapes
+        return eager, self._launched(batch, count) if self.captures else None
+
+    def _launched(self, batch: Batch, count: int) -> Launched:
+        for _ in range(2):  # one that is captured if it can be, and the first replayed
+            self._launch(batch).result()
+        seconds = []
+        for _ in range(count):
+            step = self._builder.build(batch)
+            started = time.perf_counter()
+            pending = self._runner.launch(step)
+            seconds.append(time.perf_counter() - started)
+            pending.result()
+        on_device = self._device_seconds(self._builder.build(batch), count)
+        return Launched(statistics.median(seconds), on_device)
+
+    def capture_all(self) -> Iterator[CapturedShape]:
+        """Capture the greedy steps of each shape, in the engine's order."""
+        for shape in reversed(self._builder.graph_shapes):
+            free = _free_memory()
+            started = time.perf_counter()
+            self._runner.launch(self._builder.empty(shape, SamplingParams())).result()
+            seconds = time.perf_counter() - started
+            yield CapturedShape(shape, seconds, free - _free_memory())
+
     def _counted(self, capture: Capture) -> Capture:
         def record(work: Callable[[], Any]) -> tuple[Graph, Any]:
             captured = capture(work)
@@ -135,9 +198,17 @@ class Steps:
         return sequences, fits
 
 
+def _free_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def _entry(sequence: Sequence, start: int, length: int) -> ScheduledSequence:
+    return ScheduledSequence(sequence, sequence.slot, start, length, True, 0)
+
+
 def _batch(sequences: list[Sequence], start: int, length: int, reset: bool = False) -> Batch:
     return Batch(
-        scheduled=[ScheduledSequence(s, s.slot, start, length, True, 0) for s in sequences],
+        scheduled=[_entry(sequence, start, length) for sequence in sequences],
         reset=list(sequences) if reset else [],
     )
 

@@ -31,6 +31,8 @@ from kernels.paged_attention.plan import (
 )
 from kernels.paged_attention.reference import AttentionMetadata
 
+_TABLE_INDEX, _TABLE_BLOCKS = "table_index", "table_blocks"
+"""Arrays of an update: indices into the flattened block tables, and their new blocks."""
 PADDING = -1
 """Position of a row that only pads a captured graph: it belongs to no sequence. Such rows come
 last in a step."""
@@ -70,12 +72,14 @@ class StepSequences:
 
 
 class GraphShape(NamedTuple):
-    """What all steps have in common that one captured graph serves.
+    """What all steps have in common that one captured graph serves; a step with less is padded.
 
-    rows      number of tokens, and of logits that are sampled; a step with fewer is padded
+    tokens    length of the packed row
+    rows      number of logits that are sampled: all tokens' in decodes, fewer beside long chunks
     prefills  whether there may be chunks of prompts; else every sequence has one token
     """
 
+    tokens: int
     rows: int
     prefills: bool = False
 
@@ -119,11 +123,16 @@ class AttentionPlanner(Protocol):
         `arrays` are on the device, perhaps among others of the step.
         """
 
-    def update(self, changed: np.ndarray, tables: np.ndarray, /) -> PackedArrays | None:
-        """What to upload because these entries of the flattened block tables changed."""
+    def update(
+        self, changed: np.ndarray, tables: np.ndarray, capacity: int | None = None, /
+    ) -> dict[str, np.ndarray]:
+        """What to upload because these entries of the flattened block tables changed.
+
+        With `capacity`, the arrays have that many entries, at least as many as changed.
+        """
 
     def apply_update(self, arrays: Mapping[str, Tensor], /) -> None:
-        """Store an uploaded update, in stream order, before the step that needs it."""
+        """Store an uploaded update, if there is one among the arrays, in stream order."""
 
 
 class FixedTables:
@@ -144,8 +153,8 @@ class FixedTables:
         shape = tables.shape[0], tables.shape[1]
         self._planner = make_planner(ops, calls, shape, shape[0], device)
         update = self._planner.update(np.arange(tables.size), tables.reshape(-1))
-        if update is not None:
-            self._planner.apply_update(update.upload(device))
+        if update:
+            self._planner.apply_update(PackedArrays(update).upload(device))
 
     def metadata(self, step: StepSequences) -> StepMetadata:
         """Plan the step and make its metadata, all at once."""
@@ -167,7 +176,7 @@ def make_planner(
 ) -> AttentionPlanner:
     """Return the planner for these kernels.
 
-    `max_rows` is the number of rows of the largest graph, or of the most decodes in a step.
+    `max_rows` is the number of tokens of the largest graph, or of the most decodes in a step.
     `batch_invariant` is whether a prompt's attention must not depend on how it is cut into chunks.
     """
     if ops.is_triton:
@@ -200,11 +209,14 @@ class TorchPlanner:
             block_size=BLOCK_SIZE,
         )
 
-    def update(self, _changed: np.ndarray, _tables: np.ndarray) -> None:
+    def update(
+        self, _changed: np.ndarray, _tables: np.ndarray, _capacity: int | None = None
+    ) -> dict[str, np.ndarray]:
         """The device keeps no block tables, so there is nothing to upload."""
+        return {}
 
     def apply_update(self, _arrays: Mapping[str, Tensor]) -> None:
-        raise NotImplementedError
+        """There never is an update."""
 
 
 class TritonPlanner:
@@ -243,12 +255,12 @@ class TritonPlanner:
         if prefills.any() or (graph and graph.prefills):
             for block_q in self._block_qs:
                 items = self._prefill_items(step, rows, prefills, padding, block_q)
-                num_items = prefill_capacity(graph.rows, block_q) if graph else len(items)
+                num_items = prefill_capacity(graph.tokens, block_q) if graph else len(items)
                 arrays |= _work_arrays(_prefill_name(block_q), items, num_items)
         if graph or decodes.any():  # last: its size varies between steps of one graph
             items = plan_decode(step.slots[decodes], step.starts[decodes], rows[decodes])
             arrays |= _work_arrays("decode", items, len(items))
-        capacity = decode_capacity(graph.rows, self._num_slots) if graph else None
+        capacity = decode_capacity(graph.tokens, self._num_slots) if graph else None
         return AttentionPlan(arrays, {}, capacity)
 
     def _prefill_items(
@@ -282,12 +294,19 @@ class TritonPlanner:
             counters=self._counters,
         )
 
-    def update(self, changed: np.ndarray, tables: np.ndarray) -> PackedArrays:
+    def update(
+        self, changed: np.ndarray, tables: np.ndarray, capacity: int | None = None
+    ) -> dict[str, np.ndarray]:
         index = np.unique(changed)  # a scatter on the device has no order among equal indices
-        return PackedArrays({"index": index, "blocks": tables[index].astype(np.int32)})
+        if capacity is not None:
+            # The padding writes what the last entry, of the slot that pads graphs, has anyway.
+            index = np.concatenate([index, np.full(capacity - len(index), tables.size - 1)])
+        return {_TABLE_INDEX: index, _TABLE_BLOCKS: tables[index].astype(np.int32)}
 
     def apply_update(self, arrays: Mapping[str, Tensor]) -> None:
-        self._block_tables.view(-1).index_copy_(0, arrays["index"], arrays["blocks"])
+        if _TABLE_INDEX in arrays:
+            tables = self._block_tables.view(-1)
+            tables.index_copy_(0, arrays[_TABLE_INDEX], arrays[_TABLE_BLOCKS])
 
 
 def _prefill_name(block_q: int) -> str:

@@ -2,7 +2,8 @@
 
 A step makes all its sequences wait for its slowest part. The prompt tokens that fit into a given
 time differ a hundredfold between devices and models, and fall as the prompt's context grows. So
-the limit follows from how long the last steps took.
+the limit follows from how long the last steps took: beside decodes a step may take a few times as
+long as they take alone, or a fixed time, whichever is longer.
 """
 
 from collections import deque
@@ -24,11 +25,13 @@ class PrefillBudget:
     min_tokens  prompts get that many, however long they take: with fewer, most of the time would
                 go into what a step costs at any size
     max_tokens  token budget of a step
+    step_s      seconds that a step beside decodes may take, however short the decodes are
     """
 
-    def __init__(self, min_tokens: int, max_tokens: int):
+    def __init__(self, min_tokens: int, max_tokens: int, step_s: float = 0.0):
         self._min_tokens = min_tokens
         self._max_tokens = max_tokens
+        self._step_s = step_s
         self._decode_times: deque[float] = deque(maxlen=_NUM_MEASURED)
         self._token_s = 0.0
         self._num_mixed = 0
@@ -43,7 +46,8 @@ class PrefillBudget:
         if self._num_mixed >= _REMEASURE_AFTER:
             self._num_mixed = 0
             return 0
-        fitting = (_MAX_SLOWDOWN - 1) * self._decode_s / self._token_s
+        step_s = max(_MAX_SLOWDOWN * self._decode_s, self._step_s)
+        fitting = (step_s - self._decode_s) / self._token_s
         return int(min(max(fitting, self._min_tokens), self._max_tokens))
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, cast
 
-from engine.core.block_pool import BlockHasher, BlockPool
+from engine.core.block_pool import BlockHash, BlockHasher, BlockPool
 from engine.core.config import BLOCK_SIZE
 from engine.core.sequence import NO_SLOT, Sequence, SequenceStatus
 
@@ -120,6 +120,20 @@ class _Budget:
         self.prompt_rows -= entry.num_prompt_rows
 
 
+class _Refused(NamedTuple):
+    """The head of the waiting queue, for which there were too few idle blocks.
+
+    num_tokens  that it knew then
+    num_needed  idle blocks that it needs, those of its cached prefix among them
+    following   hash of the first block behind that prefix, if its prompt has one
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    num_needed: int
+    following: list[BlockHash]
+
+
 class Scheduler:
     """Owns the waiting and running queues, the block pool and the slots. Knows no tensors."""
 
@@ -130,13 +144,19 @@ class Scheduler:
         max_batch_tokens: int,
         prefix_caching: bool = True,
         hash_key: bytes | None = None,
+        step_multiple: int = 1,
     ):
+        """Beside decodes, prompts that are long enough fill a step up to a multiple of
+        `step_multiple` tokens: captured steps have such sizes.
+        """
         assert max_sequences <= max_batch_tokens, "the budget must hold every decode"
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._max_batch_tokens = max_batch_tokens
+        self._step_multiple = step_multiple
         self._prefix_caching = prefix_caching
+        self._refused: _Refused | None = None
         self._hasher = BlockHasher(hash_key)
         # Running sequences whose slot holds other state, until a step resets it.
         self._stale: set[Sequence] = set()
@@ -208,11 +228,17 @@ class Scheduler:
         batch, budget = Batch(), _Budget(self._max_batch_tokens)
         self._schedule_decodes(batch, budget, only)
         if batch.scheduled and prefill_limit is not None:
-            budget.tokens = min(budget.tokens, prefill_limit)
+            num_decodes = self._max_batch_tokens - budget.tokens
+            budget.tokens = min(budget.tokens, self._filling(prefill_limit, num_decodes))
         self._schedule_prefills(batch, budget, only)
         if only is None:
             self._admit(batch, budget)
         return batch
+
+    def _filling(self, prefill_limit: int, num_decodes: int) -> int:
+        """Return the most tokens within the limit that make a step of a whole size."""
+        surplus = (num_decodes + prefill_limit) % self._step_multiple
+        return prefill_limit - surplus if surplus < prefill_limit else prefill_limit
 
     def _schedule_decodes(self, batch: Batch, budget: _Budget, only: set[Sequence] | None) -> None:
         """Schedule the sequences that are one token behind.
@@ -338,10 +364,16 @@ class Scheduler:
 
     def _take_blocks(self, seq: Sequence) -> bool:
         """Take blocks for every known token, sharing a cached prefix; False if they do not fit."""
+        if self._is_still_refused(seq):
+            return False
         hits = self._find_prefix(seq)
         num_new = -(-seq.num_tokens // BLOCK_SIZE) - len(hits)
-        if num_new + self.pool.count_idle(hits) > self.pool.num_idle:
+        num_needed = num_new + self.pool.count_idle(hits)
+        if num_needed > self.pool.num_idle:
+            following = seq.block_hashes[len(hits) : (seq.num_tokens - 1) // BLOCK_SIZE][:1]
+            self._refused = _Refused(seq, seq.num_tokens, num_needed, following)
             return False
+        self._refused = None
         self.pool.share(hits)
         seq.block_table = hits + self.pool.allocate(num_new)
         seq.num_computed = seq.num_completed = len(hits) * BLOCK_SIZE
@@ -349,6 +381,21 @@ class Scheduler:
         self.num_prefix_hit_tokens += seq.num_computed
         self.num_prefix_lookup_tokens += seq.num_tokens
         return True
+
+    def _is_still_refused(self, seq: Sequence) -> bool:
+        """Whether the head of the queue needs too many blocks, as it did when it was looked up.
+
+        Until the block after its cached prefix is findable too, it cannot need fewer: no other
+        sequence is admitted meanwhile and shares idle blocks of that prefix.
+        """
+        refused = self._refused
+        return (
+            refused is not None
+            and refused.sequence is seq
+            and refused.num_tokens == seq.num_tokens
+            and refused.num_needed > self.pool.num_idle
+            and not self.pool.find(refused.following)
+        )
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
         """Return the blocks of the longest cached prefix that leaves one token to compute."""

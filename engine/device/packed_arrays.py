@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device.host_buffers import Staging
+
 _ALIGNMENT = 16
 """Bytes. Every array starts at a multiple of this, as a vector load requires."""
 _TYPES = {
@@ -44,20 +46,27 @@ class PackedArrays:
         offset, shape, dtype = self._layout[self._last]
         return offset + self._capacity * int(np.prod(shape[1:])) * dtype.itemsize
 
-    def copy_to(self, target: Tensor) -> None:
+    def copy_to(self, target: Tensor, staging: Staging | None = None) -> None:
         """Fill the beginning of `target` [>= used bytes] uint8, without waiting for the device.
 
-        The copy starts from pinned memory: from pageable memory it would wait for the device.
+        The copy starts from one of the step's buffers, or else from memory that is pinned for it:
+        from pageable memory it would wait for the device.
         """
-        source = self.buffer.pin_memory() if target.is_cuda else self.buffer
-        target[: len(source)].copy_(source, non_blocking=True)
+        size = len(self._buffer)
+        if staging is not None:
+            source = staging.take(size)
+            source.array[:size] = self._buffer
+            target[:size].copy_(source.tensor[:size], non_blocking=True)
+        else:
+            pinned = self.buffer.pin_memory() if target.is_cuda else self.buffer
+            target[:size].copy_(pinned, non_blocking=True)
 
-    def upload(self, device: torch.device) -> dict[str, Tensor]:
+    def upload(self, device: torch.device, staging: Staging | None = None) -> dict[str, Tensor]:
         """Return the arrays on a device; on the CPU they share this object's buffer."""
         if device.type == "cpu":
             return self.unpack(self.buffer)
         target = torch.empty(len(self._buffer), dtype=torch.uint8, device=device)
-        self.copy_to(target)
+        self.copy_to(target, staging)
         return self.unpack(target)
 
     def unpack(self, buffer: Tensor) -> dict[str, Tensor]:

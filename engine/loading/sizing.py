@@ -1,10 +1,13 @@
 """Decides the limits of the engine by the device's memory, each with its reason.
 
-The memory that a step needs beside the weights and the cache is measured: the largest step is
-run over a cache of a few blocks, and the device reports how much memory it took.
+The memory that steps need beside the weights and the cache is measured: the largest step is run
+over a cache of a few blocks, some steps are captured as graphs, and the device reports how much
+memory they took.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +22,24 @@ from engine.loading.loader import LoadedModel
 from engine.loading.probe import use_attention
 
 _CPU_BATCH_TOKENS = 256  # on a CPU a larger step only makes others wait longer
-_CUDA_BATCH_TOKENS = 4096
+_CUDA_BATCH_TOKENS = 8192
 _CPU_PREFILL_TOKENS = 16
-_CUDA_PREFILL_TOKENS = 1024
+_CUDA_PREFILL_TOKENS = 512
 """Tokens of a prompt that are worth a step of their own. A GPU takes about as long for fewer, since
 it waits for the launches of the kernels, or for the weights.
 """
-_GRAPH_SHARE = 0.25
-"""Memory that captured steps keep, as a share of what the largest step needs.
-
-They have a sixteenth of its tokens, but all their logits, and room for attention's partials.
+_CUDA_MIXED_STEP_S = 0.05
+"""Seconds that a GPU's step with tokens of prompts may take beside decodes: a pause that readers of
+a stream hardly notice, in which a large GPU computes thousands of tokens. A CPU's decode takes
+that long.
 """
+_CUDA_STEP_MULTIPLE = 256
+"""Tokens. Beside decodes, long prompts fill steps up to a multiple, as captured steps have."""
+_PROBED_BLOCKS = 8
+"""Blocks of the cache over which memory is measured. What they hold does not matter."""
+
+GraphBytes = Callable[["Limits", DeviceMemory], int]
+"""Measures the bytes that captured steps keep under these limits, with a cache of their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +48,15 @@ class Limits:
 
     min_prefill_tokens  beside decodes a step has at least that many tokens of prompts, if there
                         are prompts; see `PrefillBudget`
+    mixed_step_s        seconds that such a step may take in any case
+    step_multiple       long prompts fill such a step up to a multiple of so many tokens
     """
 
     max_sequences: int
     max_batch_tokens: int
     min_prefill_tokens: int
+    mixed_step_s: float
+    step_multiple: int
     max_total_tokens: int
     num_blocks: int
     cache_dtype: torch.dtype
@@ -54,42 +68,83 @@ def decide_limits(
     config: EngineConfig,
     memory: DeviceMemory | None = None,
     why_blocks: str = "set",
+    graph_bytes: GraphBytes | None = None,
 ) -> Limits:
-    """Decide the limits. Raises LoadError if the configured ones do not fit, naming what would."""
+    """Decide the limits. Raises LoadError if the configured ones do not fit, naming what would.
+
+    `graph_bytes` measures what graphs keep. None: steps are not captured.
+    """
+    if config.num_blocks is not None:
+        return _limits(loaded, config, config.num_blocks, why_blocks)
     memory = memory or device_memory(
         loaded.model.device, config.memory_fraction, config.cpu_cache_bytes
     )
+    sizes = _sizes(loaded, config)
+    try:
+        step = memory.peak_of(lambda: run_largest_step(loaded, *sizes))
+        limits = _limits_within(loaded, config, memory.available(), step, graphs=0)
+        if graph_bytes is None:
+            return limits
+        graphs = graph_bytes(replace(limits, num_blocks=_PROBED_BLOCKS), memory)
+        return _limits_within(loaded, config, memory.available(), step, graphs)
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"Not enough memory to handle {sizes.batch_tokens} prefill tokens. "
+            "You need to decrease `--max-batch-prefill-tokens`"
+        ) from error
+
+
+class _Sizes(NamedTuple):
+    batch_tokens: int
+    sequences: int
+
+
+def _sizes(loaded: LoadedModel, config: EngineConfig) -> _Sizes:
+    on_cuda = loaded.model.device.type == "cuda"
+    default = _CUDA_BATCH_TOKENS if on_cuda else _CPU_BATCH_TOKENS
+    batch_tokens = config.max_batch_tokens or default
+    return _Sizes(batch_tokens, min(config.max_sequences, batch_tokens))
+
+
+def _limits_within(
+    loaded: LoadedModel, config: EngineConfig, available: int, step: int, graphs: int
+) -> Limits:
+    """Return the limits with a cache of what is left of the available bytes."""
+    left = max(available - step - graphs, 0)
+    gib = 1 << 30
+    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB to use"
+    if step or graphs:
+        reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept, measured"
+    block_bytes = bytes_per_block(loaded.calls, cache_dtype(config, loaded.model.dtype))
+    longest = config.max_total_tokens or loaded.max_positions
+    sequences = _sizes(loaded, config).sequences
+    return _limits(loaded, config, _useful_blocks(left // block_bytes, sequences, longest), reason)
+
+
+def _limits(loaded: LoadedModel, config: EngineConfig, num_blocks: int, why_blocks: str) -> Limits:
+    """Return the limits with a cache of so many blocks."""
     kind = loaded.model.device.type
-    default, prefill = (
-        (_CUDA_BATCH_TOKENS, _CUDA_PREFILL_TOKENS)
-        if kind == "cuda"
-        else (_CPU_BATCH_TOKENS, _CPU_PREFILL_TOKENS)
-    )
-    max_batch_tokens = config.max_batch_tokens or default
-    max_sequences = min(config.max_sequences, max_batch_tokens)
-    dtype = cache_dtype(config, loaded.model.dtype)
-    block_bytes = bytes_per_block(loaded.calls, dtype)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        cache_bytes, why_blocks = _cache_bytes(loaded, memory, max_batch_tokens, max_sequences)
-        longest = config.max_total_tokens or loaded.max_positions
-        num_blocks = _useful_blocks(cache_bytes // block_bytes, max_sequences, longest)
+    on_cuda = kind == "cuda"
+    sizes, dtype = _sizes(loaded, config), cache_dtype(config, loaded.model.dtype)
     capacity = num_blocks * BLOCK_SIZE
+    cache_gib = num_blocks * bytes_per_block(loaded.calls, dtype) / 2**30
     max_total_tokens = _max_total_tokens(loaded, config, capacity)
+    prefill = _CUDA_PREFILL_TOKENS if on_cuda else _CPU_PREFILL_TOKENS
     return Limits(
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
-        min_prefill_tokens=min(prefill, max_batch_tokens),
+        max_sequences=sizes.sequences,
+        max_batch_tokens=sizes.batch_tokens,
+        min_prefill_tokens=min(prefill, sizes.batch_tokens),
+        mixed_step_s=_CUDA_MIXED_STEP_S if on_cuda else 0.0,
+        step_multiple=_CUDA_STEP_MULTIPLE if on_cuda else 1,
         max_total_tokens=max_total_tokens,
         num_blocks=num_blocks,
         cache_dtype=dtype,
         reasons=(
             f"max_total_tokens {max_total_tokens}: " + _why_total(loaded, config, max_total_tokens),
-            f"KV cache {capacity} tokens ({num_blocks * block_bytes / 2**30:.2f} GiB): "
-            + why_blocks,
-            f"max_batch_tokens {max_batch_tokens}: "
+            f"KV cache {capacity} tokens ({cache_gib:.2f} GiB): {why_blocks}",
+            f"max_batch_tokens {sizes.batch_tokens}: "
             + ("set" if config.max_batch_tokens else f"default for {kind}"),
-            f"max_sequences {max_sequences}: at most one token of the budget each",
+            f"max_sequences {sizes.sequences}: at most one token of the budget each",
         ),
     )
 
@@ -138,37 +193,13 @@ def _useful_blocks(fitting: int, max_sequences: int, longest: int) -> int:
     return min(fitting, 2 * max_sequences * -(-longest // BLOCK_SIZE))
 
 
-def _cache_bytes(
-    loaded: LoadedModel, memory: DeviceMemory, max_batch_tokens: int, max_sequences: int
-) -> tuple[int, str]:
-    """Return the bytes left for the cache beside the largest step and the graphs, and why.
-
-    Raises LoadError, in TGI's words, if there is no memory for that step.
-    """
-    try:
-        step = memory.peak_of(lambda: run_largest_step(loaded, max_batch_tokens, max_sequences))
-    except torch.OutOfMemoryError as error:
-        raise LoadError(
-            f"Not enough memory to handle {max_batch_tokens} prefill tokens. "
-            "You need to decrease `--max-batch-prefill-tokens`"
-        ) from error
-    available = memory.available()
-    graphs = int(step * _GRAPH_SHARE)
-    left = max(available - step - graphs, 0)
-    gib = 1 << 30
-    reason = f"{left / gib:.2f} of {available / gib:.2f} GiB to use"
-    if step:
-        reason += f", {step / gib:.2f} for a step and {graphs / gib:.2f} for graphs kept"
-    return left, reason
-
-
 @torch.inference_mode()
 def run_largest_step(loaded: LoadedModel, num_tokens: int, num_sampled: int) -> None:
     """Run one prefill of the whole token budget, with logits for the most sequences there can be.
 
     All positions share a cache of a few blocks: the values that it holds do not matter.
     """
-    model, num_blocks = loaded.model, 8
+    model, num_blocks = loaded.model, _PROBED_BLOCKS
     use_attention(model, ATTENTION_NAME)
     context = bind_kv_cache(loaded.calls, num_blocks, model.dtype, model.device, loaded.ops)
     tables = np.arange(-(-num_tokens // BLOCK_SIZE))[None] % num_blocks

@@ -7,7 +7,7 @@ with the step.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,15 +36,6 @@ class SampledTokens:
     logprobs: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
-
-    def to_host(self, rows: int) -> "SampledTokens":
-        """Start copying the first `rows`: they are on the host once all launched work is done."""
-        return SampledTokens(
-            ids=to_host(self.ids, rows),
-            logprobs=to_host(self.logprobs, rows),
-            top_ids=to_host(self.top_ids, rows),
-            top_logprobs=to_host(self.top_logprobs, rows),
-        )
 
 
 class SamplingKind(NamedTuple):
@@ -118,18 +109,3 @@ def report_raw(is_raw: Tensor, raw: SampledTokens, sampled: SampledTokens) -> Sa
     top_ids = torch.where(in_row, raw.top_ids, sampled.top_ids)
     top_logprobs = torch.where(in_row, raw.top_logprobs, sampled.top_logprobs)
     return SampledTokens(sampled.ids, logprobs, top_ids, top_logprobs)
-
-
-@overload
-def to_host(tensor: Tensor, rows: int) -> Tensor: ...
-@overload
-def to_host(tensor: Tensor | None, rows: int) -> Tensor | None: ...
-def to_host(tensor: Tensor | None, rows: int) -> Tensor | None:
-    """Start a copy of the first `rows` to pinned memory.
-
-    A copy is needed because the next replay of a graph overwrites its result.
-    """
-    if tensor is None:
-        return None
-    host = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor[:rows], non_blocking=True)

@@ -24,6 +24,8 @@ ON_DEVICE = -1
 """Stands for a token id that only the device knows yet."""
 _WRITE_NOTHING = -1
 """Stands in the slot mapping for a token whose K and V are not stored."""
+_MIN_TABLE_ROOM = 64
+"""Changes of block tables for which every graph has room: those of a prompt of 1024 tokens."""
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -83,7 +85,7 @@ class HostStep:
     graph           shape of the captured graph that runs the step; None: no graph
     num_sampled     number of sampled rows, not counting the padding of a graph
     num_prompt_top  how many alternatives to each prompt token are asked for
-    update          block tables that changed, if the device has to know
+    update          block tables that changed, if they have no room among a graph's arrays
     contexts        tokens to count before sampling
     extras          arrays for optional work, which most steps do not have and graphs leave out:
                     `watermarked` [n] int64 indices of sampled rows, the arrays of
@@ -136,7 +138,7 @@ class StepBuilder:
     def build(self, batch: Batch) -> HostStep:
         """Update the slots' state by the batch, and pack the step."""
         contexts = self._start_sequences(batch.reset)
-        update = self._update_tables(batch)
+        changed = self._update_tables(batch)
         _, *columns, _ = zip(*batch.scheduled, strict=True)
         slots, starts, lengths = np.array(columns[:3], dtype=np.int64)
         samples = np.array(columns[3], dtype=np.bool_)
@@ -145,30 +147,30 @@ class StepBuilder:
         graph = None if batch.prompted else self._graph_for(lengths, samples)
         extras = self._extra_arrays(batch, slots[samples])
         if graph is not None:
-            padding = graph.rows - len(input_ids)
+            padding = graph.tokens - len(input_ids)
             slots = _padded(slots, padding, self._padding_slot)
             starts = _padded(starts, padding, PADDING)
             lengths = _padded(lengths, padding, 1)
             samples = _padded(samples, padding, False)
             input_ids = _padded(input_ids, padding, 0)
         sequences = StepSequences(slots, starts, lengths)
-        step = self._pack(sequences, input_ids, samples, _prompt_rows(batch, lengths), graph)
+        prompt_rows = _prompt_rows(batch, lengths)
+        step = self._pack(sequences, input_ids, samples, prompt_rows, changed, graph)
         num_top = max(
             (batch.scheduled[i].sequence.request.prompt_top_tokens for i in batch.prompted),
             default=0,
         )
-        return replace(
-            step, num_prompt_top=num_top, update=update, contexts=contexts, extras=extras
-        )
+        return replace(step, num_prompt_top=num_top, contexts=contexts, extras=extras)
 
     def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
         """Return a step of padding alone for this graph, sampled with these parameters."""
-        slots = np.full(graph.rows, self._padding_slot)
+        slots = np.full(graph.tokens, self._padding_slot)
         self._sampler.set_parameters(self._padding_slot, sampling)
         step = self._pack(
             StepSequences(slots, np.full_like(slots, PADDING), np.ones_like(slots)),
             np.zeros_like(slots),
-            np.zeros(graph.rows, dtype=np.bool_),
+            np.zeros(graph.tokens, dtype=np.bool_),
+            _NO_ROWS,
             _NO_ROWS,
             graph,
         )
@@ -181,9 +183,13 @@ class StepBuilder:
         input_ids: np.ndarray,
         samples: np.ndarray,
         prompt_rows: np.ndarray,
+        changed: np.ndarray,
         graph: GraphShape | None,
     ) -> HostStep:
-        """Pack the rows of a step, of which the graph's padding is already a part."""
+        """Pack the rows of a step, of which the graph's padding is already a part.
+
+        changed  [n] int64 indices of changed entries of the flattened block tables
+        """
         positions = step.positions
         token_slots = np.repeat(step.slots, step.lengths)
         blocks = self._block_tables[token_slots, positions // BLOCK_SIZE]
@@ -198,6 +204,7 @@ class StepBuilder:
             sampled_slots = _padded(sampled_slots, padding, self._padding_slot)
             sampled_ends = _padded(sampled_ends, padding, 0)
             kept_rows = _padded(kept_rows, padding, 0)
+        riding, update = self._table_update(changed, graph)
         attention = self._planner.plan(step.with_tokens(), self._block_tables, graph)
         sampling = self._sampler.plan(sampled_slots, sampled_ends) if len(sampled_slots) else None
         arrays = {
@@ -208,6 +215,7 @@ class StepBuilder:
             "kept_rows": np.concatenate([kept_rows, prompt_rows]),
             "sampled_slots": sampled_slots,
             **({} if sampling is None else sampling.arrays),
+            **riding,
             **attention.arrays,
         }
         return HostStep(
@@ -216,7 +224,26 @@ class StepBuilder:
             sampling=None if sampling is None else sampling.kind,
             graph=graph,
             num_sampled=num_sampled,
+            update=update,
         )
+
+    def _table_update(
+        self, changed: np.ndarray, graph: GraphShape | None
+    ) -> tuple[dict[str, np.ndarray], PackedArrays | None]:
+        """Return the changes of block tables that ride among the step's arrays, and those apart.
+
+        A graph has room for a block of each decode, and for the tables of its prompts. Only that of
+        a long cached prefix is larger.
+        """
+        tables = self._block_tables.reshape(-1)
+        if graph is None:
+            return (self._planner.update(changed, tables) if len(changed) else {}), None
+        room = max(graph.tokens, _MIN_TABLE_ROOM)
+        if len(changed) <= room:
+            return self._planner.update(changed, tables, room), None
+        apart = self._planner.update(changed, tables)
+        riding = self._planner.update(_NO_ROWS, tables, room)
+        return riding, PackedArrays(apart) if apart else None
 
     def _extra_arrays(self, batch: Batch, sampled_slots: np.ndarray) -> PackedArrays | None:
         watermarked = self._sampler.slots.watermarked(sampled_slots)
@@ -233,11 +260,16 @@ class StepBuilder:
 
     def _graph_for(self, lengths: np.ndarray, samples: np.ndarray) -> GraphShape | None:
         """Return the smallest graph that serves the step; None if there is none."""
-        num_rows = max(int(lengths.sum()), len(samples))
+        num_tokens, num_sampled = int(lengths.sum()), int(samples.sum())
         prefills = not (samples.all() and (lengths == 1).all())
-        return next(
-            (g for g in self.graph_shapes if g.prefills == prefills and g.rows >= num_rows), None
+        fitting = (
+            graph
+            for graph in self.graph_shapes
+            if graph.prefills == prefills
+            and graph.tokens >= num_tokens
+            and graph.rows >= num_sampled
         )
+        return next(fitting, None)
 
     def _start_sequences(self, sequences: list[Sequence]) -> NewContexts | None:
         """Store the parameters of sequences that are new to their slots."""
@@ -256,7 +288,8 @@ class StepBuilder:
         ]
         return NewContexts(contexts, PackedArrays({"token_ids": np.concatenate(token_ids)}))
 
-    def _update_tables(self, batch: Batch) -> PackedArrays | None:
+    def _update_tables(self, batch: Batch) -> np.ndarray:
+        """Note the batch's blocks; return the indices of the changed entries, perhaps repeated."""
         width = self._block_tables.shape[1]
         index, blocks = [], []
         for seq in batch.reset:
@@ -267,11 +300,10 @@ class StepBuilder:
             index.append(slots * width + columns)
             blocks.append(grown)
         if not index:
-            return None
+            return _NO_ROWS
         changed = np.concatenate(index)
-        tables = self._block_tables.reshape(-1)
-        tables[changed] = np.concatenate(blocks)
-        return self._planner.update(changed, tables)
+        self._block_tables.reshape(-1)[changed] = np.concatenate(blocks)
+        return changed
 
 
 def _padded(values: np.ndarray, count: int, filler: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from engine.device.device import Device
 from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending
 from engine.loading.reasons import is_out_of_memory, reason
-from engine.sampling.sampler import SampledTokens
 from engine.step.builder import StepBuilder
-from engine.step.runner import Forward, ModelRunner, StepResult
+from engine.step.result import HostTokens, StepResult
+from engine.step.runner import Forward, ModelRunner
 from engine.text.grammar import GrammarState, TokenMasks
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,10 @@ class ModelStep:
 
     def result(self) -> StepOutput:
         assert self._pending is not None, "the sampling was not launched"
-        return _output(self._pending.result())
+        result = self._pending.result()
+        output = _output(result)
+        result.release()
+        return output
 
     def wait(self) -> None:
         if self._pending is not None:
@@ -104,7 +107,8 @@ def _output(result: StepResult) -> StepOutput:
     )
 
 
-def _tokens(sampled: SampledTokens) -> Iterable[SampledToken]:
+def _tokens(sampled: HostTokens) -> Iterable[SampledToken]:
+    """Return the tokens as Python's numbers, which outlive the step's buffers."""
     ids = sampled.ids.tolist()
     logprobs = [None] * len(ids) if sampled.logprobs is None else sampled.logprobs.tolist()
     if sampled.top_ids is None or sampled.top_logprobs is None:

@@ -11,6 +11,7 @@ from engine.attention.interface import StepContext
 from engine.attention.kv_cache import bind_kv_cache, copy_blocks
 from engine.attention.plan import AttentionPlanner, GraphShape, make_planner
 from engine.core.config import BLOCK_SIZE
+from engine.device.host_buffers import HostBuffers, Staging
 from engine.device.packed_arrays import PackedArrays
 from engine.device.stream import Pending, Stream
 from engine.fusion.rotary_tables import RotaryTables
@@ -18,10 +19,11 @@ from engine.linear.merged import forget_results
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
 from engine.sampling.factory import make_sampler
-from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind
+from engine.sampling.sampler import Sampler, SamplingKind
 from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
 from engine.step.captures import Captures
 from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
+from engine.step.result import PackedTokens, StepResult
 
 
 def build_runner(
@@ -43,13 +45,15 @@ def build_runner(
         loaded.ops, limits.max_sequences, model.config.get_text_config().vocab_size, device
     )
     shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
-    max_rows = max((limits.max_sequences, *(shape.rows for shape in shapes)))
+    max_tokens = max((limits.max_sequences, *(shape.tokens for shape in shapes)))
     planner = make_planner(
-        loaded.ops, loaded.calls, tables_shape, max_rows, device, loaded.batch_invariant
+        loaded.ops, loaded.calls, tables_shape, max_tokens, device, loaded.batch_invariant
     )
     builder = StepBuilder(tables_shape, sampler, planner, shapes)
     context = bind_kv_cache(loaded.calls, limits.num_blocks, limits.cache_dtype, device, loaded.ops)
-    graphs = StepGraphs(capture, planner, device) if capture else None
+    graphs = None
+    if capture:
+        graphs = StepGraphs(capture, planner, device, max(shape.rows for shape in shapes))
     runner = ModelRunner(
         model,
         RotaryTables(model, tables_shape[1] * BLOCK_SIZE),  # all that a block table has room for
@@ -65,26 +69,16 @@ def build_runner(
     return builder, runner
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """A step's result, on the host.
-
-    sampled  None when nothing was sampled
-    prompt   the prompt tokens whose logprobs were asked for; None when none were
-    """
-
-    sampled: SampledTokens | None
-    prompt: SampledTokens | None
-
-
 @dataclass(slots=True)
 class Forward:
     """A step's forward, and what it leaves for the sampling, in stream order.
 
-    graphs  of the step's shape, if the step runs in a graph
+    staging  the host's side of the step's copies
+    graphs   of the step's shape, if the step runs in a graph
     """
 
     step: HostStep
+    staging: Staging
     graphs: ShapeGraphs | None = None
     inputs: StepInputs | None = None
     logits: Tensor | None = None
@@ -134,17 +128,18 @@ class ModelRunner:
         self._watermark = watermark
         self._stream = stream
         self._device = model.device
+        self._buffers = HostBuffers(model.device)
         # The extra last slot pads captured graphs.
         self._last_ids = torch.zeros(max_sequences + 1, dtype=torch.int64, device=model.device)
 
     def launch(self, step: HostStep) -> Pending[StepResult]:
         """Queue the whole step; its result will be on the host."""
-        forward = Forward(step)
+        forward = Forward(step, Staging(self._buffers))
         return self._stream.launch(partial(self._run, forward))
 
     def launch_forward(self, step: HostStep) -> Forward:
         """Queue all of a step but its sampling, which `launch_sampling` queues."""
-        forward = Forward(step)
+        forward = Forward(step, Staging(self._buffers))
         forward.pending = self._stream.launch(partial(self._run_forward, forward))
         return forward
 
@@ -166,24 +161,25 @@ class ModelRunner:
     def _run_forward(self, forward: Forward) -> None:
         step = forward.step
         if step.contexts is not None:
-            self._start_counts(step.contexts)
+            self._start_counts(step.contexts, forward.staging)
         if step.update is not None:
-            self._planner.apply_update(step.update.upload(self._device))
-        if self._graphs is not None and step.graph is not None:
-            forward.graphs = graphs = self._graphs.load(step, step.graph)
-            forward.inputs = graphs.inputs
-            if graphs.forward is not None:
-                forward.logits = graphs.forward.replay()
-                return
-            run = partial(self.forward, graphs.inputs)
-            forward.logits = self._captures.try_out(step.graph, run)
+            self._planner.apply_update(step.update.upload(self._device, forward.staging))
+        if self._graphs is None or step.graph is None:
+            arrays = step.arrays.upload(self._device, forward.staging)
+            forward.inputs = step.inputs(arrays, self._planner)
+            forward.logits = self.forward(forward.inputs)
             return
-        forward.inputs = step.inputs(step.arrays.upload(self._device), self._planner)
-        forward.logits = self.forward(forward.inputs)
+        forward.graphs = graphs = self._graphs.load(step, step.graph, forward.staging)
+        forward.inputs = graphs.inputs
+        if graphs.forward is not None:
+            forward.logits = graphs.forward.replay()
+            return
+        run = partial(self._shared_forward, graphs.inputs)
+        forward.logits = self._captures.try_out(step.graph, run)
 
-    def _start_counts(self, new: NewContexts) -> None:
+    def _start_counts(self, new: NewContexts, staging: Staging) -> None:
         """Count the known tokens of sequences that are new to their slots."""
-        token_ids = new.token_ids.upload(self._device)["token_ids"]
+        token_ids = new.token_ids.upload(self._device, staging)["token_ids"]
         lengths = [context.num_tokens for context in new.contexts]
         for context, known in zip(new.contexts, token_ids.split(lengths), strict=True):
             self._sampler.slots.start_counts(
@@ -195,28 +191,32 @@ class ModelRunner:
         step, inputs, logits = forward.step, forward.inputs, forward.logits
         assert inputs is not None
         assert logits is not None, "the forward failed"
-        extras = {} if step.extras is None else step.extras.upload(self._device)
+        staging = forward.staging
+        extras = {} if step.extras is None else step.extras.upload(self._device, staging)
         if "copied" in extras:
             copy_blocks(self._context.pools, *extras["copied"])
         prompt = None
         if "prompt_ids" in extras:
             prompt_logits = logits[step.num_sampled :]
-            prompt = self._sampler.report(prompt_logits, extras["prompt_ids"], step.num_prompt_top)
-            prompt = prompt.to_host(len(prompt_logits))
+            logits = logits[: step.num_sampled]
+            reported = self._sampler.report(
+                prompt_logits, extras["prompt_ids"], step.num_prompt_top
+            )
+            prompt = PackedTokens.of(reported).to_host(len(prompt_logits), staging)
         sampled = None
         if step.sampling is not None:
-            logits = logits[: len(inputs.sampled_slots)]
-            scores = self._change(logits, inputs, extras, masks, step.sampling)
-            sampled = self._run_sampler(forward, logits, scores, step.sampling)
-            sampled = sampled.to_host(step.num_sampled)
-        return StepResult(sampled, prompt)
+            allowed = None if masks is None else masks.upload(self._device, staging)
+            scores = self._change(logits, inputs, extras, allowed, step.sampling)
+            packed = self._run_sampler(forward, logits, scores, step.sampling)
+            sampled = packed.to_host(step.num_sampled, staging)
+        return StepResult(sampled, prompt, staging)
 
     def _change(
         self,
         logits: Tensor,
         inputs: StepInputs,
         extras: dict[str, Tensor],
-        masks: PackedArrays | None,
+        masks: dict[str, Tensor] | None,
         kind: SamplingKind,
     ) -> Tensor:
         """Return the logits with watermark, biases and the masks of grammars, where asked.
@@ -235,13 +235,12 @@ class ModelRunner:
             logits = logits.float()
             logits[extras["biased_rows"], extras["biased_ids"]] += extras["biases"]
         if masks is not None:
-            arrays = masks.upload(self._device)
-            self._context.ops.mask_tokens(logits, arrays["rows"], arrays["masks"])
+            self._context.ops.mask_tokens(logits, masks["rows"], masks["masks"])
         return logits
 
     def _run_sampler(
         self, forward: Forward, logits: Tensor, scores: Tensor, kind: SamplingKind
-    ) -> SampledTokens:
+    ) -> PackedTokens:
         """Sample from the scores, which the logits may have been copied to.
 
         A graph samples from the logits themselves; a copy is sampled kernel by kernel. What was
@@ -271,7 +270,7 @@ class ModelRunner:
     def _capture_parts(self, graphs: ShapeGraphs, kind: SamplingKind) -> None:
         assert self._graphs is not None
         if graphs.forward is None:
-            graphs.forward = self._graphs.capture(partial(self.forward, graphs.inputs))
+            graphs.forward = self._graphs.capture(partial(self._shared_forward, graphs.inputs))
         logits = graphs.forward.result
         graphs.sampling[kind] = self._graphs.capture(
             partial(self._sample, logits, graphs.inputs, kind)
@@ -286,8 +285,14 @@ class ModelRunner:
             return True
         return step.sampling is not None and step.sampling not in graphs.sampling
 
+    def _shared_forward(self, inputs: StepInputs) -> Tensor:
+        """Return the logits of a graph's step, [rows, vocab_size], in the memory of all graphs."""
+        assert self._graphs is not None
+        return self._graphs.share(self.forward(inputs))
+
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of the kept rows, [num_sampled + prompt rows, vocab_size]."""
+        self._planner.apply_update(inputs.arrays)
         input_ids = self._known(inputs.input_ids, inputs.token_slots)
         self._context.begin(inputs.attention)
         try:
@@ -308,7 +313,7 @@ class ModelRunner:
 
     def _sample(
         self, logits: Tensor, inputs: StepInputs, kind: SamplingKind, raw: Tensor | None = None
-    ) -> SampledTokens:
+    ) -> PackedTokens:
         sampled = self._sampler.sample(logits, inputs.arrays, kind, raw)
         self._last_ids[inputs.sampled_slots] = sampled.ids
-        return sampled
+        return PackedTokens.of(sampled)

@@ -94,12 +94,11 @@ class Step:
             np.append(self.sequences.starts, np.full(num_padding, PADDING)),
             np.append(self.sequences.lengths, np.ones(num_padding, dtype=np.int64)),
         )
-        graph = GraphShape(num_rows, prefills=True)
+        graph = GraphShape(num_rows, num_rows, prefills=True)
         shape = len(tables), width
         planner = make_planner(TRITON, [self.call], shape, num_rows, CUDA)
         update = planner.update(np.arange(tables.size), tables.reshape(-1))
-        assert update is not None
-        planner.apply_update(update.upload(CUDA))
+        planner.apply_update(PackedArrays(update).upload(CUDA))
         plan = planner.plan(padded, tables, graph)
         slots = {"slot_mapping": np.full(num_rows, -1)}
         arrays = PackedArrays(slots | plan.arrays, plan.capacity)

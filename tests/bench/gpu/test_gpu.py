@@ -89,6 +89,9 @@ def test_every_section_runs_and_is_written(
     attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.kernel_prompts)
     experts = len(TINY.kernel_batches) * 2  # ours and torch's
     assert len(figures["kernels"]) == of_a_step + attention + experts
+    (mixed,) = figures["mixed"]
+    assert (mixed["tokens"], mixed["decodes"]) == TINY.mixed_step[:2]
+    assert min(mixed["host_ms"], mixed["step_ms"]) > 0
     check_engine(figures)
     check_workloads(figures)
     (start,) = figures["cold_start"]
@@ -371,6 +374,27 @@ def test_timed_decode_steps_replay_the_engines_graphs(
     assert steps.num_graphs == 2
     assert seconds.fits
     assert min(seconds.on_device, seconds.wall) > 0
+    steps.close()
+
+
+def test_a_prompt_beside_decodes_is_timed_with_and_without_its_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_sampling, "greedy", recorded_kernel(fused_sampling.greedy))
+    loaded = prepared("llama", recorded(TRITON), num_hidden_layers=1)
+    config = EngineConfig(max_sequences=2, max_batch_tokens=16, num_blocks=32)
+    steps = Steps(loaded, decide_limits(loaded, config), capture)
+    eager, replayed = steps.mixed(9, decodes=1, context=20, count=2)
+    assert replayed is not None
+    assert steps.num_graphs == 2, "the eager step was not captured"
+    assert min(eager.on_device, replayed.on_device, eager.host, replayed.host) > 0
+    captured = list(steps.capture_all())
+    assert [(c.shape.tokens, c.shape.prefills) for c in captured] == [
+        (2, False),
+        (1, False),
+        (16, True),
+    ]
+    assert all(c.seconds > 0 for c in captured)
     steps.close()
 
 

@@ -176,6 +176,24 @@ def test_the_engine_s_own_steps_first_tokens_and_starts_have_tables() -> None:
     assert "| M | 2 | 9.5 | 11.2 | import 4.0, graphs 3.2 |" in text
 
 
+def test_mixed_steps_and_captures_have_tables() -> None:
+    mixed = {"model": "M", "tokens": 300, "decodes": 32, "host_ms": 8.5, "step_ms": 6.25}
+    graph = {"model": "M", "tokens": 512, "rows": 256, "prefills": True, "ms": 61.0, "mb": 2.5}
+    text = render(
+        [
+            figures(
+                mixed=[mixed, mixed | {"graph_host_ms": 0.25, "graph_ms": 7.5}],
+                graphs=[graph, graph | {"rows": 512, "prefills": False}],
+                file="f.json",
+            )
+        ]
+    )
+    assert "| M | 300 | 32 | 8.50 | 6.25 | - | - |" in text
+    assert "| M | 300 | 32 | 8.50 | 6.25 | 0.25 | 7.50 |" in text
+    assert "| M | prefills | 512 | 256 | 61 | 2.5 |" in text
+    assert "| M | decodes | 512 | 512 | 61 | 2.5 |" in text
+
+
 def test_the_goals_come_first() -> None:
     text = render([figures(file="f.json")])
     assert text.index("| goal | asked | measured | met |") < text.index("| model | type | batch |")

@@ -60,6 +60,7 @@ class CheckedScheduler(Scheduler):
             driver.max_sequences,
             driver.max_batch_tokens,
             driver.prefix_caching,
+            step_multiple=driver.step_multiple,
         )
         self._driver = driver
 
@@ -90,6 +91,7 @@ class Driver:
     prefix_caching: bool = True
     can_end: bool = False
     token_s: float = 0.0
+    step_multiple: int = 1
 
     live: list[Sequence] = field(default_factory=list)
     """Sequences that have not ended, in order of arrival, each fork behind its leader.
@@ -331,7 +333,9 @@ class Driver:
             if entry.sequence in before.running
         )
         if num_decodes and prefill_limit is not None:
-            budget = min(budget, num_decodes + prefill_limit)
+            most = num_decodes + prefill_limit
+            whole = most // self.step_multiple * self.step_multiple
+            budget = min(budget, whole if whole > num_decodes else most)
         assert batch.num_scheduled_tokens <= budget
         assert all(seq.slot >= 0 for seq in batch.reset), "a sequence without a slot is reset"
         self._check_entries(batch, before)

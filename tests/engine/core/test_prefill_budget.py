@@ -71,6 +71,35 @@ def test_a_fast_device_keeps_the_whole_budget() -> None:
     assert budget.limit() == MAX_TOKENS
 
 
+@pytest.mark.parametrize("decode_s", [0.004, 0.01, 0.019])
+def test_a_fast_device_may_take_a_fixed_time_however_short_its_decodes_are(
+    decode_s: float,
+) -> None:
+    def step_s(chunk: int) -> float:
+        return decode_s + 17e-6 * chunk
+
+    budget = PrefillBudget(512, 8192, step_s=0.05)
+    budget.observe(0, 8192, step_s(8192) - decode_s)
+    for _ in range(3):
+        budget.observe(4, 0, step_s(0))
+    steps = list(steps_beside_decodes(budget, 100, step_s))[1:]
+    # The full prefill ran without decodes, so the first estimate is a little low.
+    assert max(seconds for _, seconds in steps) < 0.06
+    assert min(chunk for chunk, _ in steps if chunk) > (0.045 - decode_s) / 17e-6
+
+
+def test_a_slow_device_keeps_the_pace_of_its_decodes() -> None:
+    def step_s(chunk: int) -> float:
+        return 0.06 + 2e-4 * chunk
+
+    budget = PrefillBudget(64, 8192, step_s=0.05)
+    budget.observe(0, 8192, step_s(8192))
+    for _ in range(3):
+        budget.observe(4, 0, step_s(0))
+    steps = list(steps_beside_decodes(budget, 100, step_s))[1:]
+    assert 0.1 < max(seconds for _, seconds in steps) < 3 * 0.06
+
+
 def test_nothing_is_limited_before_anything_was_measured() -> None:
     budget = PrefillBudget(MIN_TOKENS, MAX_TOKENS)
     assert budget.limit() == MAX_TOKENS

@@ -1,10 +1,14 @@
 """The token budget, the order of sequences, and admission."""
 
+from collections.abc import Sequence as Seq
+
 import pytest
 
+from engine.core.block_pool import BlockHash, BlockPool
 from engine.core.pipeline import MAX_IN_FLIGHT
+from engine.core.prefill_budget import PrefillBudget
 from engine.core.scheduler import Scheduler
-from engine.core.sequence import SequenceStatus
+from engine.core.sequence import Sequence, SequenceStatus
 from tests.engine.core.device_model import END, next_token
 from tests.engine.core.driver import Driver, decode, prompt, ranges
 
@@ -133,4 +137,96 @@ class TestIntegrity:
         with pytest.raises(AssertionError):
             driver.scheduler.check_integrity()
         setattr(first, field, kept)
+        driver.drain()
+
+
+class _Pool(BlockPool):
+    """A pool that counts the hashes it has looked up."""
+
+    num_lookups = 0
+
+    def find(self, hashes: Seq[BlockHash]) -> list[int]:
+        self.num_lookups += len(hashes)
+        return super().find(hashes)
+
+
+class TestWaitingForBlocks:
+    """The head of the queue has a long cached prefix, and too few blocks are idle for the rest."""
+
+    @staticmethod
+    def waiting(extra: int) -> tuple[Driver, _Pool, Sequence]:
+        driver = Driver(num_blocks=40, max_batch_tokens=512)
+        pool = driver.scheduler.pool = _Pool(40)
+        driver.add(prompt(320), 1)
+        driver.drain()
+        running = driver.add(prompt(280, stem=1), 30)
+        driver.launch()
+        driver.collect()
+        assert pool.num_cached == 20
+        head = driver.add([*prompt(320), *prompt(extra, stem=2)], 1)
+        driver.launch()
+        assert running.status is SequenceStatus.RUNNING
+        assert head.status is SequenceStatus.WAITING
+        return driver, pool, head
+
+    def test_the_prefix_is_not_looked_up_again_in_every_step(self) -> None:
+        driver, pool, head = self.waiting(extra=60)
+        before = pool.num_lookups
+        for _ in range(8):
+            driver.collect()
+            driver.launch()
+        assert head.status is SequenceStatus.WAITING
+        assert pool.num_lookups - before <= 8
+        driver.drain()
+
+    def test_it_is_admitted_as_soon_as_its_blocks_are_idle(self) -> None:
+        driver, _, head = self.waiting(extra=60)
+        driver.abort(driver.live[0])
+        batch = driver.launch()
+        assert ranges(batch)[head] == (320, 380)
+        driver.drain()
+
+
+class TestWholeSteps:
+    """Beside decodes a step may have 40 tokens of prompts, and captured steps have 16, 32 ..."""
+
+    @staticmethod
+    def decoding(num_decodes: int, limit: int = 40) -> Driver:
+        driver = Driver(num_blocks=64, max_batch_tokens=128, step_multiple=16)
+        for stem in range(num_decodes):
+            driver.add(prompt(4, stem), 50)
+        decode(driver, 1)
+        driver.pipeline.prefill_budget = PrefillBudget(limit, limit)
+        return driver
+
+    @pytest.mark.parametrize("num_decodes", [1, 3])
+    def test_a_long_prompt_fills_steps_up_to_a_multiple(self, num_decodes: int) -> None:
+        driver = self.decoding(num_decodes)
+        driver.add(prompt(100, stem=9), 1)
+        sizes = []
+        for _ in range(3):
+            sizes.append(driver.launch().num_scheduled_tokens)
+            driver.collect()
+        assert sizes == [32, 32, 32]
+        driver.drain()
+
+    def test_a_short_prompt_is_computed_at_once(self) -> None:
+        driver = self.decoding(2)
+        driver.add(prompt(9, stem=9), 1)
+        assert driver.launch().num_scheduled_tokens == 11
+        driver.collect()
+        driver.drain()
+
+    def test_a_limit_below_the_smallest_size_is_used_whole(self) -> None:
+        driver = self.decoding(2, limit=5)
+        driver.add(prompt(100, stem=9), 1)
+        assert driver.launch().num_scheduled_tokens == 7
+        driver.collect()
+        driver.drain()
+
+    def test_a_prompt_alone_has_the_whole_budget(self) -> None:
+        driver = Driver(num_blocks=64, max_batch_tokens=120, step_multiple=16)
+        driver.add(prompt(300), 1)
+        assert driver.launch().num_scheduled_tokens == 120
+        driver.collect()
         driver.drain()

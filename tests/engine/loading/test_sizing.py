@@ -1,5 +1,6 @@
 """The cache gets the memory left beside the largest step, which is run to measure it."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,14 @@ from engine import engine as engine_module
 from engine.attention.kv_cache import bytes_per_block
 from engine.core.config import BLOCK_SIZE, EngineConfig, LoadConfig
 from engine.core.errors import LoadError
-from engine.engine import Engine
+from engine.device.memory import DeviceMemory
+from engine.engine import Engine, measure_limits
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits, decide_limits, run_largest_step
 from engine.step.runner import build_runner
+from kernels.ops import TRITON
 from tests.engine.driving import check_greedy, greedy, run
-from tests.engine.models import family, reference
+from tests.engine.models import family, prepared, reference
 
 MIB = 1 << 20
 
@@ -41,14 +44,76 @@ def config(**options: object) -> EngineConfig:
     return EngineConfig(**({"max_batch_tokens": 64, "max_sequences": 8} | options))  # type: ignore[arg-type]
 
 
-def test_the_largest_step_and_the_graphs_are_kept_free() -> None:
+def test_the_largest_step_is_kept_free() -> None:
     loaded = family("llama")
     per_block = bytes_per_block(loaded.calls, torch.float32)
     memory = ScriptedMemory(free=100 * per_block, step=40 * per_block)
     limits = decide_limits(loaded, config(), memory)
     assert len(memory.ran) == 1
-    assert limits.num_blocks == 100 - 40 - 10
+    assert limits.num_blocks == 100 - 40
     assert any("kept" in line and "tokens" in line for line in limits.reasons)
+
+
+class _Graph:
+    def replay(self) -> None:
+        """The graphs of these tests only take memory."""
+
+
+@dataclass
+class GraphMemory(ScriptedMemory):
+    """A device where each graph that is alive takes `graph` bytes, and the first takes `pool` more.
+
+    The code of the kernels, `code` bytes, is loaded with the first one and stays.
+    """
+
+    graph: int = 0
+    pool: int = 0
+    code: int = 0
+    alive: "weakref.WeakSet[_Graph]" = field(default_factory=weakref.WeakSet)
+    num_captured: int = 0
+
+    def available(self) -> int:
+        kept = len(self.alive) * self.graph + bool(self.alive) * self.pool
+        return self.free - kept - bool(self.num_captured) * self.code
+
+    def capture(self, work: Callable[[], Any]) -> tuple[_Graph, Any]:
+        graph = _Graph()
+        self.alive.add(graph)
+        self.num_captured += 1
+        return graph, work()
+
+
+@pytest.mark.slow
+def test_what_all_graphs_keep_is_measured_by_capturing_some() -> None:
+    """Three sizes of decodes and one of prefills have a forward and three kinds of sampling."""
+    loaded = prepared("llama", TRITON, num_hidden_layers=1)
+    block = bytes_per_block(loaded.calls, torch.float32)
+    memory = GraphMemory(
+        100 * block, step=40 * block, graph=block // 4, pool=5 * block, code=3 * block
+    )
+    sizes = config(max_sequences=4, max_batch_tokens=16)
+    limits = measure_limits(loaded, sizes, memory, memory.capture)
+    assert memory.num_captured == 3 * 4, "a few are enough"
+    assert not memory.alive, "they are given up before the cache is allocated"
+    assert limits.num_blocks == 100 - 40 - 3 - (4 + 5)
+    kept = 9 * block / 2**30
+    assert any(f"{kept:.2f} for graphs kept, measured" in line for line in limits.reasons)
+
+
+def test_an_engine_without_graphs_keeps_nothing_for_them() -> None:
+    loaded = family("llama")
+    block = bytes_per_block(loaded.calls, torch.float32)
+    memory = ScriptedMemory(100 * block, step=40 * block)
+    assert measure_limits(loaded, config(), memory).num_blocks == 60
+
+
+def test_graphs_that_do_not_fit_are_refused_in_tgis_words() -> None:
+    def measure(_: Limits, __: DeviceMemory) -> int:
+        raise torch.OutOfMemoryError("full")
+
+    memory = ScriptedMemory(free=1 << 40, step=0)
+    with pytest.raises(LoadError, match="--max-batch-prefill-tokens"):
+        decide_limits(family("llama"), config(), memory, graph_bytes=measure)
 
 
 def test_the_cache_is_no_larger_than_all_sequences_can_use() -> None:

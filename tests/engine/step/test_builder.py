@@ -1,20 +1,28 @@
-"""A step is plain data: one that was pickled runs to the same result."""
+"""A step is plain data, and has all that changed: one that was pickled runs to the same result."""
 
 import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from engine.core.config import EngineConfig
+from engine.attention.kv_cache import AttentionCall
+from engine.attention.plan import TritonPlanner
+from engine.core.config import BLOCK_SIZE, EngineConfig
 from engine.core.request import Finished, Request, SamplingParams, StoppingParams
-from engine.core.scheduler import Batch
+from engine.core.scheduler import Batch, ScheduledSequence
+from engine.core.sequence import Sequence
 from engine.engine import Engine
-from engine.step.builder import HostStep
+from engine.sampling.factory import make_sampler
+from engine.step.builder import HostStep, StepBuilder
+from engine.step.graphs import shapes_for
 from kernels.ops import TORCH, TRITON, Ops
+from kernels.paged_attention.mask import MaskSpec
 from tests.engine.driving import Answers, run
-from tests.engine.models import prepared
+from tests.engine.models import VOCAB_SIZE, prepared
 from tests.engine.recording import capture, recorded
 
 SAMPLING = [
@@ -114,3 +122,48 @@ def test_a_pickled_step_runs_to_the_same_result(ops: Ops, with_graphs: bool) -> 
         assert isinstance(other, Finished)
         assert last.prompt == other.prompt
         assert last.prompt_top_tokens == other.prompt_top_tokens
+
+
+# -- block tables ---------------------------------------------------------------------------
+
+
+def _running(slot: int, num_known: int, block_table: list[int]) -> Sequence:
+    sequence = Sequence(Request(str(slot), [1] * num_known, SamplingParams(), StoppingParams(9)))
+    sequence.slot, sequence.block_table = slot, block_table
+    return sequence
+
+
+def _step_of(sequence: Sequence, start: int, length: int) -> Batch:
+    entry = ScheduledSequence(sequence, sequence.slot, start, length, True, 0)
+    return Batch(scheduled=[entry], reset=[sequence])
+
+
+@pytest.mark.parametrize(
+    ("num_known", "start", "apart"),
+    [
+        pytest.param(20, 0, False, id="a short prompt"),
+        pytest.param(80 * BLOCK_SIZE, 80 * BLOCK_SIZE - 3, True, id="a long cached prefix"),
+        pytest.param(10 * BLOCK_SIZE, 0, False, id="without a graph"),
+        pytest.param(33, 32, False, id="a decode"),
+        pytest.param(70 * BLOCK_SIZE, 70 * BLOCK_SIZE - 1, True, id="a decode of many blocks"),
+    ],
+)
+def test_changed_block_tables_reach_the_device(num_known: int, start: int, apart: bool) -> None:
+    """They ride among the step's arrays; only a graph has no room for those of a long prefix."""
+    cpu, shape = torch.device("cpu"), (9, 99)
+    call = AttentionCall(nn.Identity(), 4, 2, 16, 16, MaskSpec())
+    planner = TritonPlanner([call], shape, 64, cpu, False)
+    sampler = make_sampler(TRITON, 8, VOCAB_SIZE, cpu)
+    builder = StepBuilder(shape, sampler, planner, shapes_for(8, 64))
+    rng = np.random.default_rng(0)
+    for slot in (3, 0, 3, 7):
+        table = rng.permutation(99)[: -(-num_known // BLOCK_SIZE)].tolist()
+        step = builder.build(_step_of(_running(slot, num_known, table), start, num_known - start))
+        assert (step.update is not None) == apart
+        if step.update is not None:
+            planner.apply_update(step.update.upload(cpu))
+        buffer = torch.zeros(step.arrays.max_bytes, dtype=torch.uint8)
+        step.arrays.copy_to(buffer)
+        planner.apply_update(step.arrays.unpack(buffer))
+        assert planner._block_tables.tolist() == builder._block_tables.tolist()
+        assert planner._block_tables[slot, : len(table)].tolist() == table

@@ -19,7 +19,8 @@ from tests.engine.driving import check_greedy, greedy, run
 from tests.engine.fake_device import NO_MEMORY, FakeDevice
 from tests.engine.models import VOCAB_SIZE, family, prepared, reference
 
-DECODES, MORE_DECODES, PREFILLS = GraphShape(4), GraphShape(8), GraphShape(16, prefills=True)
+DECODES, MORE_DECODES = GraphShape(4, 4), GraphShape(8, 8)
+PREFILLS = GraphShape(16, 16, prefills=True)
 
 
 @pytest.fixture

@@ -5,14 +5,18 @@ value that a step decides in Python would be repeated wrongly, just as by a CUDA
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from engine import engine as engine_module
 from engine.core.config import EngineConfig
 from engine.core.request import (
     Finished,
@@ -20,6 +24,7 @@ from engine.core.request import (
     SamplingParams,
     StoppingParams,
 )
+from engine.device.stream import CpuStream
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
 from engine.step.graphs import Graph
@@ -267,6 +272,93 @@ def decode_recording(num_layers: int) -> Recording:
     config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=64)
     assert Engine(fused("llama", num_layers), config, capture=remember).capture_next_graph()
     return recordings[0]
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the calls of torch by name. A replay counts as one, whatever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    def capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
+        recording, result = capture(work)
+        replay = recording.replay
+
+        def counted() -> None:
+            self.counts["replay"] += 1
+            with _disable_current_modes():
+                replay()
+
+        recording.replay = counted  # type: ignore[method-assign]
+        return recording, result
+
+
+class _AtOnce(CpuStream):
+    """Runs what is launched in the thread that launches it, where its calls are counted."""
+
+    def launch(self, work: Callable[[], T]) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done
+
+
+@pytest.mark.slow
+def test_a_decode_step_calls_torch_seven_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call may hand the interpreter's lock to the event loop, which keeps it for a while.
+
+    Two of them copy, to the device and back, and three say which part of a buffer is copied. In
+    some of the steps the sequences get another block.
+    """
+    monkeypatch.setattr(engine_module, "make_stream", lambda _: _AtOnce())
+    calls = _Calls()
+    config = EngineConfig(max_sequences=4, max_batch_tokens=64, num_blocks=64)
+    served = Engine(fused("llama", 1), config, capture=calls.capture)
+    for i in range(2):
+        sampling = SamplingParams(do_sample=True, seed=i, logprobs=True)
+        stopping = StoppingParams(30, ignore_eos=True)
+        served.add(Request(f"{i}", PROMPTS[0][: 14 + i], sampling, stopping))
+    for _ in range(4):
+        served.step()
+    calls.counts.clear()
+    with calls:
+        for _ in range(20):
+            served.step()
+    counted = dict(calls.counts)
+    while served.has_work:
+        served.step()
+    assert counted == {name: 20 * n for name, n in (("replay", 2), ("copy_", 2), ("slice", 3))}
+
+
+@pytest.mark.slow
+def test_decodes_are_captured_before_the_engine_is_ready() -> None:
+    config = EngineConfig(max_sequences=4, max_batch_tokens=16, num_blocks=16)
+    ready = Engine(fused("llama", 1), config, capture=capture)
+    ready.capture_decodes()
+    for shape in ready._builder.graph_shapes:
+        for sampling in engine_module._COMMON_SAMPLING:
+            step = ready._builder.empty(shape, sampling)
+            assert ready.runner.needs_capture(step) == shape.prefills
+
+
+@pytest.mark.slow
+def test_all_graphs_leave_their_logits_in_one_buffer() -> None:
+    config = EngineConfig(max_sequences=4, max_batch_tokens=32, num_blocks=16)
+    ahead = Engine(fused("llama", 1), config, capture=capture)
+    while ahead.capture_next_graph():
+        pass
+    assert ahead.runner._graphs is not None
+    kept = [ahead.runner._graphs.get(shape) for shape in ahead._builder.graph_shapes]
+    logits = [graphs.forward.result for graphs in kept if graphs and graphs.forward]
+    assert len(logits) == len(ahead._builder.graph_shapes)
+    assert {rows.untyped_storage().data_ptr() for rows in logits} == {logits[0].data_ptr()}
+    assert logits[0].untyped_storage().nbytes() == 4 * VOCAB_SIZE * 4, "of 4 rows, in float32"
 
 
 @pytest.mark.slow

@@ -111,8 +111,8 @@ def test_padding_of_a_mixed_graph_is_tiles_without_keys(
     step = StepSequences(np.arange(len(lengths)), starts, lengths)
     call = AttentionCall(torch.nn.Identity(), group, 1, 128, 128, MaskSpec())
     shape = len(sequences) + num_padding, 4
-    planner = TritonPlanner([call], shape, num_tokens, torch.device("cpu"))
-    arrays = planner.plan(step, np.zeros(shape), GraphShape(num_tokens, prefills=True)).arrays
+    planner = TritonPlanner([call], shape, num_tokens, torch.device("cpu"), False)
+    arrays = planner.plan(step, np.zeros(shape), GraphShape(num_tokens, 1, prefills=True)).arrays
     block_q = block_q_for(group)
     decodes = arrays["decode"][: arrays["num_decode"][0]]
     tiles = arrays[f"prefill_{block_q}"][: arrays[f"num_prefill_{block_q}"][0]]

@@ -1,0 +1,77 @@
+"""Measures the memory that captured steps keep, before the cache takes what is left."""
+
+import gc
+from collections.abc import Callable, Sequence
+
+from engine.attention.plan import GraphShape
+from engine.core.request import SamplingParams
+from engine.device.memory import DeviceMemory
+from engine.step.builder import HostStep, StepBuilder
+from engine.step.runner import ModelRunner
+
+Build = Callable[[], tuple[StepBuilder, ModelRunner]]
+
+
+def graph_bytes(build: Build, sampling: Sequence[SamplingParams], memory: DeviceMemory) -> int:
+    """Return the bytes that the graphs of all shapes will keep, each with these kinds of sampling.
+
+    Some graphs are captured with what `build` returns, and given up again. The difference is what
+    they keep: their pool, their logits, and what the driver keeps of each. Code that was loaded
+    for them stays, so it is part of what the device has no longer available.
+
+    Raises torch.OutOfMemoryError.
+    """
+    available, more = _capture_some(build, sampling, memory)
+    gc.collect()  # an engine refers to itself
+    return max(memory.available() - available, 0) + more
+
+
+def _capture_some(
+    build: Build, sampling: Sequence[SamplingParams], memory: DeviceMemory
+) -> tuple[int, int]:
+    """Return the bytes available beside some captured graphs, and the bytes of all others.
+
+    The graphs share a pool, in which the largest ones determine how much memory there is. Each
+    other one adds what the driver keeps: as much as the first of them.
+    """
+    builder, runner = build()
+    largest, others = _largest_and_others(builder.graph_shapes)
+    for shape in largest:
+        capture_shape(builder, runner, shape, sampling, _run_on(runner))
+    available = memory.available()
+    if not others:
+        return available, 0
+    capture_shape(builder, runner, others[-1], sampling, _run_on(runner))
+    each = max(available - memory.available(), 0)
+    return available, each * len(others)
+
+
+def _run_on(runner: ModelRunner) -> Callable[[HostStep], object]:
+    return lambda step: runner.launch(step).result()
+
+
+def _largest_and_others(
+    shapes: Sequence[GraphShape],
+) -> tuple[list[GraphShape], list[GraphShape]]:
+    by_kind = [[s for s in shapes if s.prefills is prefills] for prefills in (False, True)]
+    largest = [kind[-1] for kind in by_kind if kind]
+    return largest, [shape for shape in shapes if shape not in largest]
+
+
+def capture_shape(
+    builder: StepBuilder,
+    runner: ModelRunner,
+    shape: GraphShape,
+    sampling: Sequence[SamplingParams],
+    run: Callable[[HostStep], object],
+) -> bool:
+    """Capture the graphs of one shape, with each of these kinds of sampling; return whether one
+    was missing. `run` runs a step of padding, which captures its graphs.
+    """
+    is_missing = False
+    for kind in sampling:
+        step = builder.empty(shape, kind)
+        if runner.needs_capture(step):
+            is_missing = True
+            run(step)
+    return is_missing
