@@ -39,7 +39,6 @@ from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
-from engine.step.builder import HostStep
 from engine.step.captures import Captures
 from engine.step.executor import ModelExecutor
 from engine.step.graph_memory import capture_shape, graph_bytes
@@ -237,18 +236,13 @@ class Engine:
         return False
 
     def _capture_shape(self, shape: GraphShape) -> bool:
-        with self.cold_start.phase("graphs"):
-            return capture_shape(
-                self._builder, self.runner, shape, _COMMON_SAMPLING, self._run_ahead
-            )
-
-    def _run_ahead(self, step: HostStep) -> None:
-        """Run a step of padding, which captures its graphs."""
         try:
-            self.runner.launch(step).result()
+            with self.cold_start.phase("graphs"):
+                return capture_shape(self._builder, self.runner, shape, _COMMON_SAMPLING)
         except Exception as error:
             self._executor.recover(error)
             self._graphs_to_capture.clear()
+            return False
 
     # -- one step ---------------------------------------------------------------------
 

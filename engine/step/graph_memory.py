@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from engine.attention.plan import GraphShape
 from engine.core.request import SamplingParams
 from engine.device.memory import DeviceMemory
-from engine.step.builder import HostStep, StepBuilder
+from engine.step.builder import StepBuilder
 from engine.step.runner import ModelRunner
 
 Build = Callable[[], tuple[StepBuilder, ModelRunner]]
@@ -37,17 +37,13 @@ def _capture_some(
     builder, runner = build()
     largest, others = _largest_and_others(builder.graph_shapes)
     for shape in largest:
-        capture_shape(builder, runner, shape, sampling, _run_on(runner))
+        capture_shape(builder, runner, shape, sampling)
     available = memory.available()
     if not others:
         return available, 0
-    capture_shape(builder, runner, others[-1], sampling, _run_on(runner))
+    capture_shape(builder, runner, others[-1], sampling)
     each = max(available - memory.available(), 0)
     return available, each * len(others)
-
-
-def _run_on(runner: ModelRunner) -> Callable[[HostStep], object]:
-    return lambda step: runner.launch(step).result()
 
 
 def _largest_and_others(
@@ -63,15 +59,14 @@ def capture_shape(
     runner: ModelRunner,
     shape: GraphShape,
     sampling: Sequence[SamplingParams],
-    run: Callable[[HostStep], object],
 ) -> bool:
-    """Capture the graphs of one shape, with each of these kinds of sampling; return whether one
-    was missing. `run` runs a step of padding, which captures its graphs.
+    """Capture the graphs of one shape, with each of these kinds of sampling, by running steps of
+    padding; return whether one was missing. Raises what such a step raises.
     """
     is_missing = False
     for kind in sampling:
         step = builder.empty(shape, kind)
         if runner.needs_capture(step):
             is_missing = True
-            run(step)
+            runner.launch(step).result()
     return is_missing
