@@ -24,8 +24,8 @@ from engine.sampling.logits_processors import (
     TopP,
     TypicalP,
 )
-from kernels import fused_sampling
-from kernels.fused_sampling import _gumbel, greedy, sample
+from kernels.fused_sampling import greedy, launch, sample
+from kernels.fused_sampling.numbers import gumbel
 from kernels.sampling import GENERATED, IN_PROMPT, ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
@@ -61,9 +61,10 @@ def run(
     logits: Tensor, parameters: np.ndarray, counts: Tensor | None = None, num_top: int = 0
 ) -> tuple[Tensor, ...]:
     words = torch.from_numpy(parameters.view(np.int32).reshape(len(parameters), -1).copy())
-    on_device = None if counts is None else counts.to(DEVICE)
+    shape = len(parameters), logits.shape[1]
+    on_device = (torch.zeros(shape, dtype=torch.int32) if counts is None else counts).to(DEVICE)
     outputs = sample(logits.to(DEVICE), words.to(DEVICE), on_device, num_top)
-    if counts is not None and on_device is not None:
+    if counts is not None:
         counts.copy_(on_device)
     return tuple(output.cpu() for output in outputs if output is not None)
 
@@ -217,17 +218,19 @@ def random_counts(rng: np.random.Generator, num_slots: int, vocab_size: int) -> 
     return torch.from_numpy(counts.astype(np.int32))
 
 
-def tiles(chunk: int, kept: int, block: int) -> pytest.MonkeyPatch:
-    """Shrink the tiles, so that rows have many chunks and thresholds below their candidates."""
+def tiles(chunk: int, kept: int, held: int, block: int) -> pytest.MonkeyPatch:
+    """Shrink the tiles, so that rows have many chunks, more candidates than are held, and
+    thresholds below their candidates.
+    """
     patch = pytest.MonkeyPatch()
-    for name, value in {"CHUNK": chunk, "KEPT": kept, "BLOCK": block}.items():
-        patch.setattr(fused_sampling, name, value)
+    for name, value in {"CHUNK": chunk, "KEPT": kept, "HELD": held, "BLOCK": block}.items():
+        patch.setattr(launch, name, value)
     return patch
 
 
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
-    patch = tiles(64, 8, 128)
+    patch = tiles(64, 8, 16, 128)
     yield
     patch.undo()
 
@@ -283,7 +286,7 @@ def test_neutral_rows_come_out_of_sample_as_of_greedy_bit_for_bit() -> None:
 def test_rows_come_out_as_the_processors_have_them(entropy: int) -> None:
     rng = np.random.default_rng(entropy)
     n, vocab_size = int(rng.integers(1, 4)), int(rng.choice([1, 2, 63, 258, 500]))
-    patch = tiles(64, 8, 128)
+    patch = tiles(64, 8, 16, 128)
     counts = random_counts(rng, n, vocab_size)
     check(random_logits(rng, n, vocab_size), random_rows(rng, n, counts), counts)
     patch.undo()
@@ -291,9 +294,9 @@ def test_rows_come_out_as_the_processors_have_them(entropy: int) -> None:
 
 @pytest.mark.thorough
 @settings(max_examples=12 * THOROUGH, deadline=None)
-@given(entropies, st.sampled_from([(64, 8, 128), (256, 16, 64), (2048, 128, 4096)]))
+@given(entropies, st.sampled_from([(64, 8, 16, 128), (256, 16, 64, 64), (2048, 128, 2048, 4096)]))
 def test_many_rows_come_out_as_the_processors_have_them(
-    entropy: int, sizes: tuple[int, int, int]
+    entropy: int, sizes: tuple[int, int, int, int]
 ) -> None:
     rng = np.random.default_rng(entropy)
     n, vocab_size = int(rng.integers(1, 5)), int(rng.choice([1, 2, 63, 258, 1000, 5003]))
@@ -308,7 +311,7 @@ def test_many_rows_come_out_as_the_processors_have_them(
 def test_a_row_in_a_batch_comes_out_as_it_would_alone(entropy: int) -> None:
     """The results are equal bit for bit, whatever the other rows ask for."""
     rng = np.random.default_rng(entropy)
-    n, vocab_size, patch = 3, 300, tiles(64, 8, 128)
+    n, vocab_size, patch = 3, 300, tiles(64, 8, 16, 128)
     counts = random_counts(rng, n, vocab_size)
     logits, parameters = random_logits(rng, n, vocab_size), random_rows(rng, n, counts)
     together = run(logits, parameters, counts.clone(), 5)
@@ -490,7 +493,7 @@ def _gumbel_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(noise_ptr + ids, _gumbel(ids, tl.load(keys_ptr), tl.load(keys_ptr + 1)))
+    tl.store(noise_ptr + ids, gumbel(ids, tl.load(keys_ptr), tl.load(keys_ptr + 1)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 5, 2**64 - 1])
