@@ -13,7 +13,7 @@ CHUNK = 2048
 """Tokens of a row that one program reads: few enough that a row alone spreads over the GPU."""
 KEPT = 128
 """Most candidates of a chunk: the tokens whose scores are stored for the second pass."""
-HELD = 2048
+HELD = 1024
 """Most candidates of a row that the second pass holds in registers."""
 BLOCK = 4096
 """Tokens of a row that the third pass holds in registers at a time."""
@@ -85,5 +85,5 @@ def sample(
     top_block = triton.next_power_of_2(num_top)
     chunk_kernel[(num_chunks, rows)](*request, *scratch, vocab_size, CHUNK, KEPT, num_warps=8)
     row_kernel[(rows,)](*request, *scratch, *results, *sizes, HELD, top_block, num_warps=4)
-    whole_row_kernel[(rows,)](*request, *scratch, *results, *sizes, BLOCK, top_block, num_warps=16)
+    whole_row_kernel[(rows,)](*request, *scratch, *results, *sizes, BLOCK, top_block, num_warps=8)
     return ids, logprobs, top_ids, top_logprobs

@@ -36,31 +36,44 @@ class TopTokens(NamedTuple):
 
 
 @triton.jit
-def suffice(candidates, mass, words, vocab_size, num_top, BLOCK: tl.constexpr):
-    """Return whether the candidates above their floor have every token that the row can need."""
+def suffice(candidates, found, mass, words, vocab_size, num_top):
+    """Return whether the candidates have every token that the row can need.
+
+    `found` is their survey, and `mass` that of the row.
+    """
     suffice = candidates.floor == MINUS_INFINITY
     if not suffice:
-        _low, _high, count, above, _moment = survey(candidates, candidates.highest, BLOCK)
         top_k = top_k_of(words, vocab_size)
         if top_k > 0:
-            suffice = count >= top_k
+            suffice = found.count >= top_k
         elif top_p_of(words) < 1.0:
-            suffice = above >= _top_p_limit(words, mass)
+            suffice = found.mass >= _top_p_limit(words, mass)
         elif not (typical_p_of(words) < 1.0):
-            suffice = count >= num_top
+            suffice = found.count >= num_top
     return suffice
 
 
 @triton.jit
-def narrow(tokens, ids, best, mass, words, vocab_size, top, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def narrow(
+    tokens,
+    ids,
+    found,
+    best,
+    mass,
+    words,
+    vocab_size,
+    top,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Apply the row's thresholds, draw a token and list the top tokens.
 
-    Returns the best token, packed, and the score and mass that its logprob refers to. `best` is
-    the best of the whole row and `mass` the row's.
+    Returns the best token, packed, and the score and mass that its logprob refers to. `found` is
+    the survey of the tokens; `best` is the best of the whole row, and `mass` the row's.
     """
     reference = tokens.highest
     if has_threshold(words, vocab_size):
-        tokens, mass = _cut(tokens, mass, words, vocab_size, BLOCK)
+        tokens, mass = _cut(tokens, found, mass, words, vocab_size, BLOCK)
         if typical_p_of(words) < 1.0:
             tokens, reference, mass = _cut_typical(tokens, words, BLOCK)
         drawn = _draw(tokens, ids, words, BLOCK)
@@ -82,41 +95,41 @@ def _top_p_limit(words, mass):
 
 
 @triton.jit
-def _cut(tokens, mass, words, vocab_size, BLOCK: tl.constexpr):
+def _cut(tokens, found, mass, words, vocab_size, BLOCK: tl.constexpr):
     """Apply top-k and top-p; return the surviving tokens and their mass.
 
     `mass` is that of the whole row, of which top-p drops a share, even if `tokens` are a part of
     the row. After top-k, everything that is left is among `tokens`.
     """
-    low, high, count, listed, _ = survey(tokens, tokens.highest, BLOCK)
+    low, high = found.low, found.high
     top_k = top_k_of(words, vocab_size)
     if (top_k > 0) | (tokens.floor == MINUS_INFINITY):
-        mass = listed
-    if (top_k > 0) & (count > top_k):
+        mass = found.mass
+    if (top_k > 0) & (found.count > top_k):
         low = search(tokens, top_k, low, high, True, False, BLOCK)
         tokens = with_floor(tokens, low - 1)
-        mass = survey(tokens, tokens.highest, BLOCK)[3]
+        mass = survey(tokens, tokens.highest, BLOCK).mass
     if top_p_of(words) < 1.0:
         low = search(tokens, _top_p_limit(words, mass), low, high, False, False, BLOCK)
         tokens = with_floor(tokens, low - 1)
-        mass = survey(tokens, tokens.highest, BLOCK)[3]
+        mass = survey(tokens, tokens.highest, BLOCK).mass
     return tokens, mass
 
 
 @triton.jit
 def _cut_typical(tokens, words, BLOCK: tl.constexpr):
     """Apply typical-p; return the surviving tokens, their highest score, and their mass."""
-    _low, _high, _count, mass, moment = survey(tokens, tokens.highest, BLOCK)
-    mass = tl.maximum(mass, 1)
-    center = tl.div_rn(moment.to(tl.float32), mass.to(tl.float32))
+    left = survey(tokens, tokens.highest, BLOCK)
+    mass = tl.maximum(left.mass, 1)
+    center = tl.div_rn(left.moment.to(tl.float32), mass.to(tl.float32))
     limit = typical_p_of(words).to(tl.float64) * mass.to(tl.float64)
     limit = tl.ceil(limit).to(tl.int64)
     low, high = tl.full([], MINUS_INFINITY, tl.int32), tl.full([], 0, tl.int32)
     tokens = near(tokens, center, tokens.nearest)
     nearest = search(tokens, limit, low, high, False, True, BLOCK)
     tokens = near(tokens, center, nearest)
-    reference = finite(unordered(survey(tokens, tokens.highest, BLOCK)[1]))
-    return tokens, reference, survey(tokens, reference, BLOCK)[3]
+    reference = finite(unordered(survey(tokens, tokens.highest, BLOCK).high))
+    return tokens, reference, survey(tokens, reference, BLOCK).mass
 
 
 # -- results --------------------------------------------------------------------------
@@ -160,11 +173,11 @@ def _list_top(survivors, ids, top, BLOCK: tl.constexpr):
     They are stored in no order, their scores in place of logprobs: all those above the lowest
     score that has a place, and of those with that score the lowest ids.
     """
-    low, high, count, _mass, _moment = survey(survivors, survivors.highest, BLOCK)
-    last = low
-    if count > top.n:
-        last = search(survivors, top.n, low, high, True, False, BLOCK)
-    num_equal = survey(with_floor(survivors, last), survivors.highest, BLOCK)[2]
+    left = survey(survivors, survivors.highest, BLOCK)
+    last = left.low
+    if left.count > top.n:
+        last = search(survivors, top.n, left.low, left.high, True, False, BLOCK)
+    num_equal = survey(with_floor(survivors, last), survivors.highest, BLOCK).count
     num_above = tl.full([], 0, tl.int32)
     for start in range(0, survivors.n, BLOCK):
         index, x, _closeness, survives = block_of(survivors, start, BLOCK)
@@ -178,7 +191,7 @@ def _list_top(survivors, ids, top, BLOCK: tl.constexpr):
         tl.store(top.logprobs + place, x, mask=mask)
         num_above += tl.sum(is_above.to(tl.int32), 0)
         num_equal += tl.sum(is_equal.to(tl.int32), 0)
-    return tl.minimum(count, top.n)
+    return tl.minimum(left.count, top.n)
 
 
 @triton.jit

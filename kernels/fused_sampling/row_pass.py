@@ -14,7 +14,7 @@ from kernels.fused_sampling.row import (
     subtrahend,
     wants_top,
 )
-from kernels.fused_sampling.tokens import all_above, bound_of
+from kernels.fused_sampling.tokens import all_above, bound_of, survey
 
 UNSETTLED = tl.constexpr(-1)
 """The id of a row that is left to the third pass."""
@@ -62,11 +62,12 @@ def row_kernel(
         candidates = all_above(bound, scores_ptr + row * scores_stride, num_candidates, highest)
         ids = candidate_ids_ptr + row * candidate_ids_stride
         held = _held(candidates, ids, HELD)
-        is_settled = suffice(held, mass, words, vocab_size, num_top, HELD)
+        found = survey(held, highest, HELD)
+        is_settled = suffice(held, found, mass, words, vocab_size, num_top)
         if is_settled:
             held_ids = (ids + num_candidates, True)
             best, reference, mass = narrow(
-                held, held_ids, best, mass, words, vocab_size, top, TOP, HELD
+                held, held_ids, found, best, mass, words, vocab_size, top, TOP, HELD
             )
 
     token = tl.where(is_settled, packed_id(best), UNSETTLED)
@@ -91,15 +92,18 @@ def _held(candidates, ids, HELD: tl.constexpr):
         floor = bound_of(candidates, candidates.floor, top, HELD, HELD)
         candidates = all_above(floor, candidates.scores, candidates.n, candidates.highest)
         num_held = _compact(candidates, ids, HELD)
-    place = tl.arange(0, HELD)
-    scores = candidates.scores + candidates.n
-    x = tl.load(scores + place, mask=place < num_held, other=float("-inf"))
+    place = candidates.n + tl.arange(0, HELD)
+    mask = tl.arange(0, HELD) < num_held
+    x = tl.load(candidates.scores + place, mask=mask, other=float("-inf"))
+    token_ids = tl.load(ids + tl.load(ids + place, mask=mask, other=0), mask=mask, other=0)
+    tl.store(ids + place, token_ids, mask=mask)
     return all_above(candidates.floor, x, HELD, candidates.highest)
 
 
 @triton.jit
 def _compact(candidates, ids, HELD: tl.constexpr):
-    """Write the candidates above their floor, and their ids, behind all of them; return how many.
+    """Write the candidates above their floor behind all of them, and behind the ids where each
+    was; return how many.
 
     Their order is kept. Those beyond `HELD` are not written.
     """
@@ -112,9 +116,8 @@ def _compact(candidates, ids, HELD: tl.constexpr):
         is_held = ordered(x) > candidates.floor
         place = num_held + tl.cumsum(is_held.to(tl.int32), 0) - 1
         mask = is_held & (place < HELD)
-        token_ids = tl.load(ids + index, mask=mask, other=0)
         tl.store(candidates.scores + candidates.n + place, x, mask=mask)
-        tl.store(ids + candidates.n + place, token_ids, mask=mask)
+        tl.store(ids + candidates.n + place, index, mask=mask)
         num_held += tl.sum(is_held.to(tl.int32), 0)
     tl.debug_barrier()
     return num_held

@@ -14,7 +14,6 @@ import triton.language as tl
 from kernels.fused_sampling.numbers import (
     ABOVE_ALL,
     LOWEST,
-    MINUS_INFINITY,
     UNIT,
     between,
     mass_of,
@@ -72,9 +71,19 @@ def block_of(tokens, start, BLOCK: tl.constexpr):
     return index, x, closeness, (ordered(x) > tokens.floor) & (closeness >= tokens.nearest)
 
 
+class Survey(NamedTuple):
+    """A set's lowest and highest key, its size, its mass, and its mass times gap."""
+
+    low: Any
+    high: Any
+    count: Any
+    mass: Any
+    moment: Any
+
+
 @triton.jit
 def survey(tokens, reference, BLOCK: tl.constexpr):
-    """Return the set's lowest and highest key, its size, its mass, and its mass times gap."""
+    """Return the `Survey` of the set, masses being relative to the score `reference`."""
     low = tl.full([BLOCK], ABOVE_ALL, tl.int32)
     high = tl.full([BLOCK], LOWEST, tl.int32)
     count = tl.full([BLOCK], 0, tl.int32)
@@ -90,7 +99,9 @@ def survey(tokens, reference, BLOCK: tl.constexpr):
         mass += (share * UNIT).to(tl.int64)
         gap = tl.where(share > 0.0, tokens.highest - x, 0.0)
         moment += (share * gap * UNIT).to(tl.int64)
-    return tl.min(low, 0), tl.max(high, 0), tl.sum(count, 0), tl.sum(mass, 0), tl.sum(moment, 0)
+    return Survey(
+        tl.min(low, 0), tl.max(high, 0), tl.sum(count, 0), tl.sum(mass, 0), tl.sum(moment, 0)
+    )
 
 
 @triton.jit
@@ -124,11 +135,10 @@ def search(
                 weight += tl.where(above, mass_of(x, tokens.highest), 0)
             next_above = tl.minimum(next_above, tl.where(above, key, ABOVE_ALL))
             next_below = tl.maximum(next_below, tl.where(below, key, LOWEST))
-        # One reduction finds either neighbour: ~ turns the order around.
-        goes_up = tl.sum(weight, 0) >= limit
-        neighbour = tl.max(tl.where(goes_up, ~next_above, next_below), 0)
-        low = tl.where(goes_up, tl.minimum(~neighbour, high), low)
-        high = tl.where(goes_up, high, tl.maximum(neighbour, low))
+        if tl.sum(weight, 0) >= limit:
+            low = tl.minimum(tl.min(next_above, 0), high)
+        else:
+            high = tl.maximum(tl.max(next_below, 0), low)
         step += 1
     return low
 

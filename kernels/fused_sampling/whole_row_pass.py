@@ -8,7 +8,7 @@ from kernels.fused_sampling.numbers import MINUS_INFINITY, logprob_of, packed_id
 from kernels.fused_sampling.partials import FIELDS, merged_best, merged_bound, merged_mass
 from kernels.fused_sampling.row import WORDS, count_token, processed, subtrahend
 from kernels.fused_sampling.row_pass import UNSETTLED
-from kernels.fused_sampling.tokens import all_above
+from kernels.fused_sampling.tokens import all_above, survey
 
 
 # Another number of top tokens does not compile the kernel again.
@@ -55,13 +55,17 @@ def whole_row_kernel(
     scores = scores_ptr + row * scores_stride
     bound = merged_bound(partials, num_chunks, CHUNKS)
     tokens = all_above(bound, scores, num_candidates, highest)
-    are_listed = suffice(tokens, mass, words, vocab_size, num_top, BLOCK)
+    found = survey(tokens, highest, BLOCK)
+    are_listed = suffice(tokens, found, mass, words, vocab_size, num_top)
     if not are_listed:
         scores += num_candidates
         _store_scores(scores, logits, counts_ptr, words, vocab_size, subtracted, BLOCK)
         tokens = all_above(tl.full([], MINUS_INFINITY, tl.int32), scores, vocab_size, highest)
+        found = survey(tokens, highest, BLOCK)
     ids = (candidate_ids_ptr + row * candidate_ids_stride, are_listed)
-    best, reference, mass = narrow(tokens, ids, best, mass, words, vocab_size, top, TOP, BLOCK)
+    best, reference, mass = narrow(
+        tokens, ids, found, best, mass, words, vocab_size, top, TOP, BLOCK
+    )
 
     token = packed_id(best)
     x = processed(logits, counts_ptr, words, token, vocab_size, subtracted)
