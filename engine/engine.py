@@ -36,18 +36,12 @@ from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
 from engine.step.executor import ModelExecutor
 from engine.step.graphs import Capture, CudaCapture
+from engine.step.rehearsal import rehearsals
 from engine.step.runner import build_runner
 from engine.text.grammar import GrammarCompiler, TokenMasks
 
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
-
-_COMMON_SAMPLING = (
-    SamplingParams(do_sample=True, logprobs=True),
-    SamplingParams(logprobs=True),
-    SamplingParams(),
-)
-"""Kinds of sampling whose graphs are captured while there is no work, the last one first."""
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +93,17 @@ class Engine:
         )
         self._stream = make_stream(loaded.model.device)
         self._builder, self.runner = build_runner(
-            loaded, limits, self._stream, capture, config.watermark
+            loaded, limits, self._stream, capture, config.max_top_tokens, config.watermark
         )
+        sampler = self.runner.sampler
+        # The last one is captured first.
         self._graphs_to_capture = [
-            (shape, kind) for shape in self._builder.graph_shapes for kind in _COMMON_SAMPLING
+            (shape, kind)
+            for kinds in (sampler.rare_kinds, sampler.usual_kinds)
+            for shape in self._builder.graph_shapes
+            for kind in reversed(kinds)
         ]
-        vocab_size = loaded.model.config.get_text_config().vocab_size
+        self._vocab_size = vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         executor = ModelExecutor(self._builder, self.runner, TokenMasks(vocab_size))
         prefill_budget = PrefillBudget(limits.min_prefill_tokens, limits.max_batch_tokens)
@@ -114,7 +113,8 @@ class Engine:
         self.cold_start = ColdStart()
 
     def warm_up(self) -> None:
-        """Run the largest prefill and a few sampled decodes before the first request does.
+        """Run the largest prefill, a few sampled decodes and each kind of sampling before the
+        first request does.
 
         Raises LoadError if that fails, torch.OutOfMemoryError if there is too little memory.
         """
@@ -134,6 +134,14 @@ class Engine:
                         raise _warm_up_error(event.message)
                     progress.update(isinstance(event, TokenOutput))
         self.scheduler.pool.forget_cached()
+        self.prepare_sampling()
+
+    def prepare_sampling(self) -> None:
+        """Compile every kernel that sampling can need, where sampling has kernels."""
+        sampler = self.runner.sampler
+        kinds = sampler.usual_kinds + sampler.rare_kinds
+        if kinds:
+            self.runner.prepare_sampling(rehearsals(self._builder, kinds, self._vocab_size))
 
     def summary(self) -> list[str]:
         """Return the model and the limits in effect, a line each, with where they come from."""

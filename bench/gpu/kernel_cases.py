@@ -255,7 +255,7 @@ def _sampling(name: str, setting: Setting, batch: int, params: SamplingParams) -
     vocab_size, device = setting.shape.vocab_size, setting.device
 
     def make() -> Callable[[], object]:
-        sampler = make_sampler(setting.ops, batch, vocab_size, device)
+        sampler = make_sampler(setting.ops, batch, vocab_size, device, max_top_tokens=0)
         for slot in range(batch):
             sampler.set_parameters(slot, params)
         plan = sampler.plan(np.arange(batch), np.full(batch, 100))

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.attention.interface import StepMetadata
 from engine.attention.plan import PADDING, AttentionPlanner, GraphShape, StepSequences
 from engine.core.config import BLOCK_SIZE
-from engine.core.request import SamplingParams
 from engine.core.scheduler import Batch
 from engine.core.sequence import Sequence
 from engine.device.packed_arrays import PackedArrays
@@ -161,10 +160,9 @@ class StepBuilder:
             step, num_prompt_top=num_top, update=update, contexts=contexts, extras=extras
         )
 
-    def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
-        """Return a step of padding alone for this graph, sampled with these parameters."""
+    def empty(self, graph: GraphShape, kind: SamplingKind) -> HostStep:
+        """Return a step of padding alone for this graph, with this kind of sampling."""
         slots = np.full(graph.rows, self._padding_slot)
-        self._sampler.set_parameters(self._padding_slot, sampling)
         step = self._pack(
             StepSequences(slots, np.full_like(slots, PADDING), np.ones_like(slots)),
             np.zeros_like(slots),
@@ -172,8 +170,7 @@ class StepBuilder:
             _NO_ROWS,
             graph,
         )
-        self._sampler.set_parameters(self._padding_slot, SamplingParams())
-        return step
+        return replace(step, sampling=kind)
 
     def _pack(
         self,

@@ -1,7 +1,8 @@
 """Runs one step of the model: packed row in, sampled tokens out. Never waits for the device."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from engine.sampling.factory import make_sampler
 from engine.sampling.sampler import SampledTokens, Sampler, SamplingKind
 from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
 from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
+from engine.step.rehearsal import Rehearsal
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def build_runner(
     limits: Limits,
     stream: Stream,
     capture: Capture | None,
+    max_top_tokens: int,
     watermark: tuple[float, float],
 ) -> tuple[StepBuilder, "ModelRunner"]:
     """Return what turns batches into steps, and what runs them; both share the slots' state.
@@ -37,9 +40,8 @@ def build_runner(
     """
     model, device = loaded.model, loaded.model.device
     tables_shape = limits.max_sequences + 1, -(-limits.max_total_tokens // BLOCK_SIZE)
-    sampler = make_sampler(
-        loaded.ops, limits.max_sequences, model.config.get_text_config().vocab_size, device
-    )
+    vocab_size = model.config.get_text_config().vocab_size
+    sampler = make_sampler(loaded.ops, limits.max_sequences, vocab_size, device, max_top_tokens)
     shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
     max_rows = max((limits.max_sequences, *(shape.rows for shape in shapes)))
     planner = make_planner(loaded.ops, loaded.calls, tables_shape, max_rows, device)
@@ -107,7 +109,7 @@ class ModelRunner:
         """`watermark` is the share of the vocabulary it favours, and by how much."""
         self._model = model
         self._context = context
-        self._sampler = sampler
+        self.sampler = sampler
         self._planner = planner
         self._graphs = graphs
         self._captures = {"prefills", "decodes"} if graphs else set()
@@ -138,6 +140,16 @@ class ModelRunner:
         assert forward.pending is not None
         return _Sampling(forward.pending, sampling)
 
+    def prepare_sampling(self, rehearsals: Iterable[Rehearsal]) -> None:
+        """Sample all of these once, from the logits of one forward, and wait for it.
+
+        Compiling a kernel takes seconds, for which no step of a request then has to wait.
+        """
+        forward = None
+        for step, masks in rehearsals:
+            forward = replace(forward, step=step) if forward else self.launch_forward(step)
+            self.launch_sampling(forward, masks).result()
+
     def _run(self, forward: Forward) -> StepResult:
         self._run_forward(forward)
         return self._run_sampling(forward, None)
@@ -164,7 +176,7 @@ class ModelRunner:
         token_ids = new.token_ids.upload(self._device)["token_ids"]
         lengths = [context.num_tokens for context in new.contexts]
         for context, known in zip(new.contexts, token_ids.split(lengths), strict=True):
-            self._sampler.slots.start_counts(
+            self.sampler.slots.start_counts(
                 context.slot, known, context.num_prompt_tokens, context.counts_prompt
             )
 
@@ -179,7 +191,7 @@ class ModelRunner:
         prompt = None
         if "prompt_ids" in extras:
             prompt_logits = logits[step.num_sampled :]
-            prompt = self._sampler.report(prompt_logits, extras["prompt_ids"], step.num_prompt_top)
+            prompt = self.sampler.report(prompt_logits, extras["prompt_ids"], step.num_prompt_top)
             prompt = prompt.to_host(len(prompt_logits))
         sampled = None
         if step.sampling is not None:
@@ -228,12 +240,13 @@ class ModelRunner:
         graphs, shape, inputs = forward.graphs, forward.step.graph, forward.inputs
         assert inputs is not None
         is_copy = scores is not logits
-        is_captured = graphs is not None and graphs.forward is not None and kind in graphs.sampling
+        own = kind.of_own_logits
+        is_captured = graphs is not None and graphs.forward is not None and own in graphs.sampling
         if graphs is not None and is_captured and not is_copy:
-            return graphs.sampling[kind].replay()
+            return graphs.sampling[own].replay()
         sampled = self._sample(scores, inputs, kind, logits if is_copy else None)
         if graphs is not None and shape is not None and not is_captured:
-            self._capture(graphs, shape, kind)
+            self._capture(graphs, shape, own)
         return sampled
 
     def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:
@@ -265,7 +278,8 @@ class ModelRunner:
         graphs = self._graphs.get(step.graph)
         if graphs is None or graphs.forward is None:
             return True
-        return step.sampling is not None and step.sampling not in graphs.sampling
+        kind = step.sampling
+        return kind is not None and kind.of_own_logits not in graphs.sampling
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of the kept rows, [num_sampled + prompt rows, vocab_size]."""
@@ -285,6 +299,6 @@ class ModelRunner:
     def _sample(
         self, logits: Tensor, inputs: StepInputs, kind: SamplingKind, raw: Tensor | None = None
     ) -> SampledTokens:
-        sampled = self._sampler.sample(logits, inputs.arrays, kind, raw)
+        sampled = self.sampler.sample(logits, inputs.arrays, kind, raw)
         self._last_ids[inputs.sampled_slots] = sampled.ids
         return sampled

@@ -191,7 +191,12 @@ def test_capturing_every_graph_ahead_changes_no_answer() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
     while ahead.capture_next_graph():
         pass
-    steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
+    sampler = ahead.runner.sampler
+    steps = [
+        ahead._builder.empty(shape, kind)
+        for shape in ahead._builder.graph_shapes
+        for kind in sampler.usual_kinds + sampler.rare_kinds
+    ]
     assert not any(ahead.runner.needs_capture(step) for step in steps)
     request = greedy(PROMPTS[0], 3)
     check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
