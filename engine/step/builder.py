@@ -172,6 +172,21 @@ class StepBuilder:
         )
         return replace(step, sampling=kind)
 
+    def rehearsal(self, rows: int, kind: SamplingKind) -> HostStep:
+        """Return a step without a graph whose rows belong to no sequence, sampled in this way.
+
+        It writes keys and values to the first block of the cache, which must be unused.
+        """
+        slots = np.full(rows, self._padding_slot)
+        step = self._pack(
+            StepSequences(slots, np.zeros_like(slots), np.ones_like(slots)),
+            np.zeros_like(slots),
+            np.ones(rows, dtype=np.bool_),
+            _NO_ROWS,
+            None,
+        )
+        return replace(step, sampling=kind)
+
     def _pack(
         self,
         step: StepSequences,

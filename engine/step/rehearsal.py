@@ -1,4 +1,4 @@
-"""Steps of padding which together launch every kernel that sampling can need.
+"""Steps of no sequence which together launch every kernel that sampling can need.
 
 All of them are run before the server is ready, so that no request ever waits for a compiler. What
 a kernel is compiled for beside its kind is the type of the scores, which are float32 where
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.attention.plan import GraphShape
 from engine.device.packed_arrays import PackedArrays
 from engine.sampling.sampler import SamplingKind
 from engine.step.builder import HostStep, StepBuilder
@@ -26,7 +25,7 @@ _BIASES = {
 
 
 class Rehearsal(NamedTuple):
-    """A step of padding, and what grammars allow in it."""
+    """A step of no sequence, and what grammars allow in it."""
 
     step: HostStep
     masks: PackedArrays | None = None
@@ -37,10 +36,10 @@ def rehearsals(
 ) -> Iterator[Rehearsal]:
     """Yield every kind of sampling, with every change of the logits before it."""
     for kind in kinds:
-        step = _step(builder, kind)
+        step = builder.rehearsal(_ROWS, kind)
         yield Rehearsal(step)
         yield Rehearsal(_with(step, **_BIASES))
-    step = _step(builder, kinds[0])
+    step = builder.rehearsal(_ROWS, kinds[0])
     rows, words = np.zeros(1, np.int64), -(-vocab_size // 32)
     masks = PackedArrays({"rows": rows, "masks": np.full((1, words), -1, np.int32)})
     yield Rehearsal(step, masks)
@@ -51,10 +50,6 @@ def rehearsals(
             prompt_ids = np.zeros(_ROWS - first, np.int64)
             prompted = replace(step, num_sampled=first, num_prompt_top=num_top)
             yield Rehearsal(_with(prompted, prompt_ids=prompt_ids))
-
-
-def _step(builder: StepBuilder, kind: SamplingKind) -> HostStep:
-    return replace(builder.empty(GraphShape(_ROWS), kind), graph=None)
 
 
 def _with(step: HostStep, **extras: np.ndarray) -> HostStep:

@@ -203,6 +203,27 @@ def test_capturing_every_graph_ahead_changes_no_answer() -> None:
 
 
 @pytest.mark.slow
+def test_no_kind_of_sampling_is_captured_while_requests_wait() -> None:
+    loaded, captured = fused("llama", 1), []
+
+    def remember(work: Callable[[], T]) -> tuple[Graph, T]:
+        captured.append(work)
+        return capture(work)
+
+    config = EngineConfig(max_sequences=4, max_batch_tokens=32, num_blocks=64)
+    ahead = Engine(loaded, config, capture=remember)
+    while ahead.capture_next_graph():
+        pass
+    assert captured
+    captured.clear()
+    requests = mixed_requests()
+    makers = (guided, watermarked, biased, reporting_raw(guided), reporting_raw(biased))
+    for request in [*requests, *(r for make in makers for r in make(loaded))]:
+        assert isinstance(run(ahead, [(0, request)]).last(request), Finished)
+    assert captured == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "warned"),
     [
