@@ -433,7 +433,7 @@ def test_scores_of_all_magnitudes_are_searched(small_tiles: None) -> None:
 # -- candidates in registers, and rows that have too many of them -----------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4 * THOROUGH, deadline=None)
 @given(entropies, st.sampled_from([8, 16, 32, 64]))
 def test_rows_come_out_the_same_however_few_candidates_are_held(entropy: int, held: int) -> None:
     """With 64 all candidates are held, with 8 almost every row is left to the third pass."""
@@ -448,7 +448,7 @@ def test_rows_come_out_the_same_however_few_candidates_are_held(entropy: int, he
         assert torch.equal(expected, actual)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4 * THOROUGH, deadline=None)
 @given(entropies, st.sampled_from([1, 5, 15, 16, 17, 33, 60]))
 def test_more_ties_than_can_be_held_are_kept_or_dropped_together(entropy: int, k: int) -> None:
     """More than `HELD` candidates share a score, at the threshold or above it."""
