@@ -252,10 +252,10 @@ def sample_top_p(setting: Setting, batch: int) -> KernelCase:
 
 
 def sample_top_p_of_frequent_tokens(setting: Setting, batch: int) -> KernelCase:
-    """Sample from logits that are higher for frequent tokens, which most vocabularies list first."""
+    """Sample from logits that are higher for frequent tokens, which vocabularies list first."""
     params = SamplingParams(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)
     name = "sample, top-k and top-p of frequent tokens"
-    return _sampling(name, setting, batch, params, fall=1.5)
+    return _sampling(name, setting, batch, params, fall=0.3)
 
 
 def sample_typical(setting: Setting, batch: int) -> KernelCase:

@@ -58,6 +58,7 @@ class Steps:
             limits,
             self._stream,
             capture and self._counted(capture),
+            EngineConfig().max_top_tokens,
             EngineConfig().watermark,
         )
         fill_cache(loaded.calls)
