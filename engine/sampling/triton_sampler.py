@@ -41,8 +41,12 @@ class TritonSampler:
         self._num_top = max_top_tokens + TIE_MARGIN
         greedy = SamplingKind(plain=True, logprobs=False, raw_logprobs=False, num_top=0)
         full = SamplingKind(plain=False, logprobs=True, raw_logprobs=False, num_top=0)
-        self.usual_kinds = greedy, greedy._replace(logprobs=True), full
-        self.rare_kinds = (
+        self.usual_kinds: tuple[SamplingKind, ...] = (
+            greedy,
+            greedy._replace(logprobs=True),
+            full,
+        )
+        self.rare_kinds: tuple[SamplingKind, ...] = (
             full._replace(num_top=self._num_top),
             full._replace(raw_logprobs=True),
             full._replace(raw_logprobs=True, num_top=self._num_top),

@@ -17,7 +17,7 @@ from engine.sampling.sampler import SamplingKind
 from engine.step.builder import HostStep, StepBuilder
 
 _ROWS = 2
-_BIASES = {
+_BIASES: dict[str, np.ndarray] = {
     "biased_rows": np.zeros(1, np.int64),
     "biased_ids": np.zeros(1, np.int64),
     "biases": np.zeros(1, np.float32),
