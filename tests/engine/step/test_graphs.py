@@ -210,7 +210,7 @@ def test_no_kind_of_sampling_is_captured_while_requests_wait() -> None:
         captured.append(work)
         return capture(work)
 
-    config = EngineConfig(max_sequences=4, max_batch_tokens=32, num_blocks=64)
+    config = EngineConfig(max_sequences=2, max_batch_tokens=16, num_blocks=64)
     ahead = Engine(loaded, config, capture=remember)
     while ahead.capture_next_graph():
         pass
