@@ -39,22 +39,17 @@ from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
+from engine.sampling.sampler import SamplingKind
 from engine.step.captures import Captures
 from engine.step.executor import ModelExecutor
 from engine.step.graph_memory import capture_shape, graph_bytes
 from engine.step.graphs import Capture, CudaCapture
+from engine.step.rehearsal import rehearsals
 from engine.step.runner import build_runner
 from engine.text.grammar import GrammarCompiler, TokenMasks
 
 Events = list[tuple[str, Event]]
 """(request id, event), in the order they happened."""
-
-_COMMON_SAMPLING = (
-    SamplingParams(),
-    SamplingParams(logprobs=True),
-    SamplingParams(do_sample=True, logprobs=True),
-)
-"""Kinds of sampling whose graphs are captured ahead, before a request needs them."""
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +120,22 @@ class Engine:
         device = device or make_device(loaded.model.device)
         self._stream = make_stream(loaded.model.device)
         self._builder, self.runner = build_runner(
-            loaded, limits, self._stream, capture, config.watermark, Captures(device)
+            loaded,
+            limits,
+            self._stream,
+            capture,
+            config.max_top_tokens,
+            config.watermark,
+            Captures(device),
         )
-        self._graphs_to_capture = list(self._builder.graph_shapes)
-        vocab_size = loaded.model.config.get_text_config().vocab_size
+        sampler = self.runner.sampler
+        # The last one is captured first.
+        self._graphs_to_capture = [
+            (shape, kinds)
+            for kinds in (sampler.rare_kinds, sampler.usual_kinds)
+            for shape in self._builder.graph_shapes
+        ]
+        self._vocab_size = vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
         masks = TokenMasks(vocab_size)
         self._executor = ModelExecutor(self._builder, self.runner, masks, device)
@@ -141,7 +148,8 @@ class Engine:
         self.cold_start = ColdStart()
 
     def warm_up(self) -> None:
-        """Run the largest prefill and a few sampled decodes before the first request does.
+        """Run the largest prefill, a few sampled decodes and each kind of sampling before the
+        first request does.
 
         Raises LoadError if that fails, torch.OutOfMemoryError if there is too little memory.
         """
@@ -161,6 +169,14 @@ class Engine:
                         raise _warm_up_error(event.message)
                     progress.update(isinstance(event, TokenOutput))
         self.scheduler.pool.forget_cached()
+        self.prepare_sampling()
+
+    def prepare_sampling(self) -> None:
+        """Compile every kernel that sampling can need, where sampling has kernels."""
+        sampler = self.runner.sampler
+        kinds = sampler.usual_kinds + sampler.rare_kinds
+        if kinds:
+            self.runner.prepare_sampling(rehearsals(self._builder, kinds, self._vocab_size))
 
     def summary(self) -> list[str]:
         """Return the model and the limits in effect, a line each, with where they come from."""
@@ -221,8 +237,8 @@ class Engine:
 
     def capture_decodes(self) -> None:
         """Capture the graphs of decodes, for which the first requests would have to wait."""
-        while self._graphs_to_capture and not self._graphs_to_capture[-1].prefills:
-            self._capture_shape(self._graphs_to_capture.pop())
+        while self._graphs_to_capture and not self._graphs_to_capture[-1][0].prefills:
+            self._capture_shape(*self._graphs_to_capture.pop())
 
     def capture_next_graph(self) -> bool:
         """Capture the graphs of one more shape, the largest ones first; False if none is missing.
@@ -231,14 +247,14 @@ class Engine:
         rest are captured when they are first needed. Raises EngineDead if the device is lost.
         """
         while self._graphs_to_capture:
-            if self._capture_shape(self._graphs_to_capture.pop()):
+            if self._capture_shape(*self._graphs_to_capture.pop()):
                 return True
         return False
 
-    def _capture_shape(self, shape: GraphShape) -> bool:
+    def _capture_shape(self, shape: GraphShape, kinds: Seq[SamplingKind]) -> bool:
         try:
             with self.cold_start.phase("graphs"):
-                return capture_shape(self._builder, self.runner, shape, _COMMON_SAMPLING)
+                return capture_shape(self._builder, self.runner, shape, kinds)
         except Exception as error:
             self._executor.recover(error)
             self._graphs_to_capture.clear()
@@ -308,9 +324,18 @@ def measure_limits(
         freeze_rotary(loaded.model, limits.max_total_tokens)
         stream = make_stream(loaded.model.device)
         captures = Captures(make_device(loaded.model.device))
-        build = partial(build_runner, loaded, limits, stream, capture, config.watermark, captures)
+        build = partial(
+            build_runner,
+            loaded,
+            limits,
+            stream,
+            capture,
+            config.max_top_tokens,
+            config.watermark,
+            captures,
+        )
         try:
-            return graph_bytes(build, _COMMON_SAMPLING, memory)
+            return graph_bytes(build, memory)
         finally:
             stream.close()
 

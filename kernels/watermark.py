@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import fused_sampling
+from kernels.fused_sampling import numbers
 from kernels.sampling import hash31
 
 _SEED = 15485863
@@ -83,7 +83,7 @@ def _watermark_kernel(
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = ids < vocab_size
     key = (tl.load(previous_ptr + row) * SEED).to(tl.int32)
-    is_green = fused_sampling.hash31(ids, key, tl.zeros_like(key)) < threshold
+    is_green = numbers.hash31(ids, key, tl.zeros_like(key)) < threshold
     scores = logits_ptr + row * row_stride + ids
     x = tl.load(scores, mask=mask, other=0.0)
     raised = (x.to(tl.float32) + delta).to(x.dtype)

@@ -1,15 +1,13 @@
 """Compiles the kernels that serving a model launches, for one GPU and one type of weights.
 
 The engine itself launches them, on a driver that compiles and computes nothing: the model is
-loaded and warmed up, and serves one request of each kind of sampling that has its own kernels.
+loaded, sampling is prepared as at any start, and one request is served.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +27,7 @@ from kernels.ops import TRITON
 from kernels.target import Target
 from precompile.fake_driver import compiling_for
 
-_NUM_TOP = 5, 20
-"""The most alternatives that a request may ask for, Text Generation Inference's by default and
-OpenAI's; other limits are other kernels.
-"""
+_REQUEST = Request("", [0] * 5, SamplingParams(), StoppingParams(3, ignore_eos=True))
 _MAX_BATCH_TOKENS, _MAX_SEQUENCES = 8192, 256
 """A GPU's defaults. They matter because block tables are as wide as the longest step needs."""
 
@@ -61,8 +56,8 @@ def compile_kernels(
         with _without_matrix_products():
             run_largest_step(loaded, _MAX_BATCH_TOKENS, _MAX_SEQUENCES)
             engine = Engine(loaded, config)
-            for request in _requests(engine):
-                _serve(engine, request)
+            engine.prepare_sampling()
+            _serve(engine, _REQUEST)
         engine.close()
     return time.perf_counter() - start
 
@@ -91,32 +86,10 @@ def _zeros(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return input.new_zeros(*input.shape[:-1], weight.shape[0])
 
 
-def _requests(engine: Engine) -> Iterator[Request]:
-    """Yield one request for each kind of sampling that has its own kernels."""
-    greedy = SamplingParams()
-    sampled = SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, logprobs=True)
-    samplings = [greedy, replace(greedy, logprobs=True)]
-    samplings += [
-        replace(sampled, repetition_penalty=penalty, top_n_tokens=num_top)
-        for penalty, num_top in product((1.0, 1.1), (0, *_NUM_TOP))
-    ]
-    bias = ((0, 1.0),)  # has scores in float32, whatever the type of the weights
-    samplings += [replace(sampling, logit_bias=bias) for sampling in samplings]
-    samplings.append(replace(sampled, watermark=True))
-    stopping = StoppingParams(max_new_tokens=3, ignore_eos=True)
-    for number, sampling in enumerate(samplings):
-        yield Request(f"{number}", [0] * 5, sampling, stopping)
-    # Every sampled token is 0, which the grammar may not allow: one token is enough.
-    once = StoppingParams(max_new_tokens=1)
-    grammar = engine.grammars.regex("[a-z]+")
-    yield Request("guided", [0] * 5, greedy, once, grammar=grammar)
-    yield Request("biased", [0] * 5, replace(greedy, logit_bias=bias), once, grammar=grammar)
-
-
 @torch.inference_mode()
 def _serve(engine: Engine, request: Request) -> None:
     engine.add(request)
     while engine.has_work:
         for _, event in engine.step():
-            if isinstance(event, Failed) and request.grammar is None:
+            if isinstance(event, Failed):
                 raise RuntimeError(event.message)

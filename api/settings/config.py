@@ -216,6 +216,7 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             kv_cache_dtype=self.kv_cache_dtype,
             prefix_caching=self.prefix_caching,
             cuda_graphs=self.cuda_graphs is None or any(self.cuda_graphs),
+            max_top_tokens=max(EngineConfig().max_top_tokens, self.max_top_n_tokens),
             watermark=(self.watermark_gamma, self.watermark_delta),
         )
 

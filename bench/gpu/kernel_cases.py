@@ -340,23 +340,47 @@ def sample_top_p(setting: Setting, batch: int) -> KernelCase:
     return _sampling("sample, top-k and top-p", setting, batch, params)
 
 
-def _sampling(name: str, setting: Setting, batch: int, params: SamplingParams) -> KernelCase:
+def sample_top_p_of_frequent_tokens(setting: Setting, batch: int) -> KernelCase:
+    """Sample from logits that are higher for frequent tokens, which vocabularies list first."""
+    params = SamplingParams(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)
+    name = "sample, top-k and top-p of frequent tokens"
+    return _sampling(name, setting, batch, params, fall=0.3)
+
+
+def sample_typical(setting: Setting, batch: int) -> KernelCase:
+    """Sample by a threshold that needs the whole row, which is left to the third pass."""
+    params = SamplingParams(do_sample=True, temperature=0.7, typical_p=0.9)
+    return _sampling("sample, typical-p", setting, batch, params)
+
+
+def _sampling(
+    name: str, setting: Setting, batch: int, params: SamplingParams, fall: float = 0.0
+) -> KernelCase:
+    """Return a case with random logits; they fall by `fall` while ids rise by a factor of e."""
     vocab_size, device = setting.shape.vocab_size, setting.device
+    falling = -fall * torch.arange(1, vocab_size + 1, device=device).log().to(setting.dtype)
 
     def make() -> Callable[[], object]:
-        sampler = make_sampler(setting.ops, batch, vocab_size, device)
+        sampler = make_sampler(setting.ops, batch, vocab_size, device, max_top_tokens=0)
         for slot in range(batch):
             sampler.set_parameters(slot, params)
         plan = sampler.plan(np.arange(batch), np.full(batch, 100))
         uploaded = {name: torch.from_numpy(a).to(device) for name, a in plan.arrays.items()}
-        return partial(sampler.sample, setting.randn(batch, vocab_size), uploaded, plan.kind)
+        logits = setting.randn(batch, vocab_size) + falling
+        return partial(sampler.sample, logits, uploaded, plan.kind)
 
     num_bytes = batch * vocab_size * setting.dtype.itemsize
     return KernelCase(name, make, num_bytes, size={"batch": batch})
 
 
 _OF_A_STEP = (norm, add_norm, cold_add_norm, act_mul, rotary_store_kv)
-_OF_SAMPLING = (greedy, sample, sample_top_p)
+_OF_SAMPLING = (
+    greedy,
+    sample,
+    sample_top_p,
+    sample_top_p_of_frequent_tokens,
+    sample_typical,
+)
 
 
 # -- matrix products -----------------------------------------------------------------------

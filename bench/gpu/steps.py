@@ -24,11 +24,14 @@ from engine.device.device import make_device
 from engine.device.stream import Pending, make_stream
 from engine.loading.loader import LoadedModel
 from engine.loading.sizing import Limits
+from engine.sampling.sampler import SamplingKind
 from engine.step.builder import HostStep
 from engine.step.captures import Captures
 from engine.step.graphs import Capture, Graph
 from engine.step.result import StepResult
 from engine.step.runner import build_runner
+
+_GREEDY = SamplingKind(plain=True, logprobs=False, raw_logprobs=False, num_top=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Steps:
             limits,
             self._stream,
             capture and self._counted(capture),
+            EngineConfig().max_top_tokens,
             EngineConfig().watermark,
             Captures(make_device(device)),
         )
@@ -149,7 +153,7 @@ class Steps:
         for shape in reversed(self._builder.graph_shapes):
             free = _free_memory()
             started = time.perf_counter()
-            self._runner.launch(self._builder.empty(shape, SamplingParams())).result()
+            self._runner.launch(self._builder.empty(shape, _GREEDY)).result()
             seconds = time.perf_counter() - started
             yield CapturedShape(shape, seconds, free - _free_memory())
 

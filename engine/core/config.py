@@ -53,6 +53,7 @@ class EngineConfig:
     cpu_cache_bytes   memory of the KV cache on a CPU. None: a part of what is free
     kv_cache_dtype    type of keys and values. None: the type that the model computes in
     cuda_graphs       replay captured graphs. False: launch every kernel by itself
+    max_top_tokens    the most alternatives to a token that a request may ask for
     watermark         share of the vocabulary that the watermark favours, and what it adds to the
                       scores of that share
     """
@@ -66,6 +67,7 @@ class EngineConfig:
     prefix_caching: bool = True
     kv_cache_dtype: KVCacheType | None = None
     cuda_graphs: bool = True
+    max_top_tokens: int = 20
     watermark: tuple[float, float] = (0.5, 2.0)
 
 

@@ -8,7 +8,13 @@ from engine.sampling.triton_sampler import TritonSampler
 from kernels.ops import Ops
 
 
-def make_sampler(ops: Ops, max_sequences: int, vocab_size: int, device: torch.device) -> Sampler:
-    """Return the sampler that belongs to these kernels."""
-    make = TritonSampler if ops.is_triton else TorchSampler
-    return make(max_sequences, vocab_size, device)
+def make_sampler(
+    ops: Ops, max_sequences: int, vocab_size: int, device: torch.device, max_top_tokens: int
+) -> Sampler:
+    """Return the sampler that belongs to these kernels.
+
+    `max_top_tokens` is the most alternatives to a token that are asked for.
+    """
+    if ops.is_triton:
+        return TritonSampler(max_sequences, vocab_size, device, max_top_tokens)
+    return TorchSampler(max_sequences, vocab_size, device)

@@ -120,6 +120,10 @@ class Penalties:
         return select(used, {cls._SLOTS: slots} | values)
 
     @classmethod
+    def are_planned(cls, arrays: Mapping[str, Tensor]) -> bool:
+        return cls._SLOTS in arrays
+
+    @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], counts: Tensor) -> Self:
         rows, slots = rows_of(cls._SLOTS, arrays), arrays[cls._SLOTS]
         repetition, frequency, presence, output_frequency = (

@@ -44,15 +44,20 @@ class SamplingKind(NamedTuple):
     plain         all rows are greedy, and every other parameter is neutral
     logprobs      whether logprobs of the sampled tokens are computed
     raw_logprobs  whether some of them are those of the model's own distribution
-    penalties     whether a row has a penalty, so that token counts are read and updated
     num_top       how many top tokens are computed for each row
     """
 
     plain: bool
     logprobs: bool
     raw_logprobs: bool
-    penalties: bool
     num_top: int
+
+    @property
+    def of_own_logits(self) -> "SamplingKind":
+        """The kind that gives the same where the logits are the model's own: then the
+        distribution that plain rows report is the model's own too.
+        """
+        return self._replace(raw_logprobs=False) if self.plain else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,15 @@ class SamplingPlan:
 
 
 class Sampler(Protocol):
-    """Samples a token for each row of a step's logits."""
+    """Samples a token for each row of a step's logits.
+
+    `usual_kinds` and `rare_kinds` are all kinds of plans there are, up to `of_own_logits`, the
+    most usual first: what can be compiled and captured ahead. They are empty where nothing is.
+    """
 
     slots: SamplingSlots
+    usual_kinds: tuple[SamplingKind, ...]
+    rare_kinds: tuple[SamplingKind, ...]
 
     def set_parameters(self, slot: int, params: SamplingParams) -> None:
         """Store the parameters of a sequence that is new to this slot."""

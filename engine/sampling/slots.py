@@ -144,7 +144,7 @@ class SamplingSlots:
     def all_counts(self) -> Tensor:
         """Token counts of all slots, [slots, vocab_size] int32.
 
-        The tensor is allocated when the first request with a penalty arrives.
+        The tensor is allocated when it is first asked for.
         """
         if self._counts is None:
             shape = (len(self._parameters), self._vocab_size)

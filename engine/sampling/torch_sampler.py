@@ -46,6 +46,9 @@ check_heeded("the torch sampler", HEEDED)
 class TorchSampler:
     """Samples with one logits processor per parameter, each for the rows that use it."""
 
+    usual_kinds: tuple[SamplingKind, ...] = ()
+    rare_kinds: tuple[SamplingKind, ...] = ()
+
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
         self.slots = SamplingSlots(max_sequences, vocab_size, device)
 
@@ -57,7 +60,7 @@ class TorchSampler:
         is_raw = self.slots.report_raw(slots)
         arrays = {RAW: is_raw.astype(np.int32)} if is_raw.any() else {}
         if self.slots.are_plain(slots):
-            kind = SamplingKind(True, logprobs, bool(arrays), penalties=False, num_top=0)
+            kind = SamplingKind(True, logprobs, bool(arrays), num_top=0)
             return SamplingPlan(arrays, kind)
         p = self.slots.parameters(slots)
         penalised = self.slots.have_penalties(slots)
@@ -71,7 +74,6 @@ class TorchSampler:
             plain=False,
             logprobs=logprobs or num_top > 0,
             raw_logprobs=RAW in arrays,
-            penalties=bool(penalised.any()),
             num_top=num_top,
         )
         return SamplingPlan(arrays, kind)
@@ -108,7 +110,7 @@ class TorchSampler:
         self, scores: Tensor, arrays: Mapping[str, Tensor], kind: SamplingKind
     ) -> SampledTokens:
         penalties = None
-        if kind.penalties:
+        if Penalties.are_planned(arrays):
             penalties = Penalties.from_arrays(arrays, self.slots.all_counts())
             penalties(scores)
         for processor in PROCESSORS:

@@ -1,4 +1,4 @@
-"""The sampler where Triton runs: all of sampling in two launches, whatever the parameters."""
+"""The sampler where Triton runs: all of sampling in a few launches, whatever the parameters."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,6 @@ from kernels import fused_sampling
 from kernels.sampling import ROW_PARAMETERS, noise_keys
 
 _ARRAY = "sampling"
-_NUM_TOP_STEP = 8
 _NOT_PARAMETERS = {"noise_key", "slot", "context_length"}
 """Words of a row that belong to the step or the slot; all others are sampling parameters."""
 
@@ -33,8 +32,25 @@ check_heeded("the Triton sampler", HEEDED)
 class TritonSampler:
     """Samples with the kernels of `kernels.fused_sampling`, which read each row's parameters."""
 
-    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self, max_sequences: int, vocab_size: int, device: torch.device, max_top_tokens: int = 20
+    ):
+        """At most `max_top_tokens` alternatives to a token are asked for."""
         self.slots = SamplingSlots(max_sequences, vocab_size, device)
+        self._counts = self.slots.all_counts()  # now: a captured graph keeps its address
+        self._num_top = max_top_tokens + TIE_MARGIN
+        greedy = SamplingKind(plain=True, logprobs=False, raw_logprobs=False, num_top=0)
+        full = SamplingKind(plain=False, logprobs=True, raw_logprobs=False, num_top=0)
+        self.usual_kinds: tuple[SamplingKind, ...] = (
+            greedy,
+            greedy._replace(logprobs=True),
+            full,
+        )
+        self.rare_kinds: tuple[SamplingKind, ...] = (
+            full._replace(num_top=self._num_top),
+            full._replace(raw_logprobs=True),
+            full._replace(raw_logprobs=True, num_top=self._num_top),
+        )
         self._vocab_size = vocab_size
         # The kernels' row of each slot; its noise key and context length are set by each step.
         self._rows = np.zeros(max_sequences + 1, dtype=ROW_PARAMETERS)
@@ -61,16 +77,14 @@ class TritonSampler:
         return SamplingPlan({_ARRAY: _words(rows), RAW: is_raw.astype(np.int32)}, kind)
 
     def _kind(self, slots: np.ndarray, raw_logprobs: bool) -> SamplingKind:
-        logprobs = self.slots.want_logprobs(slots)
         if self.slots.are_plain(slots):
-            return SamplingKind(True, logprobs, raw_logprobs, penalties=False, num_top=0)
-        return SamplingKind(
-            plain=False,
-            logprobs=logprobs,
-            raw_logprobs=raw_logprobs,
-            penalties=bool(self.slots.have_penalties(slots).any()),
-            num_top=_num_computed(int(self.slots.parameters(slots)["top_n_tokens"].max())),
-        )
+            return SamplingKind(True, self.slots.want_logprobs(slots), raw_logprobs, num_top=0)
+        num_top = int(self.slots.parameters(slots)["top_n_tokens"].max())
+        return SamplingKind(False, True, raw_logprobs, self._num_computed(num_top))
+
+    def _num_computed(self, num_top: int) -> int:
+        """How many top tokens are computed: always the same number, so that kinds are few."""
+        return max(self._num_top, num_top + TIE_MARGIN) if num_top else 0
 
     def sample(
         self,
@@ -82,8 +96,7 @@ class TritonSampler:
         if kind.plain:
             sampled = SampledTokens(*fused_sampling.greedy(logits, kind.logprobs))
         else:
-            counts = self.slots.all_counts() if kind.penalties else None
-            results = fused_sampling.sample(logits, arrays[_ARRAY], counts, kind.num_top)
+            results = fused_sampling.sample(logits, arrays[_ARRAY], self._counts, kind.num_top)
             sampled = SampledTokens(*results)
             raw = logits if raw is None else raw
         if not kind.raw_logprobs or raw is None:
@@ -91,7 +104,7 @@ class TritonSampler:
         return report_raw(arrays[RAW], self._report(raw, sampled.ids, kind.num_top), sampled)
 
     def report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
-        return self._report(logits, ids, _num_computed(num_top))
+        return self._report(logits, ids, self._num_computed(num_top))
 
     def _report(self, logits: Tensor, ids: Tensor, num_top: int) -> SampledTokens:
         """Return what `report` does, with exactly `num_top` tokens.
@@ -100,7 +113,8 @@ class TritonSampler:
         """
         if num_top:
             parameters = self._reported.expand(len(ids), -1).contiguous()
-            best = SampledTokens(*fused_sampling.sample(logits, parameters, None, num_top))
+            results = fused_sampling.sample(logits, parameters, self._counts, num_top)
+            best = SampledTokens(*results)
         else:
             best = SampledTokens(*fused_sampling.greedy(logits, want_logprobs=True))
         assert best.logprobs is not None
@@ -111,8 +125,3 @@ class TritonSampler:
 def _words(rows: np.ndarray) -> np.ndarray:
     """View rows of `ROW_PARAMETERS` as the int32 words, [rows, words], that the kernels read."""
     return rows.view(np.int32).reshape(len(rows), -1)
-
-
-def _num_computed(num_top: int) -> int:
-    """How many top tokens are computed: rounded up, so that few kinds have to be captured."""
-    return -(-(num_top + TIE_MARGIN) // _NUM_TOP_STEP) * _NUM_TOP_STEP if num_top else 0

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.attention.interface import StepMetadata
 from engine.attention.plan import PADDING, AttentionPlanner, GraphShape, StepSequences
 from engine.core.config import BLOCK_SIZE
-from engine.core.request import SamplingParams
 from engine.core.scheduler import Batch
 from engine.core.sequence import Sequence
 from engine.device.packed_arrays import PackedArrays
@@ -162,10 +161,9 @@ class StepBuilder:
         )
         return replace(step, num_prompt_top=num_top, contexts=contexts, extras=extras)
 
-    def empty(self, graph: GraphShape, sampling: SamplingParams) -> HostStep:
-        """Return a step of padding alone for this graph, sampled with these parameters."""
+    def empty(self, graph: GraphShape, kind: SamplingKind) -> HostStep:
+        """Return a step of padding alone for this graph, with this kind of sampling."""
         slots = np.full(graph.tokens, self._padding_slot)
-        self._sampler.set_parameters(self._padding_slot, sampling)
         step = self._pack(
             StepSequences(slots, np.full_like(slots, PADDING), np.ones_like(slots)),
             np.zeros_like(slots),
@@ -174,8 +172,23 @@ class StepBuilder:
             _NO_ROWS,
             graph,
         )
-        self._sampler.set_parameters(self._padding_slot, SamplingParams())
-        return step
+        return replace(step, sampling=kind)
+
+    def rehearsal(self, rows: int, kind: SamplingKind) -> HostStep:
+        """Return a step without a graph whose rows belong to no sequence, sampled in this way.
+
+        It writes keys and values to the first block of the cache, which must be unused.
+        """
+        slots = np.full(rows, self._padding_slot)
+        step = self._pack(
+            StepSequences(slots, np.zeros_like(slots), np.ones_like(slots)),
+            np.zeros_like(slots),
+            np.ones(rows, dtype=np.bool_),
+            _NO_ROWS,
+            _NO_ROWS,
+            None,
+        )
+        return replace(step, sampling=kind)
 
     def _pack(
         self,

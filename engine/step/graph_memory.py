@@ -4,16 +4,16 @@ import gc
 from collections.abc import Callable, Sequence
 
 from engine.attention.plan import GraphShape
-from engine.core.request import SamplingParams
 from engine.device.memory import DeviceMemory
+from engine.sampling.sampler import SamplingKind
 from engine.step.builder import StepBuilder
 from engine.step.runner import ModelRunner
 
 Build = Callable[[], tuple[StepBuilder, ModelRunner]]
 
 
-def graph_bytes(build: Build, sampling: Sequence[SamplingParams], memory: DeviceMemory) -> int:
-    """Return the bytes that the graphs of all shapes will keep, each with these kinds of sampling.
+def graph_bytes(build: Build, memory: DeviceMemory) -> int:
+    """Return the bytes that the graphs of all shapes will keep, each with every kind of sampling.
 
     Some graphs are captured with what `build` returns, and given up again. The difference is what
     they keep: their pool, their logits, and what the driver keeps of each. Code that was loaded
@@ -21,27 +21,26 @@ def graph_bytes(build: Build, sampling: Sequence[SamplingParams], memory: Device
 
     Raises torch.OutOfMemoryError.
     """
-    available, more = _capture_some(build, sampling, memory)
+    available, more = _capture_some(build, memory)
     gc.collect()  # an engine refers to itself
     return max(memory.available() - available, 0) + more
 
 
-def _capture_some(
-    build: Build, sampling: Sequence[SamplingParams], memory: DeviceMemory
-) -> tuple[int, int]:
+def _capture_some(build: Build, memory: DeviceMemory) -> tuple[int, int]:
     """Return the bytes available beside some captured graphs, and the bytes of all others.
 
     The graphs share a pool, in which the largest ones determine how much memory there is. Each
     other one adds what the driver keeps: as much as the first of them.
     """
     builder, runner = build()
+    kinds = runner.sampler.usual_kinds + runner.sampler.rare_kinds
     largest, others = _largest_and_others(builder.graph_shapes)
     for shape in largest:
-        capture_shape(builder, runner, shape, sampling)
+        capture_shape(builder, runner, shape, kinds)
     available = memory.available()
     if not others:
         return available, 0
-    capture_shape(builder, runner, others[-1], sampling)
+    capture_shape(builder, runner, others[-1], kinds)
     each = max(available - memory.available(), 0)
     return available, each * len(others)
 
@@ -58,13 +57,13 @@ def capture_shape(
     builder: StepBuilder,
     runner: ModelRunner,
     shape: GraphShape,
-    sampling: Sequence[SamplingParams],
+    kinds: Sequence[SamplingKind],
 ) -> bool:
     """Capture the graphs of one shape, with each of these kinds of sampling, by running steps of
     padding; return whether one was missing. Raises what such a step raises.
     """
     is_missing = False
-    for kind in sampling:
+    for kind in kinds:
         step = builder.empty(shape, kind)
         if runner.needs_capture(step):
             is_missing = True

@@ -1,6 +1,7 @@
 """Runs one step of the model: packed row in, sampled tokens out. Never waits for the device."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from engine.sampling.sampler import Sampler, SamplingKind
 from engine.step.builder import ON_DEVICE, HostStep, NewContexts, StepBuilder, StepInputs
 from engine.step.captures import Captures
 from engine.step.graphs import Capture, ShapeGraphs, StepGraphs, shapes_for
+from engine.step.rehearsal import Rehearsal
 from engine.step.result import PackedTokens, StepResult
 
 
@@ -31,6 +33,7 @@ def build_runner(
     limits: Limits,
     stream: Stream,
     capture: Capture | None,
+    max_top_tokens: int,
     watermark: tuple[float, float],
     captures: Captures,
 ) -> tuple[StepBuilder, "ModelRunner"]:
@@ -41,9 +44,8 @@ def build_runner(
     """
     model, device = loaded.model, loaded.model.device
     tables_shape = limits.max_sequences + 1, -(-limits.max_total_tokens // BLOCK_SIZE)
-    sampler = make_sampler(
-        loaded.ops, limits.max_sequences, model.config.get_text_config().vocab_size, device
-    )
+    vocab_size = model.config.get_text_config().vocab_size
+    sampler = make_sampler(loaded.ops, limits.max_sequences, vocab_size, device, max_top_tokens)
     shapes = shapes_for(limits.max_sequences, limits.max_batch_tokens) if capture else ()
     max_tokens = max((limits.max_sequences, *(shape.tokens for shape in shapes)))
     planner = make_planner(
@@ -121,7 +123,7 @@ class ModelRunner:
         self._model = model
         self._rotary_tables = rotary_tables
         self._context = context
-        self._sampler = sampler
+        self.sampler = sampler
         self._planner = planner
         self._graphs = graphs
         self._captures = captures
@@ -153,6 +155,16 @@ class ModelRunner:
         assert forward.pending is not None
         return _Sampling(forward.pending, sampling)
 
+    def prepare_sampling(self, rehearsals: Iterable[Rehearsal]) -> None:
+        """Sample all of these once, from the logits of one forward, and wait for it.
+
+        Compiling a kernel takes seconds, for which no step of a request then has to wait.
+        """
+        forward = None
+        for step, masks in rehearsals:
+            forward = replace(forward, step=step) if forward else self.launch_forward(step)
+            self.launch_sampling(forward, masks).result()
+
     def _run(self, forward: Forward) -> StepResult:
         self._run_forward(forward)
         return self._run_sampling(forward, None)
@@ -182,7 +194,7 @@ class ModelRunner:
         token_ids = new.token_ids.upload(self._device, staging)["token_ids"]
         lengths = [context.num_tokens for context in new.contexts]
         for context, known in zip(new.contexts, token_ids.split(lengths), strict=True):
-            self._sampler.slots.start_counts(
+            self.sampler.slots.start_counts(
                 context.slot, known, context.num_prompt_tokens, context.counts_prompt
             )
 
@@ -199,9 +211,7 @@ class ModelRunner:
         if "prompt_ids" in extras:
             prompt_logits = logits[step.num_sampled :]
             logits = logits[: step.num_sampled]
-            reported = self._sampler.report(
-                prompt_logits, extras["prompt_ids"], step.num_prompt_top
-            )
+            reported = self.sampler.report(prompt_logits, extras["prompt_ids"], step.num_prompt_top)
             prompt = PackedTokens.of(reported).to_host(len(prompt_logits), staging)
         sampled = None
         if step.sampling is not None:
@@ -249,14 +259,15 @@ class ModelRunner:
         graphs, shape, inputs = forward.graphs, forward.step.graph, forward.inputs
         assert inputs is not None
         is_copy = scores is not logits
-        is_captured = graphs is not None and graphs.forward is not None and kind in graphs.sampling
+        own = kind.of_own_logits
+        is_captured = graphs is not None and graphs.forward is not None and own in graphs.sampling
         if graphs is not None and is_captured and not is_copy:
-            return graphs.sampling[kind].replay()
+            return graphs.sampling[own].replay()
         run = partial(self._sample, scores, inputs, kind, logits if is_copy else None)
         if graphs is None or shape is None or is_captured:
             return run()
         sampled = self._captures.try_out(shape, run)
-        self._capture(graphs, shape, kind)
+        self._capture(graphs, shape, own)
         return sampled
 
     def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:
@@ -283,7 +294,8 @@ class ModelRunner:
         graphs = self._graphs.get(step.graph)
         if graphs is None or graphs.forward is None:
             return True
-        return step.sampling is not None and step.sampling not in graphs.sampling
+        kind = step.sampling
+        return kind is not None and kind.of_own_logits not in graphs.sampling
 
     def _shared_forward(self, inputs: StepInputs) -> Tensor:
         """Return the logits of a graph's step, [rows, vocab_size], in the memory of all graphs."""
@@ -314,6 +326,6 @@ class ModelRunner:
     def _sample(
         self, logits: Tensor, inputs: StepInputs, kind: SamplingKind, raw: Tensor | None = None
     ) -> PackedTokens:
-        sampled = self._sampler.sample(logits, inputs.arrays, kind, raw)
+        sampled = self.sampler.sample(logits, inputs.arrays, kind, raw)
         self._last_ids[inputs.sampled_slots] = sampled.ids
         return PackedTokens.of(sampled)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from engine.engine import Engine
+from engine.sampling.sampler import SamplingKind
 from engine.step.graphs import Graph
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -91,3 +93,10 @@ def without_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def captures_greedy_steps(engine: Engine) -> Engine:
+    """Have an engine with the torch sampler, which asks for no capture, capture greedy steps."""
+    greedy = SamplingKind(plain=True, logprobs=False, raw_logprobs=False, num_top=0)
+    engine._graphs_to_capture = [(shape, (greedy,)) for shape in engine._builder.graph_shapes]
+    return engine

@@ -12,7 +12,7 @@ from engine.core.request import Finished
 from engine.engine import Engine
 from engine.step.builder import StepInputs
 from tests.engine.driving import greedy
-from tests.engine.fake_device import NO_MEMORY, FakeDevice
+from tests.engine.fake_device import NO_MEMORY, FakeDevice, captures_greedy_steps
 from tests.engine.models import VOCAB_SIZE, family
 from tests.engine.test_async_engine import answer, eventually, serving
 
@@ -29,7 +29,7 @@ def engine_that_computes_nothing(device: FakeDevice, hook: Callable[[], None]) -
         return torch.zeros(len(inputs.kept_rows), VOCAB_SIZE)
 
     engine.runner.forward = forward  # type: ignore[method-assign]
-    return engine
+    return captures_greedy_steps(engine)
 
 
 @pytest.mark.parametrize("error", [NO_MEMORY, ValueError("in a step of padding")], ids=repr)

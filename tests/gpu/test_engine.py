@@ -127,7 +127,12 @@ def test_every_graph_can_be_captured_ahead() -> None:
     ahead = engine(loaded("llama", torch.bfloat16))
     while ahead.capture_next_graph():
         pass
-    steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
+    sampler = ahead.runner.sampler
+    steps = [
+        ahead._builder.empty(shape, kind)
+        for shape in ahead._builder.graph_shapes
+        for kind in sampler.usual_kinds + sampler.rare_kinds
+    ]
     assert not any(ahead.runner.needs_capture(step) for step in steps)
     request = greedy(b"once upon a time", 20)
     ids = run(ahead, [(0, request)]).ids(request)

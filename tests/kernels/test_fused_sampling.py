@@ -1,4 +1,4 @@
-"""Sampling in two launches agrees with the processors of the torch implementation.
+"""Sampling without a sort agrees with the processors of the torch implementation.
 
 Where rounding may decide, a row says so itself: its masses, or its distances from the
 entropy, come within `_DOUBT` of a limit in float64. Such rows are not compared.
@@ -24,8 +24,8 @@ from engine.sampling.logits_processors import (
     TopP,
     TypicalP,
 )
-from kernels import fused_sampling
-from kernels.fused_sampling import _gumbel, greedy, sample
+from kernels.fused_sampling import greedy, launch, sample
+from kernels.fused_sampling.numbers import gumbel
 from kernels.sampling import GENERATED, IN_PROMPT, ROW_PARAMETERS, gumbel_noise, noise_keys
 from tests.interpreter import INTERPRETED
 from tests.kernels.rounding import DEVICE
@@ -61,9 +61,10 @@ def run(
     logits: Tensor, parameters: np.ndarray, counts: Tensor | None = None, num_top: int = 0
 ) -> tuple[Tensor, ...]:
     words = torch.from_numpy(parameters.view(np.int32).reshape(len(parameters), -1).copy())
-    on_device = None if counts is None else counts.to(DEVICE)
+    shape = len(parameters), logits.shape[1]
+    on_device = (torch.zeros(shape, dtype=torch.int32) if counts is None else counts).to(DEVICE)
     outputs = sample(logits.to(DEVICE), words.to(DEVICE), on_device, num_top)
-    if counts is not None and on_device is not None:
+    if counts is not None:
         counts.copy_(on_device)
     return tuple(output.cpu() for output in outputs if output is not None)
 
@@ -217,17 +218,19 @@ def random_counts(rng: np.random.Generator, num_slots: int, vocab_size: int) -> 
     return torch.from_numpy(counts.astype(np.int32))
 
 
-def tiles(chunk: int, kept: int, block: int) -> pytest.MonkeyPatch:
-    """Shrink the tiles, so that rows have many chunks and thresholds below their candidates."""
+def tiles(chunk: int, kept: int, held: int, block: int) -> pytest.MonkeyPatch:
+    """Shrink the tiles, so that rows have many chunks, more candidates than are held, and
+    thresholds below their candidates.
+    """
     patch = pytest.MonkeyPatch()
-    for name, value in {"CHUNK": chunk, "KEPT": kept, "BLOCK": block}.items():
-        patch.setattr(fused_sampling, name, value)
+    for name, value in {"CHUNK": chunk, "KEPT": kept, "HELD": held, "BLOCK": block}.items():
+        patch.setattr(launch, name, value)
     return patch
 
 
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
-    patch = tiles(64, 8, 128)
+    patch = tiles(64, 8, 16, 128)
     yield
     patch.undo()
 
@@ -283,7 +286,7 @@ def test_neutral_rows_come_out_of_sample_as_of_greedy_bit_for_bit() -> None:
 def test_rows_come_out_as_the_processors_have_them(entropy: int) -> None:
     rng = np.random.default_rng(entropy)
     n, vocab_size = int(rng.integers(1, 4)), int(rng.choice([1, 2, 63, 258, 500]))
-    patch = tiles(64, 8, 128)
+    patch = tiles(64, 8, 16, 128)
     counts = random_counts(rng, n, vocab_size)
     check(random_logits(rng, n, vocab_size), random_rows(rng, n, counts), counts)
     patch.undo()
@@ -291,9 +294,9 @@ def test_rows_come_out_as_the_processors_have_them(entropy: int) -> None:
 
 @pytest.mark.thorough
 @settings(max_examples=12 * THOROUGH, deadline=None)
-@given(entropies, st.sampled_from([(64, 8, 128), (256, 16, 64), (2048, 128, 4096)]))
+@given(entropies, st.sampled_from([(64, 8, 16, 128), (256, 16, 64, 64), (2048, 128, 2048, 4096)]))
 def test_many_rows_come_out_as_the_processors_have_them(
-    entropy: int, sizes: tuple[int, int, int]
+    entropy: int, sizes: tuple[int, int, int, int]
 ) -> None:
     rng = np.random.default_rng(entropy)
     n, vocab_size = int(rng.integers(1, 5)), int(rng.choice([1, 2, 63, 258, 1000, 5003]))
@@ -308,7 +311,7 @@ def test_many_rows_come_out_as_the_processors_have_them(
 def test_a_row_in_a_batch_comes_out_as_it_would_alone(entropy: int) -> None:
     """The results are equal bit for bit, whatever the other rows ask for."""
     rng = np.random.default_rng(entropy)
-    n, vocab_size, patch = 3, 300, tiles(64, 8, 128)
+    n, vocab_size, patch = 3, 300, tiles(64, 8, 16, 128)
     counts = random_counts(rng, n, vocab_size)
     logits, parameters = random_logits(rng, n, vocab_size), random_rows(rng, n, counts)
     together = run(logits, parameters, counts.clone(), 5)
@@ -427,6 +430,49 @@ def test_scores_of_all_magnitudes_are_searched(small_tiles: None) -> None:
         assert (top_logprobs > -math.inf).sum() == finite.sum()
 
 
+# -- candidates in registers, and rows that have too many of them -----------------------------
+
+
+@settings(max_examples=4 * THOROUGH, deadline=None)
+@given(entropies, st.sampled_from([8, 16, 32, 64]))
+def test_rows_come_out_the_same_however_few_candidates_are_held(entropy: int, held: int) -> None:
+    """With 64 all candidates are held, with 8 almost every row is left to the third pass."""
+    rng = np.random.default_rng(entropy)
+    logits, counts = random_logits(rng, 3, 500), random_counts(rng, 3, 500)
+    parameters, results = random_rows(rng, 3, counts), []
+    for size in (64, held):
+        patch = tiles(64, 8, size, 128)
+        results.append(run(logits, parameters, counts.clone(), 20))
+        patch.undo()
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+
+
+@settings(max_examples=4 * THOROUGH, deadline=None)
+@given(entropies, st.sampled_from([1, 5, 15, 16, 17, 33, 60]))
+def test_more_ties_than_can_be_held_are_kept_or_dropped_together(entropy: int, k: int) -> None:
+    """More than `HELD` candidates share a score, at the threshold or above it."""
+    rng = np.random.default_rng(entropy)
+    patch = tiles(64, 8, 16, 128)
+    logits = torch.from_numpy(rng.choice([0.0, 0.5, 3.0], (2, 600), p=[0.85, 0.1, 0.05]))
+    logits = logits.float()
+    logits[:, rng.integers(0, 600, 3)] = 4.0
+    p = rows(2, top_k=k, top_p=[1, 0.9], do_sample=[1, 0], top_n_tokens=1)
+    check(logits, p)
+    patch.undo()
+
+
+@pytest.mark.parametrize("held", [16, 32, 64, 128])
+def test_as_many_candidates_as_are_held_or_one_more_give_the_right_token(held: int) -> None:
+    patch = tiles(64, 8, held, 128)
+    for num_tokens in (held - 1, held, held + 1):
+        logits = torch.full((1, 2000), -math.inf)
+        ids = torch.randperm(2000, generator=torch.Generator().manual_seed(held))[:num_tokens]
+        logits[0, ids] = torch.randn(num_tokens, generator=torch.Generator().manual_seed(7))
+        check(logits, rows(top_k=num_tokens // 2, top_p=0.8, do_sample=1, top_n_tokens=1))
+    patch.undo()
+
+
 # -- penalties, top tokens, and rows of NaN -------------------------------------------------
 
 
@@ -490,7 +536,7 @@ def _gumbel_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(noise_ptr + ids, _gumbel(ids, tl.load(keys_ptr), tl.load(keys_ptr + 1)))
+    tl.store(noise_ptr + ids, gumbel(ids, tl.load(keys_ptr), tl.load(keys_ptr + 1)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 5, 2**64 - 1])
@@ -528,15 +574,16 @@ def test_a_captured_graph_samples_what_its_buffers_hold() -> None:
     parameters = rows(4, top_k=[0, 40, 0, 0], top_p=[1, 1, 0.9, 1], do_sample=[0, 1, 1, 1])
     words = torch.zeros(4, ROW_PARAMETERS.itemsize // 4, dtype=torch.int32, device=DEVICE)
     words.copy_(torch.from_numpy(parameters.view(np.int32).reshape(4, -1)))
-    sample(logits, words, None, 5)
+    counts = torch.zeros(4, 50_000, dtype=torch.int32, device=DEVICE)
+    sample(logits, words, counts, 5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sample(logits, words, None, 5)
+        captured = sample(logits, words, counts, 5)
     for seed in range(3):
         torch.manual_seed(seed)
         logits.copy_(3 * torch.randn(4, 50_000))
         graph.replay()
-        for replayed, eager in zip(captured, sample(logits, words, None, 5), strict=True):
+        for replayed, eager in zip(captured, sample(logits, words, counts, 5), strict=True):
             assert replayed is not None
             assert eager is not None
             assert torch.equal(replayed, eager)

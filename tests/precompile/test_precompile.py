@@ -37,7 +37,7 @@ def launch(driver: str, cache: Path) -> dict[str, bool]:
     return found
 
 
-NAMES = {"_norm_kernel", "_greedy_chunk_kernel", "_greedy_row_kernel", "_mask_tokens_kernel"}
+NAMES = {"_norm_kernel", "greedy_chunk_kernel", "greedy_row_kernel", "_mask_tokens_kernel"}
 
 
 @pytest.mark.slow

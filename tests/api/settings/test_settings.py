@@ -43,6 +43,14 @@ def test_settings_reach_the_engine() -> None:
     assert load.batch_invariant
 
 
+@pytest.mark.parametrize(("flag", "prepared"), [("5", 20), ("20", 20), ("50", 50)])
+def test_the_engine_prepares_for_as_many_top_tokens_as_any_route_allows(
+    flag: str, prepared: int
+) -> None:
+    engine = read_settings(["--max-top-n-tokens", flag]).engine_config()
+    assert engine.max_top_tokens == prepared  # the routes of OpenAI allow 20
+
+
 def test_the_cache_of_a_cpu_has_a_size_of_its_own() -> None:
     assert read_settings([]).engine_config().cpu_cache_bytes is None
     engine = read_settings(["--cpu-cache-gib", "1.5"]).engine_config()

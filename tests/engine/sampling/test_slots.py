@@ -68,7 +68,8 @@ def differ(one: SamplingPlan, other: SamplingPlan) -> bool:
 def test_every_parameter_changes_the_plan_of_a_step(
     make: type[TorchSampler] | type[TritonSampler], name: str
 ) -> None:
-    sampled = replace(NEUTRAL, do_sample=name != "do_sample", logprobs=name == "raw_logprobs")
+    is_sampled = name not in ("do_sample", "logprobs")  # sampled tokens always have logprobs
+    sampled = replace(NEUTRAL, do_sample=is_sampled, logprobs=name == "raw_logprobs")
     changed = replace(sampled, **{name: USED[name]})
     assert differ(plan(make, sampled), plan(make, changed)) or name in ("watermark", "logit_bias")
 

@@ -153,7 +153,7 @@ def test_changed_block_tables_reach_the_device(num_known: int, start: int, apart
     cpu, shape = torch.device("cpu"), (9, 99)
     call = AttentionCall(nn.Identity(), 4, 2, 16, 16, MaskSpec())
     planner = TritonPlanner([call], shape, 64, cpu, False)
-    sampler = make_sampler(TRITON, 8, VOCAB_SIZE, cpu)
+    sampler = make_sampler(TRITON, 8, VOCAB_SIZE, cpu, 5)
     builder = StepBuilder(shape, sampler, planner, shapes_for(8, 64))
     rng = np.random.default_rng(0)
     for slot in (3, 0, 3, 7):

@@ -16,7 +16,7 @@ from engine.step.builder import StepInputs
 from engine.step.captures import Captures
 from kernels.ops import TRITON
 from tests.engine.driving import check_greedy, greedy, run
-from tests.engine.fake_device import NO_MEMORY, FakeDevice
+from tests.engine.fake_device import NO_MEMORY, FakeDevice, captures_greedy_steps
 from tests.engine.models import VOCAB_SIZE, family, prepared, reference
 
 DECODES, MORE_DECODES = GraphShape(4, 4), GraphShape(8, 8)
@@ -142,7 +142,8 @@ def test_a_lost_device_is_never_reported_as_a_missing_graph(
 
 def make_engine(device: FakeDevice) -> Engine:
     config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64)
-    return Engine(family("llama"), config, capture=device.capture, device=device)
+    engine = Engine(family("llama"), config, capture=device.capture, device=device)
+    return captures_greedy_steps(engine)
 
 
 Hook = Callable[[StepInputs], None]

@@ -196,10 +196,36 @@ def test_capturing_every_graph_ahead_changes_no_answer() -> None:
     ahead = engine(fused("llama"), with_graphs=True)
     while ahead.capture_next_graph():
         pass
-    steps = [ahead._builder.empty(g, SamplingParams()) for g in ahead._builder.graph_shapes]
+    sampler = ahead.runner.sampler
+    steps = [
+        ahead._builder.empty(shape, kind)
+        for shape in ahead._builder.graph_shapes
+        for kind in sampler.usual_kinds + sampler.rare_kinds
+    ]
     assert not any(ahead.runner.needs_capture(step) for step in steps)
     request = greedy(PROMPTS[0], 3)
     check_greedy(reference("llama", num_hidden_layers=2), run(ahead, [(0, request)]), request)
+
+
+@pytest.mark.slow
+def test_no_kind_of_sampling_is_captured_while_requests_wait() -> None:
+    loaded, captured = fused("llama", 1), []
+
+    def remember(work: Callable[[], T]) -> tuple[Graph, T]:
+        captured.append(work)
+        return capture(work)
+
+    config = EngineConfig(max_sequences=2, max_batch_tokens=16, num_blocks=64)
+    ahead = Engine(loaded, config, capture=remember)
+    while ahead.capture_next_graph():
+        pass
+    assert captured
+    captured.clear()
+    makers = (guided, watermarked, biased, reporting_raw(biased))
+    for request in [*mixed_requests(), *(make(loaded)[0] for make in makers)]:
+        short = replace(request, stopping=StoppingParams(2, ignore_eos=True))
+        assert isinstance(run(ahead, [(0, short)]).last(short), Finished)
+    assert captured == []
 
 
 @pytest.mark.slow
@@ -342,8 +368,8 @@ def test_decodes_are_captured_before_the_engine_is_ready() -> None:
     ready = Engine(fused("llama", 1), config, capture=capture)
     ready.capture_decodes()
     for shape in ready._builder.graph_shapes:
-        for sampling in engine_module._COMMON_SAMPLING:
-            step = ready._builder.empty(shape, sampling)
+        for kind in ready.runner.sampler.usual_kinds:
+            step = ready._builder.empty(shape, kind)
             assert ready.runner.needs_capture(step) == shape.prefills
 
 
