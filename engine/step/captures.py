@@ -70,8 +70,8 @@ class Captures:
 
     def _postpone(self, shape: GraphShape, why: str) -> None:
         self._retry_at[shape] = time.monotonic() + _RETRY_S
-        rows, steps = shape.rows, shape.steps
-        logger.warning("no graph of %s of %d rows for %.0f s: %s", steps, rows, _RETRY_S, why)
+        tokens, steps = shape.tokens, shape.steps
+        logger.warning("no graph of %s of %d tokens for %.0f s: %s", steps, tokens, _RETRY_S, why)
 
     def _refuse(self, shape: GraphShape, why: str) -> None:
         # Whatever cannot be captured in decodes is in prefills too.

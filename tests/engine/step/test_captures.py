@@ -213,7 +213,7 @@ def test_an_idle_engine_captures_what_still_fits(device: FakeDevice) -> None:
     too_large = engine._builder.graph_shapes[-1]
 
     def run_out(inputs: StepInputs) -> None:
-        if device._captures and len(inputs.sampled_slots) == too_large.rows:
+        if device._captures and len(inputs.input_ids) == too_large.tokens:
             fail(NO_MEMORY)
 
     capture_all(engine, run_out)
