@@ -26,7 +26,7 @@ from engine.engine import Engine
 from engine.loading.loader import load
 from engine.loading.sizing import run_largest_step
 from kernels.ops import TRITON
-from kernels.paged_attention.tuning import Target
+from kernels.target import Target
 from precompile.fake_driver import compiling_for
 
 _NUM_TOP = 5, 20

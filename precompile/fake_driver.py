@@ -33,7 +33,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.cache import get_cache_manager
 
-from kernels.paged_attention.tuning import Target, using_target
+from kernels.target import Target, using_target
 
 TARGETS = {
     target.capability: target

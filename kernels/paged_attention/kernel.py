@@ -34,7 +34,8 @@ from torch import Tensor
 
 from kernels.paged_attention.mask import MaskSpec
 from kernels.paged_attention.plan import STEP_QUERIES, PagedBatch, Work, block_q_for
-from kernels.paged_attention.tuning import KernelSpec, target_of, variant_for
+from kernels.paged_attention.tuning import KernelSpec, variant_for
+from kernels.target import target_of
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _NONE_SEEN = tl.constexpr(-1.0e30)

@@ -53,6 +53,30 @@ def compile_everywhere(
     return {target: future.result() for target, future in futures.items()}
 
 
+def disassemble(
+    kernel: str,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    divisible: AbstractSet[str] = frozenset(),
+    target: int = 90,
+) -> list[str]:
+    """Return the machine instructions of a kernel in their order, compiled as above.
+
+    They are as NVIDIA's disassembler writes them, such as "LDG.E.128 R4, desc[UR4][R2.64]".
+    """
+    compiling = workers().submit(
+        _disassemble, target, kernel, arguments, constants, num_warps, num_stages, divisible
+    )
+    return compiling.result()
+
+
+def positions(instructions: list[str], pattern: str) -> list[int]:
+    """Return where the instructions are that match a regular expression somewhere."""
+    return [at for at, text in enumerate(instructions) if re.search(pattern, text)]
+
+
 @cache
 def workers() -> ProcessPoolExecutor:
     """Return processes that compile: they import Triton with the first kernel they receive."""
@@ -64,7 +88,31 @@ def _do_not_interpret() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _compile(
+def _compile(target: int, *kernel: Any) -> Resources:
+    compiled = _build(target, *kernel)
+    report = _inspect(compiled, "cuobjdump", "-res-usage")
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", report)}
+    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
+
+
+def _disassemble(target: int, *kernel: Any) -> list[str]:
+    listing = _inspect(_build(target, *kernel), "cuobjdump", "-sass")
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;", listing, re.MULTILINE)
+
+
+def _inspect(compiled: Any, tool: str, option: str) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [folder / tool, option, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def _build(
     target: int,
     kernel: str,
     arguments: dict[str, str],
@@ -72,7 +120,7 @@ def _compile(
     num_warps: int,
     num_stages: int,
     divisible: AbstractSet[str],
-) -> Resources:
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -92,13 +140,4 @@ def _compile(
         attrs=attrs,
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", report)}
-    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

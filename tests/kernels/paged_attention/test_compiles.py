@@ -8,7 +8,8 @@ import torch
 
 from kernels.paged_attention.mask import MaskSpec
 from kernels.paged_attention.plan import block_q_for
-from kernels.paged_attention.tuning import Target, Variant, variant_for
+from kernels.paged_attention.tuning import Variant, variant_for
+from kernels.target import Target
 from tests.kernels import compiling
 from tests.kernels.compiling import SHARED_LIMIT, TARGETS, Resources
 

@@ -27,7 +27,7 @@ from kernels.paged_attention.plan import (
     plan_prefill,
 )
 from kernels.paged_attention.reference import AttentionMetadata, paged_attention_torch
-from kernels.paged_attention.tuning import Target, using_target
+from kernels.target import Target, using_target
 from tests.kernels.paged_attention.dense import (
     DTYPES,
     Case,
