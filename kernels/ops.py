@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import act_mul_torch, act_mul_triton
+from kernels.gemv import gemv_torch, gemv_triton
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
 from kernels.paged_attention.kernel import paged_attention_triton
 from kernels.paged_attention.mask import MaskSpec
@@ -72,6 +73,12 @@ class RotaryStoreKv(Protocol):
     ) -> Tensor: ...
 
 
+class Gemv(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, prefetches: bool = False
+    ) -> Tensor: ...
+
+
 Norm = Callable[[Tensor, Tensor | None, Tensor | None, NormForm], Tensor]
 AddNorm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormForm], tuple[Tensor, Tensor]]
 ActMul = Callable[[Tensor, Tensor, str], Tensor]
@@ -95,6 +102,7 @@ class Ops(Generic[Metadata]):
     norm: Norm
     add_norm: AddNorm
     act_mul: ActMul
+    gemv: Gemv
     mask_tokens: MaskTokens
     watermark: Watermark
 
@@ -108,6 +116,7 @@ TORCH: Ops[AttentionMetadata] = Ops(
     norm=norm_torch,
     add_norm=add_norm_torch,
     act_mul=act_mul_torch,
+    gemv=gemv_torch,
     mask_tokens=mask_tokens_torch,
     watermark=watermark_torch,
 )
@@ -120,6 +129,7 @@ TRITON: Ops[PagedBatch] = Ops(
     norm=norm_triton,
     add_norm=add_norm_triton,
     act_mul=act_mul_triton,
+    gemv=gemv_triton,
     mask_tokens=mask_tokens_triton,
     watermark=watermark_triton,
 )

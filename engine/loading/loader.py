@@ -25,11 +25,14 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
+from engine.device.timer import Timer, make_timer
 from engine.fusion.find import fuse, trace_forward
+from engine.linear.gemv import use_gemv
 from engine.linear.packed import pack_linears
 from engine.loading.checkpoint import Checkpoint, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import Shards
+from engine.loading.prefetch import choose_prefetch
 from engine.loading.probe import (
     LogitsCheck,
     compare_logits,
@@ -68,6 +71,7 @@ def load(
     cold_start: ColdStart | None = None,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    timer: Timer | None = None,
 ) -> LoadedModel:
     """Load a model and prepare it for the engine, see `prepare_model`.
 
@@ -83,7 +87,7 @@ def load(
         cold_start.move(checkpoint.shards.seconds_since(started), "load", "download")
     with cold_start.phase("verify"):
         try:
-            return prepare_model(model, tokenizer, checkpoint, ops, check)
+            return prepare_model(model, tokenizer, checkpoint, ops, check, timer)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,14 +127,17 @@ def prepare_model(
     checkpoint: Checkpoint,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    timer: Timer | None = None,
 ) -> LoadedModel:
     """Prepare a transformers model that is in memory for the engine, in place.
 
     `ops` are the kernels to run it with, by default those of its device. `check` compares the
-    logits of the prepared model with its own. Raises LoadError where they differ.
+    logits of the prepared model with its own; LoadError is raised where they differ. `timer` times
+    what can be computed in two ways, by default on a GPU only.
     """
     model.eval().requires_grad_(False)
     ops = ops or ops_for(model.device)
+    timer = timer or make_timer(model.device)
     weight_bytes = model.get_memory_footprint()
     return LoadedModel(
         model=model,
@@ -145,14 +152,16 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=_replace_modules(model, ops, check),
+        calls=_replace_modules(model, ops, check, timer),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
     )
 
 
-def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> list[AttentionCall]:
+def _replace_modules(
+    model: PreTrainedModel, ops: Ops, check: LogitsCheck, timer: Timer | None
+) -> list[AttentionCall]:
     """Have the model's parts computed by our own, verify it, and return its attention calls.
 
     The order matters:
@@ -163,10 +172,10 @@ def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> li
        of the model has to give: tracing recognises the model's own modules only.
     3. Linears of one input are merged, and norms, activations and rotations fused, where a
        launch costs more than what it computes.
-    4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
-       last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
-       matrix products need no packing.
-    5. The whole is verified through the paged cache.
+    4. The linears that are left, merged ones included, are packed for the CPU, and on a GPU
+       computed by our own kernel for few rows, where that is faster. This comes last, since
+       packed weights cannot be merged, and merged ones take another time.
+    5. The whole is verified through the paged cache, and what it prefetches is chosen.
 
     A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
     """
@@ -175,9 +184,13 @@ def _replace_modules(model: PreTrainedModel, ops: Ops, check: LogitsCheck) -> li
         expected = reference_logits(model)
     if ops.fuses:
         fuse(model, trace, ops, partial(find_problem, model, calls, expected, ops, check))
-    if not ops.is_triton:
+    if timer is not None:
+        use_gemv(model, ops, timer)
+    elif not ops.is_triton:
         pack_linears(model)
     verify(model, calls, expected, ops, check)
+    if timer is not None:
+        choose_prefetch(model, calls, ops, timer)
     return calls
 
 

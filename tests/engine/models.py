@@ -30,6 +30,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from engine.device.timer import Timer
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.tokenizer import Tokenizer
@@ -118,6 +119,7 @@ def prepared(
     ops: Ops | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    timer: Timer | None = None,
     **options: Any,
 ) -> LoadedModel:
     """Return a new model of this family, prepared for the engine, to run on these kernels."""
@@ -125,7 +127,7 @@ def prepared(
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     model = build(config_class, **(family_options | options))
     nn.Module.to(model, device, dtype)
-    return prepare_model(model, byte_tokenizer(), checkpoint, ops)
+    return prepare_model(model, byte_tokenizer(), checkpoint, ops, timer=timer)
 
 
 @cache
