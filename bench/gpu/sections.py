@@ -197,7 +197,7 @@ def kernel_sections(run: Run, stage: Stage) -> list[Section]:
 
     Attention and sampling take longest, as they are compiled for each shape.
     """
-    needs_s = {"attention": 15, "GEMM": 6, "step": 8, "sampling": 12}
+    needs_s = {"attention": 15, "GEMM": 5, "GEMV": 6, "cuBLASLt": 4, "step": 8, "sampling": 12}
     scale = run.scale
     setting = Setting(scale.kernels, run.device, run.dtype, ops_for(run.device))
     sizes = scale.kernel_batches, scale.kernel_contexts, scale.kernel_prompts

@@ -86,7 +86,8 @@ def test_every_section_runs_and_is_written(
     check_steps(figures)
     of_a_step = len(TINY.kernel_batches) * (7 + 5)  # kernels and GEMMs
     attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.kernel_prompts)
-    assert len(figures["kernels"]) == of_a_step + attention
+    few_rows, cublaslt = 4 * 2 * 5, 3 * 5
+    assert len(figures["kernels"]) == of_a_step + attention + few_rows + cublaslt
     check_engine(figures)
     check_workloads(figures)
     (start,) = figures["cold_start"]
