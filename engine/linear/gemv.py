@@ -42,7 +42,8 @@ class LinearShape:
 
     @classmethod
     def of(cls, linear: "nn.Linear | GemvLinear") -> "LinearShape":
-        return cls(*linear.weight.shape, linear.weight.dtype, linear.bias is not None)
+        out_features, in_features = linear.weight.shape
+        return cls(out_features, in_features, linear.weight.dtype, linear.bias is not None)
 
     def __str__(self) -> str:
         return f"{self.out_features}x{self.in_features}" + " with bias" * self.has_bias

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -12,7 +13,7 @@ from kernels.gemv import gemv_torch
 from kernels.target import Target, using_target
 from tests.engine.models import FUSED, prepared
 
-WIDE = {"hidden_size": 640, "intermediate_size": 1024, "num_hidden_layers": 2}
+WIDE: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 1024, "num_hidden_layers": 2}
 ATTENTION_OUT, DOWN = (640, 640), (640, 1024)
 
 
@@ -53,7 +54,8 @@ class Scripted:
 def prefetching(timer: Scripted) -> set[tuple[int, int]]:
     model = prepared("llama", timer.ops, timer=timer.timer, **WIDE).model
     linears = [module for module in model.modules() if isinstance(module, GemvLinear)]
-    return {tuple(linear.weight.shape) for linear in linears if linear.prefetches}
+    shapes = [linear.weight.shape for linear in linears if linear.prefetches]
+    return {(outputs, inputs) for outputs, inputs in shapes}
 
 
 @pytest.mark.usefixtures("hopper")
