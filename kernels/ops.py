@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import act_mul_torch, act_mul_triton
+from kernels.gemv import gemv_torch, gemv_triton
 from kernels.grouped_gemm import (
     GateForm,
     Routing,
@@ -85,6 +86,12 @@ class RotaryStoreKv(Protocol):
     ) -> Tensor: ...
 
 
+class Gemv(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, prefetches: bool = False
+    ) -> Tensor: ...
+
+
 class GroupedLinear(Protocol):
     def __call__(
         self,
@@ -127,6 +134,7 @@ class Ops(Generic[Metadata]):
     grouped_linear: GroupedLinear
     combine: Combine
     invariant_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gemv: Gemv
     mask_tokens: MaskTokens
     watermark: Watermark
 
@@ -145,6 +153,7 @@ TORCH: Ops[AttentionMetadata] = Ops(
     grouped_linear=grouped_linear_torch,
     combine=combine_torch,
     invariant_linear=invariant_linear_torch,
+    gemv=gemv_torch,
     mask_tokens=mask_tokens_torch,
     watermark=watermark_torch,
 )
@@ -162,6 +171,7 @@ TRITON: Ops[PagedBatch] = Ops(
     grouped_linear=grouped_linear_triton,
     combine=combine_triton,
     invariant_linear=invariant_linear_triton,
+    gemv=gemv_triton,
     mask_tokens=mask_tokens_triton,
     watermark=watermark_triton,
 )

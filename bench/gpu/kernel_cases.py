@@ -17,7 +17,6 @@ from bench.gpu.bounds import (
     visible,
 )
 from bench.gpu.device import Timer
-from bench.gpu.skinny_linear import MAX_ROWS, skinny_linear
 from engine.attention.interface import StepMetadata
 from engine.attention.kv_cache import AttentionCall
 from engine.attention.plan import PADDING, FixedTables, GraphShape, StepSequences, make_planner
@@ -36,6 +35,8 @@ _MOST_COPIES = 32
 _CAPTURED = ((1, 9, 1015, 16), (1, 130, 894, 256), (4, 75, 949, 2048))
 """Captured steps with chunks, as (chunks, length, tokens before, tokens of the graph). Without
 decodes: their launch finds nothing to do, which is part of what is measured."""
+_FEW_ROWS = 1, 2, 4, 8
+_MEDIUM_ROWS = 64, 128, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,8 @@ def cases(
             *(captured_attention(setting, *step) for step in _CAPTURED if setting.ops.is_triton),
         ],
         "GEMM": [case for batch in batches for case in matmuls(setting, batch)],
+        "GEMV": [case for rows in _FEW_ROWS for case in few_rows(setting, rows)],
+        "cuBLASLt": [case for rows in _MEDIUM_ROWS for case in by_cublaslt(setting, rows)],
         "step": [make(setting, batch) for make in _OF_A_STEP for batch in batches],
         "sampling": [make(setting, batch) for make in _OF_SAMPLING for batch in batches],
     }
@@ -387,26 +390,45 @@ _OF_SAMPLING = (
 
 
 def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
-    """Return the library's matrix products, which take most of a step.
+    """Return the library's matrix products, which take most of a step."""
+    return _matmuls("GEMM", F.linear, setting, batch)
 
-    For few rows there is also a kernel of our own, a candidate to replace them.
-    """
+
+def few_rows(setting: Setting, rows: int) -> list[KernelCase]:
+    """Return our own kernel for few rows beside the library's product."""
+    library = _matmuls("few rows, library:", F.linear, setting, rows)
+    return [*library, *_matmuls("few rows, our own:", setting.ops.gemv, setting, rows)]
+
+
+def by_cublaslt(setting: Setting, rows: int) -> list[KernelCase]:
+    """Return the library's product as it is and by cuBLASLt, which torch uses only if told to."""
+    default = _matmuls("as it is:", F.linear, setting, rows)
+    if setting.device.type != "cuda":
+        return default
+    return [*default, *_matmuls("cuBLASLt:", _by_cublaslt, setting, rows)]
+
+
+def _by_cublaslt(x: Tensor, weight: Tensor) -> Tensor:
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+def _matmuls(
+    name: str, linear: Callable[..., Tensor], setting: Setting, rows: int
+) -> list[KernelCase]:
     shape = setting.shape
     sizes = {
-        "GEMM q, k, v": (shape.hidden, shape.qkv),
-        "GEMM attention out": (shape.num_heads * shape.head_dim, shape.hidden),
-        "GEMM gate, up": (shape.hidden, 2 * shape.intermediate),
-        "GEMM down": (shape.intermediate, shape.hidden),
-        "GEMM logits": (shape.hidden, shape.vocab_size),
+        "q, k, v": (shape.hidden, shape.qkv),
+        "attention out": (shape.num_heads * shape.head_dim, shape.hidden),
+        "gate, up": (shape.hidden, 2 * shape.intermediate),
+        "down": (shape.intermediate, shape.hidden),
+        "logits": (shape.hidden, shape.vocab_size),
     }
-    by: dict[str, Callable[..., Tensor]] = {"": F.linear}
-    if batch <= MAX_ROWS and setting.ops.is_triton:
-        by[", candidate"] = skinny_linear
-    return [
-        _matmul(name + suffix, linear, setting, batch, *size)
-        for name, size in sizes.items()
-        for suffix, linear in by.items()
-    ]
+    return [_matmul(f"{name} {of}", linear, setting, rows, *size) for of, size in sizes.items()]
 
 
 def _matmul(

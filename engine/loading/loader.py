@@ -26,12 +26,15 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
+from engine.device.timer import Timer, make_timer
 from engine.fusion.find import fuse, trace_forward
+from engine.linear.gemv import use_gemv
 from engine.linear.invariant import collecting_products, make_invariant
 from engine.linear.packed import pack_linears
 from engine.loading.checkpoint import Checkpoint, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import Shards
+from engine.loading.prefetch import choose_prefetch
 from engine.loading.probe import (
     LogitsCheck,
     compare_logits,
@@ -72,6 +75,7 @@ def load(
     cold_start: ColdStart | None = None,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    timer: Timer | None = None,
 ) -> LoadedModel:
     """Load a model and prepare it for the engine, see `prepare_model`.
 
@@ -87,7 +91,9 @@ def load(
         cold_start.move(checkpoint.shards.seconds_since(started), "load", "download")
     with cold_start.phase("verify"):
         try:
-            return prepare_model(model, tokenizer, checkpoint, ops, check, config.batch_invariant)
+            return prepare_model(
+                model, tokenizer, checkpoint, ops, check, timer, config.batch_invariant
+            )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,16 +133,19 @@ def prepare_model(
     checkpoint: Checkpoint,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    timer: Timer | None = None,
     batch_invariant: bool = False,
 ) -> LoadedModel:
     """Prepare a transformers model that is in memory for the engine, in place.
 
     `ops` are the kernels to run it with, by default those of its device. `check` compares the
-    logits of the prepared model with its own. Raises LoadError where they differ, and where
-    logits that do not depend on the batch are asked for and cannot be had.
+    logits of the prepared model with its own. `timer` times what can be computed in two ways, by
+    default on a GPU only. Raises LoadError where the logits differ, and where logits that do not
+    depend on the batch are asked for and cannot be had.
     """
     model.eval().requires_grad_(False)
     ops = ops or ops_for(model.device)
+    timer = timer or make_timer(model.device)
     weight_bytes = model.get_memory_footprint()
     return LoadedModel(
         model=model,
@@ -151,7 +160,7 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=_replace_modules(model, ops, check, batch_invariant),
+        calls=_replace_modules(model, ops, check, timer, batch_invariant),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
@@ -160,7 +169,11 @@ def prepare_model(
 
 
 def _replace_modules(
-    model: PreTrainedModel, ops: Ops, check: LogitsCheck, batch_invariant: bool
+    model: PreTrainedModel,
+    ops: Ops,
+    check: LogitsCheck,
+    timer: Timer | None,
+    batch_invariant: bool,
 ) -> list[AttentionCall]:
     """Have the model's parts computed by our own, verify it, and return its attention calls.
 
@@ -172,11 +185,11 @@ def _replace_modules(
        of the model has to give: tracing recognises the model's own modules only.
     3. Experts are replaced, linears of one input merged, and norms, activations and rotations
        fused, where a launch costs more than what it computes.
-    4. The linears that are left, merged ones included, are packed for the CPU. Packing comes
-       last, since packed weights cannot be merged. Triton's kernels run on a GPU, whose
-       matrix products need no packing.
-       If logits must not depend on the batch, they are replaced by those of one tiling there.
-    5. The whole is verified through the paged cache.
+    4. The linears that are left, merged ones included, are packed for the CPU, and on a GPU
+       computed by our own kernel for few rows, where that is faster. This comes last, since
+       packed weights cannot be merged, and merged ones take another time. If logits must not
+       depend on the batch, they are replaced by those of one tiling instead.
+    5. The whole is verified through the paged cache, and what it prefetches is chosen.
 
     A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
     """
@@ -185,11 +198,17 @@ def _replace_modules(
         expected = reference_logits(model)
     if ops.fuses:
         fuse(model, trace, ops, partial(find_problem, model, calls, expected, ops, check))
-    if not ops.is_triton:
+    if batch_invariant:
+        timer = None  # what is faster for some numbers of rows computes them in another order
+    if timer is not None:
+        use_gemv(model, ops, timer)
+    elif not ops.is_triton:
         pack_linears(model)
     if batch_invariant:
         _make_invariant(model, ops, partial(find_problem, model, calls, expected, ops, check))
     verify(model, calls, expected, ops, check)
+    if timer is not None:
+        choose_prefetch(model, calls, ops, timer)
     return calls
 
 

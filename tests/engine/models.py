@@ -33,6 +33,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from engine.device.timer import Timer
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.loader import LoadedModel, prepare_model
 from engine.text.tokenizer import Tokenizer
@@ -145,6 +146,7 @@ def prepared(
     ops: Ops | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    timer: Timer | None = None,
     batch_invariant: bool = False,
     **options: Any,
 ) -> LoadedModel:
@@ -153,7 +155,14 @@ def prepared(
     checkpoint = Checkpoint(Path("/nowhere"), f"tiny-{name}")
     model = build(config_class, **(family_options | options))
     nn.Module.to(model, device, dtype)
-    return prepare_model(model, byte_tokenizer(), checkpoint, ops, batch_invariant=batch_invariant)
+    return prepare_model(
+        model,
+        byte_tokenizer(),
+        checkpoint,
+        ops,
+        timer=timer,
+        batch_invariant=batch_invariant,
+    )
 
 
 @cache

@@ -38,8 +38,9 @@ def compile_everywhere(
     num_warps: int = 4,
     num_stages: int = 3,
     divisible: AbstractSet[str] = frozenset(),
+    targets: AbstractSet[int] = frozenset(TARGETS),
 ) -> dict[int, Resources]:
-    """Compile `kernel`, by its full name, for each of `TARGETS`.
+    """Compile `kernel`, by its full name, for each of `targets`.
 
     `arguments` are Triton types by name ("*bf16", "i32"); pointers, and the integers named
     in `divisible`, are taken as multiples of 16, as the launcher finds them for real shapes.
@@ -48,7 +49,7 @@ def compile_everywhere(
         target: workers().submit(
             _compile, target, kernel, arguments, constants, num_warps, num_stages, divisible
         )
-        for target in TARGETS
+        for target in sorted(targets)
     }
     return {target: future.result() for target, future in futures.items()}
 

@@ -88,7 +88,9 @@ def test_every_section_runs_and_is_written(
     of_a_step = len(TINY.kernel_batches) * (7 + 5)  # kernels and GEMMs
     attention = len(TINY.kernel_batches) * len(TINY.kernel_contexts) + len(TINY.kernel_prompts)
     experts = len(TINY.kernel_batches) * 2  # ours and torch's
-    assert len(figures["kernels"]) == of_a_step + attention + experts
+    few_rows, cublaslt = 4 * 2 * 5, 3 * 5
+    expected = of_a_step + attention + experts + few_rows + cublaslt
+    assert len(figures["kernels"]) == expected
     (mixed,) = figures["mixed"]
     assert (mixed["tokens"], mixed["decodes"]) == TINY.mixed_step[:2]
     assert min(mixed["host_ms"], mixed["step_ms"]) > 0

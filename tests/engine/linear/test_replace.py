@@ -3,10 +3,12 @@
 import torch
 from torch import nn
 
+from engine.linear.gemv import GemvLinear
 from engine.linear.int8 import Int8Linear
 from engine.linear.merged import merge
 from engine.linear.packed import PackedLinear
 from engine.linear.replace import Linear, replace_linears
+from kernels.gemv import gemv_torch
 
 
 def test_every_kind_of_linear_has_the_attributes_of_one() -> None:
@@ -16,6 +18,7 @@ def test_every_kind_of_linear_has_the_attributes_of_one() -> None:
         plain,
         int8,
         PackedLinear(plain),
+        GemvLinear(plain, gemv_torch, frozenset()),
         *merge([nn.Linear(4, 3), nn.Linear(4, 2)]).values(),
     ]
     assert all(isinstance(linear, Linear) for linear in linears)
