@@ -97,7 +97,8 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
 
 def restore_experts(previous: dict[nn.Module, Any]) -> None:
     """Undo what `use_experts` did."""
-    for module, name in previous.items():
+    for untyped, name in previous.items():
+        module: Any = untyped
         module.config._experts_implementation_internal = name
         del module.experts_layer
 

@@ -116,7 +116,7 @@ def test_a_gate_that_no_kernel_knows_is_computed_by_the_module(
 
 def test_experts_that_share_a_configuration_with_quantised_ones_keep_their_own() -> None:
     model = mixture("mixtral")
-    last = [module for module in model.modules() if hasattr(module, "is_transposed")][-1]
+    last: Any = [module for module in model.modules() if hasattr(module, "is_transposed")][-1]
     last.gate_up_proj = nn.Parameter(last.gate_up_proj.to(torch.float8_e4m3fn), False)
     before = model.config._experts_implementation
     assert use_experts(model, TORCH) == {}
