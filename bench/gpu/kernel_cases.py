@@ -276,7 +276,8 @@ _OF_SAMPLING = (greedy, sample, sample_top_p)
 def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
     """Return the library's matrix products, which take most of a step.
 
-    For few rows there is also a kernel of our own, a candidate to replace them.
+    For few rows there is also a kernel of our own, a candidate to replace them. The products of
+    --batch-invariant are beside them.
     """
     shape = setting.shape
     sizes = {
@@ -289,6 +290,8 @@ def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
     by: dict[str, Callable[..., Tensor]] = {"": F.linear}
     if batch <= MAX_ROWS and setting.ops.is_triton:
         by[", candidate"] = skinny_linear
+    if setting.ops.is_triton:
+        by[", batch-invariant"] = partial(setting.ops.invariant_linear, bias=None)
     return [
         _matmul(name + suffix, linear, setting, batch, *size)
         for name, size in sizes.items()

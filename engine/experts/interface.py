@@ -83,7 +83,7 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
     """
     sharing: dict[int, list[Any]] = defaultdict(list)
     for module in model.modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if _is_mixture(module):
             sharing[id(module.config)].append(module)
     previous: dict[nn.Module, Any] = {}
     for modules in sharing.values():
@@ -93,6 +93,15 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
         bind(module, ops)
     _compile_ahead(previous)
     return previous
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether any module of the model computes experts through transformers' interface."""
+    return any(_is_mixture(module) for module in model.modules())
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def restore_experts(previous: dict[nn.Module, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.core.errors import LoadError
+from engine.linear.merged import MergedLinear
 from engine.linear.replace import replace_linears
 
 InvariantProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,14 +37,19 @@ class InvariantLinear(nn.Module):
 def make_invariant(model: nn.Module, product: InvariantProduct) -> None:
     """Replace every plain `nn.Linear` of the model, its head included, in place.
 
-    Raises LoadError if on this device the number of rows changes a row after all. That is tried
-    for each shape of weights, which compiles the kernels of few and of many rows, too.
+    Raises LoadError for a linear of another kind, such as a quantised one, and if on this device
+    the number of rows changes a row after all. That is tried for each shape of weights, which
+    compiles the kernels of few and of many rows, too.
     """
     tried = set()
 
     def invariant(linear: nn.Module) -> InvariantLinear | None:
+        if isinstance(linear, MergedLinear):
+            return None  # its joint linear is replaced
         if type(linear) is not nn.Linear:
-            return None
+            raise LoadError(
+                f"--batch-invariant cannot compute a {type(linear).__name__}: leave out the flag"
+            )
         replacement = InvariantLinear(linear, product)
         if (shape := (linear.weight.shape, linear.bias is None)) not in tried:
             tried.add(shape)

@@ -28,9 +28,9 @@ def test_a_row_is_the_same_to_the_bit_among_any_number(
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_a_request_has_the_same_logprobs_alone_and_among_others(name: str) -> None:
     loaded = prepared(name, device="cuda", dtype=torch.bfloat16, batch_invariant=True, **WIDE)
-    requests = arrivals(7, 30, sampled=True)
-    config = EngineConfig(
-        max_sequences=64, max_batch_tokens=256, num_blocks=2048, prefix_caching=False
+    requests = [(0, request) for _, request in arrivals(7, 30, sampled=True)]
+    config = EngineConfig(  # with room for all prompts in one step
+        max_sequences=64, max_batch_tokens=4096, num_blocks=2048, prefix_caching=False
     )
     together = run(Engine(loaded, config), requests)
     for _, request in requests:
