@@ -47,11 +47,12 @@ def experts_forward(
 
     Returns [num_tokens, hidden] in the type of `hidden_states`.
     """
-    layer: ExpertsLayer = self.experts_layer  # type: ignore[assignment]
-    num_experts: int = self.num_experts  # type: ignore[assignment]
-    routing = layer.ops.route(top_k_index, num_experts)
-    results = _products(self, layer, hidden_states, routing)
-    return layer.ops.combine(results, top_k_weights, routing, num_experts)
+    module: Any = self
+    layer: ExpertsLayer = module.experts_layer
+    routing = layer.ops.route(top_k_index, module.num_experts)
+    results = _products(module, layer, hidden_states.to(module.down_proj.dtype), routing)
+    combined = layer.ops.combine(results, top_k_weights, routing, module.num_experts)
+    return combined.to(hidden_states.dtype)
 
 
 def _products(module: Any, layer: ExpertsLayer, x: Tensor, routing: Routing) -> Tensor:

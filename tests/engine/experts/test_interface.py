@@ -148,3 +148,14 @@ def test_experts_that_change_the_logits_are_undone(caplog: pytest.LogCaptureFixt
     served = prepared("mixtral", replace(TORCH, fuses=True, combine=wrong), num_hidden_layers=1)
     assert served.model.config._experts_implementation == "grouped_mm"
     assert "mixtures of experts are not fused" in caplog.text
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_experts_of_16_bits_take_tokens_in_float32(ops: Ops[Any]) -> None:
+    model = mixture("mixtral", torch.bfloat16)
+    use_experts(model, ops)
+    experts = experts_of(model)
+    x, chosen, weights = inputs_of(experts, 3, 2, torch.float32)
+    result = experts(x, chosen, weights)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, experts(x.bfloat16(), chosen, weights).float())
