@@ -14,7 +14,7 @@ from engine.experts.interface import (
     restore_experts,
     use_experts,
 )
-from kernels.grouped_gemm import GateForm
+from kernels.grouped_gemm import FEW, TILINGS, GateForm, Routing
 from kernels.ops import TORCH, TRITON, Ops
 from tests.engine.models import FAMILIES, MIXTURES, build, prepared
 
@@ -64,6 +64,7 @@ def test_experts_give_what_they_give_eagerly(name: str, num_tokens: int, ops: Op
     assert torch.allclose(experts(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MIXTURES)
@@ -112,6 +113,21 @@ def test_a_gate_that_no_kernel_knows_is_computed_by_the_module(
     experts.config._experts_implementation_internal = EXPERTS_NAME
     assert torch.allclose(experts(*inputs), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(usual, expected, rtol=0.1)
+
+
+def test_both_products_run_in_every_tiling_at_load_so_that_no_step_compiles() -> None:
+    seen = set()
+
+    def remember(x: Tensor, weight: Tensor, bias: Any, routing: Routing, *rest: Any) -> Tensor:
+        seen.add((routing.tiling, routing.is_single, weight.shape))
+        return TRITON.grouped_linear(x, weight, bias, routing, *rest)
+
+    model = mixture("mixtral")
+    use_experts(model, replace(TRITON, grouped_linear=remember))
+    experts = experts_of(model)
+    shapes = experts.gate_up_proj.shape, experts.down_proj.shape
+    kinds = [(FEW, True), *((tiling, False) for tiling in TILINGS)]
+    assert seen == {(*kind, shape) for kind in kinds for shape in shapes}
 
 
 def test_experts_that_share_a_configuration_with_quantised_ones_keep_their_own() -> None:
