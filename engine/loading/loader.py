@@ -27,6 +27,7 @@ from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.device.timer import Timer, make_timer
+from engine.experts.interface import has_experts
 from engine.fusion.find import fuse, trace_forward
 from engine.linear.gemv import use_gemv
 from engine.linear.invariant import collecting_products, make_invariant
@@ -216,6 +217,8 @@ def _make_invariant(model: PreTrainedModel, ops: Ops, forward: Callable[[], obje
     """Replace the linears by those of one tiling; raise LoadError if other products remain."""
     if not ops.is_triton:
         raise LoadError("--batch-invariant needs a GPU: leave out the flag")
+    if has_experts(model):
+        raise LoadError("--batch-invariant has no mixtures of experts: leave out the flag")
     make_invariant(model, ops.invariant_linear)
     with collecting_products() as products:
         forward()

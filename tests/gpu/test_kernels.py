@@ -195,7 +195,7 @@ def test_attention_of_a_captured_step_is_that_of_the_step(num_rows: int) -> None
         query,
         step.keys,
         step.values,
-        step.captured(num_rows),
+        cast(PagedBatch, step.captured(num_rows)),
         shape.mask,
         scale=0.1,
     )

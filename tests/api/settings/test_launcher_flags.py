@@ -64,6 +64,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("max-image-fetch-size", "5", 5),
 ]
 SWITCHES = [
+    "batch-invariant",
     "api-key-for-chat-tokenize",
     "trust-remote-code",
     "disable-custom-kernels",
