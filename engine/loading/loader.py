@@ -27,6 +27,7 @@ from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.fusion.find import fuse, trace_forward
 from engine.linear.packed import pack_linears
+from engine.loading.cache_scales import with_cache_scales
 from engine.loading.checkpoint import Checkpoint, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import Shards
@@ -145,7 +146,7 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=_replace_modules(model, ops, check),
+        calls=with_cache_scales(_replace_modules(model, ops, check), model, checkpoint.path),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
