@@ -32,6 +32,7 @@ from engine.fusion.find import fuse, trace_forward
 from engine.linear.gemv import use_gemv
 from engine.linear.invariant import collecting_products, make_invariant
 from engine.linear.packed import pack_linears
+from engine.loading.cache_scales import with_cache_scales
 from engine.loading.checkpoint import Checkpoint, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import Shards
@@ -161,7 +162,9 @@ def prepare_model(
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
         ),
-        calls=_replace_modules(model, ops, check, timer, batch_invariant),
+        calls=with_cache_scales(
+            _replace_modules(model, ops, check, timer, batch_invariant), model, checkpoint.path
+        ),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
