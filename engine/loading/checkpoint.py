@@ -150,5 +150,5 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
     shards = None
     if INDEX in names:
         with naming_the_fault(model_id, path, INDEX):
-            shards = Shards(model_id, commit, path / INDEX)
+            shards = Shards.downloading(model_id, commit, path / INDEX)
     return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)

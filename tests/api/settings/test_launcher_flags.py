@@ -289,7 +289,7 @@ def test_older_names_of_the_hubs_token_are_read(
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    read_settings(["--huggingface-hub-cache", "/data"]).export_hub_settings()
+    read_settings(["--huggingface-hub-cache", "/data"]).export_library_settings()
     assert os.environ.get("HF_TOKEN") == token
     assert os.environ["HF_HUB_CACHE"] == "/data"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
