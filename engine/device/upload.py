@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _BUFFER_BYTES = 8 << 20
-"""Of each buffer: the copy takes far longer than its launch, and two a thread are quickly pinned."""
+"""Of each buffer: enough that the launch of a copy takes no part of its time."""
 
 Read = Callable[[Tensor, int], None]
 """Fills a buffer [n] uint8 on the host with the n bytes that begin at an offset."""

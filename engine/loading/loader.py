@@ -28,6 +28,7 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
+from engine.device.memory import unused_bytes
 from engine.device.precision import half_precision, sum_in_float32
 from engine.device.upload import CudaCopies, Uploads
 from engine.fusion.find import fuse, trace_forward
@@ -108,9 +109,11 @@ def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, 
     check_settings(config.model_id, path)
     with naming_the_fault(config.model_id, path, "config.json"):
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    with _beside(partial(_load_tokenizer, checkpoint, config)) as tokenizer:
-        with naming_the_fault(config.model_id, path, "config.json"):
-            model = _load_weights(checkpoint, config, model_config, device)
+    with (
+        _beside(partial(_load_tokenizer, checkpoint, config)) as tokenizer,
+        naming_the_fault(config.model_id, path, "config.json"),
+    ):
+        model = _load_weights(checkpoint, config, model_config, device)
     return model, tokenizer.result()
 
 
@@ -163,6 +166,7 @@ def prepare_model(
     model.eval().requires_grad_(False)
     ops = ops or ops_for(model.device)
     weight_bytes = model.get_memory_footprint()
+    calls = _replace_modules(model, ops, check)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -175,8 +179,9 @@ def prepare_model(
             vocab_size=model.config.get_text_config().vocab_size,
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
+            unused_bytes=unused_bytes(model.device),
         ),
-        calls=_replace_modules(model, ops, check),
+        calls=calls,
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
@@ -256,8 +261,8 @@ def _shards(
     device: torch.device,
 ) -> Shards | None:
     """Return the shards to load tensor by tensor: those that are still downloading, and any for a
-    GPU. None if transformers has to load the folder, which is then complete, since the model's class
-    is found there, or its weights are no safetensors.
+    GPU. None if transformers has to load the folder, since the model's class is found there or its
+    weights are no safetensors. The folder is then complete.
     """
     shards = checkpoint.shards
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)

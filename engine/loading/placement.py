@@ -6,14 +6,13 @@ leaves holes between the weights that stay, which nothing else fits into: some g
 model's memory would be lost to the KV cache.
 
 Which linears read the same input is known only after loading. In nearly every model they are
-children of one module and follow one another, such as `q_proj`, `k_proj`, `v_proj`, so all linears of
-that kind are placed together.
+children of one module and follow one another, such as `q_proj`, `k_proj` and `v_proj`, so all
+linears of that kind are placed together.
 """
 
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -88,16 +87,12 @@ def _neighbours(layout: nn.Module) -> Iterator[dict[str, Tensor]]:
         prefix = f"{path}." if path else ""
         children = [(f"{prefix}{name}", child) for name, child in parent.named_children()]
         for _, group in groupby(children, lambda child: _kind(child[1])):
-            linears = dict(group)
-            for kind in ("weight", "bias"):
-                found = {
-                    f"{name}.{kind}": parameter
-                    for name, linear in linears.items()
-                    if type(linear) is nn.Linear
-                    and (parameter := getattr(linear, kind)) is not None
-                }
-                if len(found) > 1:
-                    yield found
+            linears = {name: child for name, child in group if type(child) is nn.Linear}
+            if len(linears) > 1:
+                yield {f"{name}.weight": linear.weight for name, linear in linears.items()}
+                biases = {f"{name}.bias": linear.bias for name, linear in linears.items()}
+                if None not in biases.values():
+                    yield biases
 
 
 def _kind(module: nn.Module) -> object:
