@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,10 @@ def test_a_cpu_serves_float32_whatever_the_checkpoint_has(stored: str, tmp_path:
     assert load(LoadConfig(str(tmp_path), device="cpu")).model.dtype is torch.float32
 
 
-def test_products_of_16_bits_are_summed_in_float32(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_16_bits_are_summed_in_float32(saved: Path) -> None:
     matmul = torch.backends.cuda.matmul
-    for name in ("bf16", "fp16"):
-        monkeypatch.setattr(matmul, f"allow_{name}_reduced_precision_reduction", True)
+    matmul.allow_bf16_reduced_precision_reduction = True
+    matmul.allow_fp16_reduced_precision_reduction = True
     load(LoadConfig(str(saved)))
     assert not matmul.allow_bf16_reduced_precision_reduction
     assert not matmul.allow_fp16_reduced_precision_reduction
@@ -114,13 +113,13 @@ def test_the_tokenizer_is_loaded_beside_the_weights(
 ) -> None:
     """Each of the two waits for the other to begin."""
     both = threading.Barrier(2, timeout=60)
+
+    def meeting(work: Callable[..., Any], *args: Any) -> Any:
+        both.wait()
+        return work(*args)
+
     for name in ("_load_tokenizer", "_load_weights"):
-
-        def meeting(*args: Any, work: Callable[..., Any] = getattr(loader, name)) -> Any:
-            both.wait()
-            return work(*args)
-
-        monkeypatch.setattr(loader, name, meeting)
+        monkeypatch.setattr(loader, name, partial(meeting, getattr(loader, name)))
     assert load(LoadConfig(str(saved))).tokenizer.encode("a")
 
 
