@@ -1,6 +1,7 @@
 """`python -m precompile [MODEL_ID]` compiles Triton's kernels for GPUs that are not present.
 
-They are written to Triton's cache, TRITON_CACHE_DIR, where a server on such a GPU finds them.
+They are written to TRITON_CACHE_DIR, by default to a folder beside the code (`kernels/compiled.py`),
+where a server on such a GPU finds them.
 """
 
 import multiprocessing
@@ -10,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 from engine.core.config import DEFAULT_MODEL_ID
+from kernels.compiled import SHIPPED
 from precompile.compile import compile_kernels
 from precompile.fake_driver import TARGETS, build_launcher
 
@@ -21,6 +23,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--max-total-tokens", type=int)
     args = parser.parse_args()
+    os.environ.setdefault("TRITON_CACHE_DIR", str(SHIPPED))
     build_launcher()
     # Each pair gets a process of its own, since kernels on the fake driver overwrite the model's
     # weights with zeros. Processes are spawned: in a forked one torch's threads would be missing.

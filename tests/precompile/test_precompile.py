@@ -31,9 +31,11 @@ def python(*arguments: str, cache: Path) -> str:
     ).stdout
 
 
-def launch(driver: str, cache: Path) -> dict[str, bool]:
+def launch(driver: str, cache: Path, *shipped: Path) -> dict[str, bool]:
     """Launch kernels through this driver; return for each whether it was in Triton's cache."""
-    found: dict[str, bool] = json.loads(python("tests.precompile.launching", driver, cache=cache))
+    arguments = [driver, *map(str, shipped)]
+    output = python("tests.precompile.launching", *arguments, cache=cache)
+    found: dict[str, bool] = json.loads(output)
     return found
 
 
@@ -44,6 +46,21 @@ NAMES = {"_norm_kernel", "_greedy_chunk_kernel", "_greedy_row_kernel", "_mask_to
 def test_triton_s_own_driver_finds_the_kernels_compiled_ahead_of_time(tmp_path: Path) -> None:
     assert launch("fake", tmp_path) == dict.fromkeys(NAMES, False)
     assert launch("cuda", tmp_path) == dict.fromkeys(NAMES, True)
+
+
+@pytest.mark.slow
+def test_kernels_are_found_in_the_shipped_folder_and_new_ones_written_to_the_other(
+    tmp_path: Path,
+) -> None:
+    shipped, kept = tmp_path / "shipped", tmp_path / "kept"
+    launch("fake", shipped)
+    (missing,) = (path.parent for path in shipped.glob("*/_norm_kernel.cubin"))
+    shutil.rmtree(missing)
+    before = sorted(shipped.rglob("*"))
+    for found in (False, True):
+        assert launch("cuda", kept, shipped) == dict.fromkeys(NAMES, True) | {"_norm_kernel": found}
+    assert [path.stem for path in kept.glob("*/*.cubin")] == ["_norm_kernel"]
+    assert sorted(shipped.rglob("*")) == before
 
 
 @pytest.mark.slow
