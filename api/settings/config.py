@@ -195,8 +195,8 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         if not any(os.environ.get(f"PYTORCH_{name}") for name in ("ALLOC_CONF", "CUDA_ALLOC_CONF")):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         # Compiled kernels lie beside the models: what keeps these from start to start keeps both.
-        if _can_write(self._home()):
-            os.environ.setdefault("TRITON_CACHE_DIR", str(self._home() / "triton"))
+        if _can_write(kernels := self._home() / "triton"):
+            os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
         os.environ.setdefault("TRITON_CACHE_MANAGER", "kernels.compiled:CompiledKernels")
 
     def _export_hub_settings(self) -> None:
@@ -287,8 +287,12 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
 
 
 def _can_write(folder: Path) -> bool:
-    """Return whether the folder, or else the first of its parents that exists, can be written."""
-    return os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
+    """Make a folder, if it is not there, and return whether it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def platform_identity() -> Identity | None:

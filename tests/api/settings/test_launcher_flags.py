@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -273,8 +272,9 @@ def test_env_is_a_flag_but_not_a_variable(flag: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def library_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def library_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Without variables of libraries that the server sets; all are put back after the test."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     names = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")
     names += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     names += ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "HF_HUB_DISABLE_TELEMETRY")
@@ -320,22 +320,8 @@ def test_segments_can_grow_unless_the_user_has_set_torchs_allocator(
     assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == expected
 
 
-def test_torch_understands_the_setting_of_its_allocator() -> None:
-    """It would stop at a word that it does not know, and warn of a name that it will drop."""
-    script = (
-        "import os, warnings; warnings.simplefilter('error');"
-        "from api.settings.config import read_settings;"
-        "read_settings([]).export_library_settings();"
-        "import torch;"
-        "torch._C._accelerator_setAllocatorSettings(os.environ['PYTORCH_ALLOC_CONF'])"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=LAUNCHER.parent, check=True, timeout=120)
-
-
-def test_compiled_kernels_are_kept_beside_the_models(
-    tmp_path: Path, library_environment: pytest.MonkeyPatch
-) -> None:
-    library_environment.setenv("HF_HOME", str(tmp_path / "hub"))
+@pytest.mark.usefixtures("library_environment")
+def test_compiled_kernels_are_kept_beside_the_models(tmp_path: Path) -> None:
     read_settings([]).export_library_settings()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "hub" / "skiff" / "triton")
     assert os.environ["TRITON_CACHE_MANAGER"] == "kernels.compiled:CompiledKernels"
