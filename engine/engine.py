@@ -30,6 +30,7 @@ from engine.core.request import (
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.device.stream import make_stream, run_in_temporary_thread
+from engine.loading.compile_ahead import compile_ahead
 from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
@@ -61,7 +62,8 @@ class Engine:
     ) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
         cold_start = cold_start or ColdStart()
-        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start))
+        found = partial(compile_ahead, load_config, config)
+        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start, found=found))
         limits = run_in_temporary_thread(lambda: decide_limits(loaded, config))
         while True:
             try:

@@ -29,11 +29,11 @@ from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
 from engine.device.memory import unused_bytes
-from engine.device.precision import half_precision, sum_in_float32
+from engine.device.precision import sum_in_float32
 from engine.device.upload import CudaCopies, Uploads
 from engine.fusion.find import fuse, trace_forward
 from engine.linear.packed import pack_linears
-from engine.loading.checkpoint import Checkpoint, locate
+from engine.loading.checkpoint import Checkpoint, Found, ignore, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
 from engine.loading.lazy_shards import LazyTensor, Shards
 from engine.loading.placement import Placement, layout_of
@@ -47,6 +47,7 @@ from engine.loading.probe import (
 )
 from engine.loading.quantization import compute_in_served_type, loading_options, quantization_of
 from engine.loading.reasons import is_out_of_memory, out_of_memory
+from engine.loading.served_type import own_type, served_type
 from engine.text.tokenizer import Tokenizer
 from kernels.ops import Ops, ops_for
 
@@ -78,14 +79,16 @@ def load(
     cold_start: ColdStart | None = None,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
+    found: Found = ignore,
 ) -> LoadedModel:
     """Load a model and prepare it for the engine, see `prepare_model`.
 
-    Raises LoadError with the reason and what to do.
+    `found` is called with the model's folder before the weights are downloaded. Raises LoadError
+    with the reason and what to do.
     """
     cold_start = cold_start or ColdStart()
     with cold_start.phase("download"):
-        checkpoint = locate(config.model_id, config.revision)
+        checkpoint = locate(config.model_id, config.revision, found)
     started = time.perf_counter()
     with cold_start.phase("load"):
         model, tokenizer = _load(checkpoint, config)
@@ -280,25 +283,19 @@ def _shards(
 def _served_type(
     config: LoadConfig, model_config: PreTrainedConfig, shards: Shards | None, device: torch.device
 ) -> torch.dtype:
-    """Return the type to serve the model in: the one that was asked for; float32 on a CPU; on a GPU
-    the checkpoint's own, or 16 bits in place of float32.
-    """
-    if config.dtype is not None:
-        asked: torch.dtype = getattr(torch, config.dtype)
-        return asked
-    if device.type == "cpu":
-        return torch.float32
-    own: torch.dtype | None = model_config.get_text_config(decoder=True).dtype
-    own = own or model_config.dtype or (shards.dtype() if shards is not None else None)
-    if own is not None and own.itemsize <= 2:
-        return own
-    served = half_precision(device)
-    logger.info(
-        "the weights of %s are float32 and are served in %s: half the memory, and several times "
-        "as fast. --dtype float32 (DTYPE) keeps them as they are",
-        config.model_id,
-        str(served).removeprefix("torch."),
-    )
+    """Return the type to serve the model in, and log it if that is not the checkpoint's own."""
+    chosen_here = config.dtype is None and device.type == "cuda"
+    own = own_type(model_config)
+    if own is None and chosen_here and shards is not None:
+        own = shards.dtype()
+    served = served_type(config.dtype, own, device)
+    if chosen_here and served is not own:
+        logger.info(
+            "the weights of %s are float32 and are served in %s: half the memory, and several "
+            "times as fast. --dtype float32 (DTYPE) keeps them as they are",
+            config.model_id,
+            str(served).removeprefix("torch."),
+        )
     return served
 
 

@@ -69,6 +69,23 @@ def layout_of(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> P
     return model
 
 
+def fill_places(layout: PreTrainedModel, device: torch.device) -> None:
+    """Give each tensor of a model on the meta device its place, in the model itself. Values are not
+    set, and no memory is touched.
+    """
+    places: dict[Tensor, Tensor] = {}
+    for neighbours in _neighbours(layout):
+        shared = _Neighbours(neighbours)
+        places |= {tensor: shared.place(name, device) for name, tensor in neighbours.items()}
+    for module in layout.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in places:
+                places[parameter] = torch.empty_like(parameter, device=device)
+            module.register_parameter(name, nn.Parameter(places[parameter], requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+
+
 def _types(layout: PreTrainedModel) -> dict[str, torch.dtype]:
     """Return the type of each tensor, but of those that transformers may keep in float32."""
     kept = set[str]()
