@@ -14,7 +14,7 @@ SHIPPED = Path(__file__).parents[1] / ".triton"
 """Where `python -m precompile` writes if TRITON_CACHE_DIR is not set."""
 
 
-class CompiledKernels(FileCacheManager):  # type: ignore[misc]
+class CompiledKernels(FileCacheManager):
     """The cache entry of one key, named to Triton by TRITON_CACHE_MANAGER."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
@@ -30,7 +30,7 @@ class CompiledKernels(FileCacheManager):  # type: ignore[misc]
         return super().get_group(filename) or self._shipped.get_group(filename)
 
 
-class _ShippedKernels(FileCacheManager):  # type: ignore[misc]
+class _ShippedKernels(FileCacheManager):
     """An entry that is only read: unlike that of Triton, it makes no folder."""
 
     def __init__(self, key: str) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import multiprocessing
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -70,7 +70,7 @@ def _compile(args: Namespace) -> None:
         print(f"{name}: {seconds:.0f} s", flush=True)
 
 
-def _seconds(jobs: dict[str, Callable[[], float]]) -> Iterator[tuple[str, float]]:
+def _seconds(jobs: Mapping[str, Callable[[], float]]) -> Iterator[tuple[str, float]]:
     """Do all jobs, and yield the seconds that each took.
 
     Each of several gets a process of its own, since kernels on the fake driver overwrite the

@@ -42,12 +42,14 @@ def _fill_small_tensors(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _noise_for_large_tensors() -> Iterator[None]:
-    linear, embedding = F.linear, F.embedding
-    F.linear, F.embedding = _linear, _embedding
+    originals = {"linear": F.linear, "embedding": F.embedding}
+    for name, noise in {"linear": _linear, "embedding": _embedding}.items():
+        setattr(F, name, noise)
     try:
         yield
     finally:
-        F.linear, F.embedding = linear, embedding
+        for name, original in originals.items():
+            setattr(F, name, original)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ linears of that kind are placed together.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
@@ -98,7 +98,7 @@ def _types(layout: PreTrainedModel) -> dict[str, torch.dtype]:
     }
 
 
-def _neighbours(layout: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _neighbours(layout: nn.Module) -> Iterator[Mapping[str, Tensor]]:
     """Yield the parameters, by name, that are to lie one behind the other, in their order."""
     for path, parent in layout.named_modules():
         prefix = f"{path}." if path else ""
@@ -122,7 +122,7 @@ def _kind(module: nn.Module) -> object:
 class _Neighbours:
     """Parameters in one storage, which is allocated with the first of them."""
 
-    def __init__(self, parameters: dict[str, Tensor]):
+    def __init__(self, parameters: Mapping[str, Tensor]):
         self._lock = threading.Lock()
         self._memory: Tensor | None = None
         self._dtype = next(iter(parameters.values())).dtype

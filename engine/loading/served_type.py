@@ -8,8 +8,8 @@ from engine.device.precision import half_precision
 
 def own_type(config: PreTrainedConfig) -> torch.dtype | None:
     """Return the type of the checkpoint's weights as its config.json says, None if it does not."""
-    own: torch.dtype | None = config.get_text_config(decoder=True).dtype
-    return own or config.dtype
+    own = config.get_text_config(decoder=True).dtype or config.dtype
+    return getattr(torch, own) if isinstance(own, str) else own
 
 
 def served_type(asked: str | None, own: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -70,7 +70,7 @@ class TensorFile:
 
         Raises OSError if the file ends before.
         """
-        rest = memoryview(buffer.numpy())
+        rest = memoryview(buffer.numpy().data)
         while rest:
             num_read = os.preadv(self._file.fileno(), [rest], position)
             if num_read == 0:

@@ -14,6 +14,7 @@ from engine.core.config import Quantization
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = ROOT / "text-generation-launcher"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 VALUES: list[tuple[str, str, Any]] = [
     ("model-id", "bigscience/bloom-560m", "bigscience/bloom-560m"),
@@ -275,10 +276,9 @@ def test_env_is_a_flag_but_not_a_variable(flag: str, monkeypatch: pytest.MonkeyP
 def library_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Without variables of libraries that the server sets; all are put back after the test."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    names = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")
-    names += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    names += ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "HF_HUB_DISABLE_TELEMETRY")
-    for name in names:
+    hub = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")
+    others = ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "HF_HUB_DISABLE_TELEMETRY")
+    for name in (*hub, *others, *ALLOCATOR):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     return monkeypatch
@@ -302,9 +302,6 @@ def test_older_names_of_the_hubs_token_are_read(
     assert os.environ.get("HF_TOKEN") == token
     assert os.environ["HF_HUB_CACHE"] == "/data"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
-
-
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @pytest.mark.parametrize(
