@@ -62,7 +62,7 @@ class CudaCopies:
                 # Converted on the device: `copy_` alone would do it on the host, and wait.
                 source = source.to(self._device, non_blocking=True)
             target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # one that waits leaves the core to others
             done.record()
         return _CudaCopy(done)
 

@@ -47,11 +47,15 @@ class TensorFile:
 
     names    of all its tensors
     tensors  by name, those of types that can be read here
+
+    Raises OSError or ValueError if it is no such file.
     """
 
     def __init__(self, path: Path | str):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed with this object)
         length = int.from_bytes(self._file.read(8), "little")
+        if length > os.fstat(self._file.fileno()).st_size - 8:
+            raise OSError(f"{path} is no safetensors file, or cut short")
         header = json.loads(self._file.read(length))
         header.pop("__metadata__", None)
         self.names = list(header)

@@ -8,7 +8,7 @@ one segment for each pool, of which pages are mapped and unmapped.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -145,6 +145,16 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self._alive: dict[int, tuple[int, StorageWeakRef]] = {}
         self._num_made = 0
+        self.is_on = False
+
+    def __enter__(self) -> Self:
+        self.is_on = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.is_on = False
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note_freed()

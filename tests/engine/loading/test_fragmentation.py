@@ -5,6 +5,7 @@ asks of the allocator is recorded and done again by a model of torch's allocator
 """
 
 import random
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from bench.gpu.models import CONFIGS
 from engine.device.upload import Uploads
@@ -60,31 +62,39 @@ class FileOfNothing:
 
 @dataclass
 class Recorded:
-    """A tensor of a checkpoint, of which is recorded what bringing it to the device takes."""
+    """A tensor of a checkpoint. Recording begins when the first one is read: until then, the model
+    is made on the meta device, which is no memory of a GPU.
+    """
 
+    recording: ExitStack
     recorder: Recorder
     tensor: LazyTensor
 
     def __getitem__(self, index: Any) -> Tensor:
-        with self.recorder:
-            return self.tensor[index]
+        if not self.recorder.is_on:
+            self.recording.enter_context(self.recorder)
+        return self.tensor[index]
 
 
 def load(config: PreTrainedConfig, placed: bool, recorder: Recorder) -> PreTrainedModel:
     """Load a model as for a GPU. If not `placed`, each tensor gets a place of its own."""
     layout = layout_of(config, torch.bfloat16)
+    stored = revert_weight_conversion(layout, layout.state_dict())  # as checkpoints have it
     file: Any = FileOfNothing(
         {
             name: StoredTensor(tensor.dtype, tuple(tensor.shape), 0)
-            for name, tensor in layout.state_dict().items()
+            for name, tensor in stored.items()
         }
     )
     placement = Placement(layout if placed else None, META, Uploads(NoCopies, 1 << 30))
-    tensors: Any = {
-        name: Recorded(recorder, LazyTensor(name, file, placement)) for name in file.tensors
-    }
     options: dict[str, Any] = {"config": config, "dtype": torch.bfloat16, "device_map": {"": META}}
-    return load_lazily(Path("/nowhere"), tensors, options | {"output_loading_info": True})[0]
+    options["output_loading_info"] = True
+    with ExitStack() as recording:
+        tensors: Any = {
+            name: Recorded(recording, recorder, LazyTensor(name, file, placement))
+            for name in file.tensors
+        }
+        return load_lazily(Path("/nowhere"), tensors, options)[0]
 
 
 def merge(model: PreTrainedModel, recorder: Recorder) -> int:
@@ -117,13 +127,13 @@ def record(
         num_loaded = len(recorder.events)
         groups = merge(model, recorder)
         recorder.note_freed()
-    assert groups == 2 * model.config.num_hidden_layers
+    assert groups >= model.config.num_hidden_layers
     events = recorder.events
     return events[:num_loaded], events[num_loaded:], model.get_memory_footprint()
 
 
 def in_threads(events: list[Event], seed: int) -> list[Event]:
-    """Return the events in an order that four threads might give them."""
+    """Return events that only allocate in an order that four threads might give them."""
     rng, waiting, shuffled = random.Random(seed), list(events), list[Event]()
     while waiting:
         shuffled.append(waiting.pop(rng.randrange(min(4, len(waiting)))))
@@ -145,9 +155,19 @@ def test_less_than_three_hundredths_of_the_weights_are_lost(
 ) -> None:
     loads, merges, weights = record(name, True, monkeypatch)
     assert merges == []
+    assert all(size is not None for _, size in loads)
     for seed in range(5):
         for expandable in (True, False):
             assert lost(in_threads(loads, seed), merges, weights, expandable) < 0.03
+
+
+def test_hardly_more_is_lost_where_experts_are_stacked_while_they_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is freed then are large holes, whose pages can be given back."""
+    loads, merges, weights = record("Mixtral-8x7B-8-layers", True, monkeypatch)
+    assert lost(loads, merges, weights, expandable=True) < 0.03
+    assert lost(loads, merges, weights, expandable=False) > 0.1
 
 
 def test_merging_weights_that_lie_anywhere_would_lose_more(
