@@ -25,10 +25,10 @@ from kernels.ops import Ops
 
 def untrained(folder: Path, dtype: torch.dtype, ops: Ops, check: LogitsCheck) -> LoadedModel:
     """Return the model that a folder's config.json describes, prepared as the real one would be."""
-    model = layout_of(AutoConfig.from_pretrained(folder), dtype)
+    model = layout_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
     fill_places(model, torch.device("cpu"))
     _fill_small_tensors(model)
-    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder))
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     with _noise_for_large_tensors():
         return prepare_model(model, tokenizer, Checkpoint(folder, str(folder)), ops, check)
 

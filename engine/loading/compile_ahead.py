@@ -37,7 +37,7 @@ def compile_ahead(config: LoadConfig, sizes: EngineConfig, folder: Path) -> None
     if config.quantize is not None or config.trust_remote_code or config.rope is not None:
         return
     try:
-        model_config = AutoConfig.from_pretrained(folder)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # the loader says what is wrong with it
         return
     if quantization_of(model_config) is not None:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +59,14 @@ class Placement:
         return torch.empty(stored.shape, dtype=dtype, device=self._device)
 
 
-def layout_of(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Return the model of this configuration on the meta device, where it needs no memory."""
+def layout_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of this configuration on the meta device, where it needs no memory.
+
+    Its class is transformers' own: no code of the model's repository is run.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            deepcopy(config), dtype=dtype, **options
+            deepcopy(config), dtype=dtype, trust_remote_code=False
         )
     return model
 

@@ -19,13 +19,20 @@ from transformers import (
     Phi3Config,
 )
 
-from engine.core.config import EngineConfig, LoadConfig
+from engine.core.config import EngineConfig, LoadConfig, Quantization
 from engine.core.errors import DownloadFailed, LoadError
 from engine.engine import Engine
 from engine.loading import loader
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.lazy_shards import Shards
-from engine.loading.loader import _scale_rotary, _served_type, load, prepare_model
+from engine.loading.loader import (
+    _placement,
+    _scale_rotary,
+    _served_type,
+    _shards,
+    load,
+    prepare_model,
+)
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import build, byte_tokenizer, family, reference
 
@@ -89,6 +96,34 @@ def test_a_gpu_serves_float32_in_16_bits_and_says_so(
     assert dtype == getattr(torch, served)
     told = "served in" in caplog.text and "--dtype float32" in caplog.text
     assert told == (stored == "float32" and asked is None)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("kind", ["safetensors", "own code", "pickle"])
+def test_only_for_a_gpu_a_complete_folder_is_loaded_tensor_by_tensor(
+    device: str, kind: str, saved: Path
+) -> None:
+    model_config = AutoConfig.from_pretrained(saved)
+    if kind == "pickle":
+        (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    config = LoadConfig(str(saved), trust_remote_code=kind == "own code")
+    shards = _shards(Checkpoint(saved, "some"), config, model_config, torch.device(device))
+    assert (shards is not None) == (device == "cuda" and kind == "safetensors")
+
+
+@pytest.mark.parametrize("quantize", [None, "bitsandbytes-nf4"])
+def test_what_is_quantised_is_not_placed_beside_other_tensors(
+    quantize: Quantization | None, saved: Path
+) -> None:
+    config, model_config = LoadConfig("some", quantize=quantize), AutoConfig.from_pretrained(saved)
+    assert _placement(config, model_config, torch.bfloat16, torch.device("cpu")) is None
+    placement = _placement(config, model_config, torch.bfloat16, CUDA)
+    assert placement is not None
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (name in placement._shared) == (quantize is None)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
