@@ -63,7 +63,7 @@ class Engine:
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
         cold_start = cold_start or ColdStart()
         found = partial(compile_ahead, load_config, config)
-        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start, found=found))
+        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start, found))
         limits = run_in_temporary_thread(lambda: decide_limits(loaded, config))
         while True:
             try:

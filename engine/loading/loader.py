@@ -77,9 +77,9 @@ class LoadedModel:
 def load(
     config: LoadConfig,
     cold_start: ColdStart | None = None,
+    found: Found = ignore,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
-    found: Found = ignore,
 ) -> LoadedModel:
     """Load a model and prepare it for the engine, see `prepare_model`.
 
