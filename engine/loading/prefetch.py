@@ -78,12 +78,13 @@ def _decode_step(
     tables = np.arange(-(-length // BLOCK_SIZE))[None] % _NUM_BLOCKS
     one = np.ones(1, dtype=np.int64)
     step = StepSequences(np.zeros(1, np.int64), one * (length - 1), one)
-    context.metadata = FixedTables(ops, calls, tables, device).metadata(step)
+    metadata = FixedTables(ops, calls, tables, device).metadata(step)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     position_ids = torch.from_numpy(step.positions)[None].to(device)
 
     @torch.inference_mode()
     def decode() -> object:
+        context.begin(metadata)
         return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
 
     return decode
