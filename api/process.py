@@ -173,7 +173,7 @@ def _print_environment_and_notes(settings: Settings) -> None:
 
 
 def _load(settings: Settings) -> AppState:
-    settings.export_hub_settings()
+    settings.export_library_settings()
     from engine.loading.hub import check_model_id  # reads the environment when it is imported
 
     cold_start = ColdStart()

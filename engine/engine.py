@@ -35,6 +35,7 @@ from engine.core.sequence import Sequence
 from engine.device.device import Device, make_device
 from engine.device.memory import DeviceMemory
 from engine.device.stream import make_stream, run_in_temporary_thread
+from engine.loading.compile_ahead import compile_ahead
 from engine.loading.loader import LoadedModel, freeze_rotary, load
 from engine.loading.reasons import is_out_of_memory
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
@@ -63,7 +64,8 @@ class Engine:
     ) -> "Engine":
         """Load, size and warm up, with progress bars. Raises LoadError with what to do."""
         cold_start = cold_start or ColdStart()
-        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start))
+        found = partial(compile_ahead, load_config, config)
+        loaded = run_in_temporary_thread(lambda: load(load_config, cold_start, found))
         limits = run_in_temporary_thread(lambda: measure_limits(loaded, config))
         with cold_start.phase("warm-up"):
             while (engine := cls._warm(loaded, config, limits)) is None:
@@ -184,6 +186,8 @@ class Engine:
         weights = f"{info.weight_bytes / 2**30:.2f} GiB of weights"
         if info.quantization is not None:
             weights += f" quantised by {info.quantization}"
+        if info.unused_bytes:
+            weights += f" and {info.unused_bytes / 2**30:.2f} GiB of holes between them"
         return [
             f"model {info.model_id} in {info.dtype}, {weights}, on {info.device}",
             *self.limits.reasons,

@@ -1,20 +1,40 @@
 """A linear whose result for a row depends on that row alone, to the last bit.
 
 A library picks its kernel, and with it the order of its sums, by the number of rows. This one
-has a single tiling and adds up the inputs of every output in one order, whatever the number of
-rows: a row gives the same bits alone, in a decode of 32 and in a prompt of 4,096.
+adds up the inputs of every output in one order, with one kind of matrix instruction, whatever the
+number of rows: a row gives the same bits alone, in a decode of 32 and in a prompt of 4,096. More
+rows only share a tile, so that weights are read less often: which rows and columns an instruction
+computes beside an output does not change how it adds up that output's 16 products.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 64, 64
+
+class Tiling(NamedTuple):
+    """The rows and outputs of a program, and the buffers of each operand."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+FEW = Tiling(rows=64, columns=64, warps=4, stages=7)
 """The rows that Hopper's matrix units take at least, and outputs so few that the linears of an 8B
-model with 4,096 outputs still keep 64 multiprocessors busy."""
-_INNER_BYTES = 256
-"""Of each row and column at once: 16 KB of weights, of which 48 KB are on their way."""
+model with 4,096 outputs still keep 64 multiprocessors busy, each with 48 KB of weights on their
+way."""
+MANY = Tiling(rows=128, columns=128, warps=8, stages=3)
+INNER_BYTES = 128
+"""Of each row and column at once, in both tilings: they add up in the same steps."""
+
+
+def tiling_for(num_rows: int) -> Tiling:
+    return FEW if num_rows <= FEW.rows else MANY
 
 
 def invariant_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,13 +56,14 @@ def invariant_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def invariant_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Do what `invariant_linear_torch` does, in one launch, with sums in another fixed order.
 
-    Reads the weights once for every 64 rows.
+    Reads the weights once for every 64 rows, or every 128 where there are more.
     """
     rows = x.reshape(-1, x.shape[-1])
     (num_rows, inputs), outputs = rows.shape, len(weight)
     output = x.new_empty(num_rows, outputs)
     if num_rows:
-        grid = triton.cdiv(num_rows, _ROWS) * triton.cdiv(outputs, _COLUMNS)
+        tiling = tiling_for(num_rows)
+        grid = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(outputs, tiling.columns)
         _invariant_linear_kernel[(grid,)](
             output,
             rows,
@@ -52,12 +73,12 @@ def invariant_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
             rows.stride(0),
             INPUTS=inputs,
             OUTPUTS=outputs,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            INNER=_INNER_BYTES // x.dtype.itemsize,
+            ROWS=tiling.rows,
+            COLUMNS=tiling.columns,
+            INNER=INNER_BYTES // x.dtype.itemsize,
             PRECISION="ieee" if x.dtype == torch.float32 else None,
-            num_warps=4,
-            num_stages=4,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
         )
     return output.view(*x.shape[:-1], outputs)
 

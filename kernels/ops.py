@@ -104,6 +104,10 @@ class GroupedLinear(Protocol):
     ) -> Tensor: ...
 
 
+class InvariantLinear(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
 Norm = Callable[[Tensor, Tensor | None, Tensor | None, NormForm], Tensor]
 AddNorm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormForm], tuple[Tensor, Tensor]]
 ActMul = Callable[[Tensor, Tensor, str], Tensor]
@@ -133,7 +137,7 @@ class Ops(Generic[Metadata]):
     sample_routings: Callable[[int, torch.device], list[Routing]]
     grouped_linear: GroupedLinear
     combine: Combine
-    invariant_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    invariant_linear: InvariantLinear
     gemv: Gemv
     mask_tokens: MaskTokens
     watermark: Watermark

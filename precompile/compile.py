@@ -8,7 +8,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +25,29 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.loader import load
-from engine.loading.sizing import run_largest_step
+from engine.loading.sizing import decide_limits, run_largest_step
 from kernels.ops import TRITON
 from kernels.target import Target
 from precompile.fake_driver import compiling_for
+from precompile.untrained import untrained
 
 _REQUEST = Request("", [0] * 5, SamplingParams(), StoppingParams(3, ignore_eos=True))
+_NUM_BLOCKS = 64
+"""More than the requests need that are served here, and fewer than the longest sequence would."""
 _MAX_BATCH_TOKENS, _MAX_SEQUENCES = 8192, 256
 """A GPU's defaults. They matter because block tables are as wide as the longest step needs."""
 
 
 def compile_kernels(
-    model_id: str, dtype: str, target: Target, max_total_tokens: int | None = None
+    model_id: str,
+    dtype: str,
+    target: Target,
+    max_total_tokens: int | None = None,
+    config_only: bool = False,
 ) -> float:
     """Compile the kernels that serving this model in this type launches on this GPU.
+
+    `config_only` says that `model_id` is a folder whose weights may not be there yet.
 
     `max_total_tokens` is the value that the server will be started with. None stands for the
     model's maximum, which is the server's default where the KV cache has room for one
@@ -45,8 +56,13 @@ def compile_kernels(
     start = time.perf_counter()
     logging.getLogger("engine").setLevel(logging.ERROR)
     with compiling_for(target):
-        load_config = LoadConfig(model_id, dtype=dtype, device="cpu")
-        loaded = load(load_config, ops=TRITON, check=_accept_any_logits, timer=_timer())
+        if config_only:
+            loaded = untrained(
+                Path(model_id), getattr(torch, dtype), TRITON, _accept_any_logits, _timer()
+            )
+        else:
+            load_config = LoadConfig(model_id, dtype=dtype, device="cpu")
+            loaded = load(load_config, ops=TRITON, check=_accept_any_logits, timer=_timer())
         longest = max_total_tokens or loaded.max_positions
         config = EngineConfig(
             max_sequences=_MAX_SEQUENCES,
@@ -56,7 +72,8 @@ def compile_kernels(
         )
         with _without_matrix_products():
             run_largest_step(loaded, _MAX_BATCH_TOKENS, _MAX_SEQUENCES)
-            engine = Engine(loaded, config)
+            limits = replace(decide_limits(loaded, config), num_blocks=_NUM_BLOCKS)
+            engine = Engine(loaded, config, limits)
             engine.prepare_sampling()
             _serve(engine, _REQUEST)
         engine.close()

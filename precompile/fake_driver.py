@@ -49,11 +49,15 @@ TARGETS = {
 """GPUs by compute capability. The number of processors changes no entry of the cache."""
 
 
+_LARGEST_FILLED = 32 << 20
+"""Bytes. For more than that the C library always asks the system for new memory."""
+
+
 @contextmanager
 def compiling_for(target: Target) -> Iterator[None]:
     """Have Triton compile every kernel that is launched for this GPU, and run none.
 
-    Kernels that are launched leave zeros in all tensors they are given.
+    Kernels that are launched leave zeros in the tensors they are given.
     """
     drivers = triton.runtime.driver
     before = drivers._active
@@ -112,9 +116,13 @@ class _Launcher:
         del source, metadata
 
     def __call__(self, *grid_and_arguments: object) -> None:
-        """Fill every tensor with zeros, which are valid token ids, positions and scores."""
+        """Fill tensors with zeros, which are valid token ids, positions and scores.
+
+        Large ones stay: memory that was not written yet has zeros and takes no space, such as that
+        of the weights of a model that is not downloaded yet.
+        """
         for argument in grid_and_arguments:
-            if isinstance(argument, torch.Tensor):
+            if isinstance(argument, torch.Tensor) and argument.nbytes <= _LARGEST_FILLED:
                 argument.zero_()
 
 

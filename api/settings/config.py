@@ -184,8 +184,22 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
                     "memory there"
                 )
 
-    def export_hub_settings(self) -> None:
-        """Set the environment variables that huggingface_hub reads when it is first imported."""
+    def export_library_settings(self) -> None:
+        """Set the environment variables that libraries read when they are first used.
+
+        What the user has set for torch and Triton stays.
+        """
+        self._export_hub_settings()
+        # Memory that is freed within a segment can be given back, and a segment can grow. The
+        # second name is the older one: torch reads it only where the first is not set.
+        if not any(os.environ.get(f"PYTORCH_{name}") for name in ("ALLOC_CONF", "CUDA_ALLOC_CONF")):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        # Compiled kernels lie beside the models: what keeps these from start to start keeps both.
+        if _can_write(kernels := self._home() / "triton"):
+            os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
+        os.environ.setdefault("TRITON_CACHE_MANAGER", "kernels.compiled:CompiledKernels")
+
+    def _export_hub_settings(self) -> None:
         if self.huggingface_hub_cache is not None:
             os.environ["HF_HUB_CACHE"] = self.huggingface_hub_cache
         for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # TGI's order
@@ -232,12 +246,15 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
         """Return the worker's configuration. Raises ConfigError, which names the variable that is
         missing.
         """
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "skiff"
         try:
-            return self.worker_config(os.environ, home)
+            return self.worker_config(os.environ, self._home())
         except MissingVariable as error:
             raise ConfigError(str(error)) from None
+
+    def _home(self) -> Path:
+        """Return the folder beside the downloaded models that has what else is kept."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "skiff"
 
     def limits(self, max_total_tokens: int) -> Limits:
         """Return the limits on requests, given how long the engine lets a sequence be."""
@@ -269,6 +286,15 @@ class Settings(LauncherFlags, VastVariables, ServedFlags):
             case "eetq":
                 return "bitsandbytes"
         return None
+
+
+def _can_write(folder: Path) -> bool:
+    """Make a folder, if it is not there, and return whether it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def platform_identity() -> Identity | None:

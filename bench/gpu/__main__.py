@@ -30,6 +30,7 @@ output says which goals are met.
 import argparse
 import datetime
 import json
+import os
 import signal
 import sys
 import time
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = new_run(torch.device(options.device), scale, options.out)
     run.write()
     if run.on_cuda:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the server's
         command = [sys.executable, "-m", "bench.gpu", *arguments, "--resume", str(run.path)]
         see_through(command, run.path, time.time() + scale.seconds + _OVERTIME_S)
         run.figures = json.loads(run.path.read_text())

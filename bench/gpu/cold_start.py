@@ -44,11 +44,13 @@ class Start:
     first_token_s  a request, retried from the first moment, got its token
     prepared_s     the last graph was captured
     phases         seconds of each phase of the start, from `/metrics`
+    unused_gib     what torch holds on a GPU beyond what is in use, from the server's first lines
     """
 
     first_token_s: float
     prepared_s: float
     phases: dict[str, float]
+    unused_gib: float | None
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +90,8 @@ def start(folder: Path, deadline: float) -> Start:
         _await_token(server, url, deadline)
         first_token_s = time.perf_counter() - started
         prepared, phases = _await_graphs(server, url, deadline)
-        return Start(first_token_s, max(prepared - started, first_token_s), phases)
+        unused_gib = parse_unused(server.log.read_text(errors="replace"))
+        return Start(first_token_s, max(prepared - started, first_token_s), phases, unused_gib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,13 @@ def _server(folder: Path, port: int) -> Iterator[_Server]:
     command = [sys.executable, "-m", "api", "--model-id", str(folder)]
     command += ["--hostname", "127.0.0.1", "--port", str(port)]
     log = folder.parent / "log"
+    # Kernels are kept for the next start of the same checkpoint, and none are there at the first.
+    kernels = {"TRITON_CACHE_DIR": str(folder.parent / "kernels")}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=_ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | kernels | {"HF_HUB_OFFLINE": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -167,3 +172,9 @@ def parse_phases(metrics: str) -> dict[str, float]:
     """Return the seconds of each phase, from the text of `/metrics`."""
     found = re.findall(r'^skiff_cold_start_seconds\{phase="([^"]+)"\} (\S+)', metrics, re.MULTILINE)
     return {phase: float(seconds) for phase, seconds in found}
+
+
+def parse_unused(log: str) -> float | None:
+    """Return the GiB of holes between the weights that the server tells, None on a CPU."""
+    found = re.search(r"([\d.]+) GiB of holes", log)
+    return float(found[1]) if found else None

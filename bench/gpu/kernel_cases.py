@@ -390,8 +390,14 @@ _OF_SAMPLING = (
 
 
 def matmuls(setting: Setting, batch: int) -> list[KernelCase]:
-    """Return the library's matrix products, which take most of a step."""
-    return _matmuls("GEMM", F.linear, setting, batch)
+    """Return the library's matrix products, which take most of a step, and on a GPU beside them
+    those of --batch-invariant.
+    """
+    library = _matmuls("GEMM", F.linear, setting, batch)
+    if not setting.ops.is_triton:
+        return library
+    invariant = partial(setting.ops.invariant_linear, bias=None)
+    return [*library, *_matmuls("GEMM, batch-invariant", invariant, setting, batch)]
 
 
 def few_rows(setting: Setting, rows: int) -> list[KernelCase]:

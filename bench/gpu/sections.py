@@ -183,12 +183,12 @@ def _prefill_row(
 
 
 def mixed_sections(run: Run, stage: Stage) -> list[Section]:
-    """Return a section for each model; a small one takes 4 s to build and to size."""
+    """Return a section for each model; a small one takes 3 s to build and to size."""
     return [
         Section(
             f"{name}: a prompt beside decodes",
             partial(measure_mixed, run, stage, name),
-            2 if name == run.scale.model else 6,
+            2 if name == run.scale.model else 4,
         )
         for name in run.scale.mixed
     ]

@@ -16,7 +16,9 @@ from kernels.paged_attention.mask import MaskSpec
 class AttentionCall:
     """One call of the attention function in a forward, as discovered at load.
 
-    `shared_with` is the index of the earlier call whose K and V this one reuses.
+    `shared_with` is the index of the earlier call whose K and V this one reuses. `k_scale` and
+    `v_scale`, [num_kv_heads] float32, are what a cache in fp8 divides the keys and values by; None
+    if the checkpoint does not say.
     """
 
     module: nn.Module
@@ -26,6 +28,8 @@ class AttentionCall:
     value_dim: int
     mask: MaskSpec
     shared_with: int | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -58,7 +62,7 @@ def bind_kv_cache(
     Calls of equal geometry share one K and one V tensor of
     [calls, num_blocks, block_size, num_kv_heads, dim]. Each step's metadata reaches the modules
     through the returned context. A cache that was bound before is dropped first. The scales of
-    an 8-bit cache are 1, since no checkpoint brings others: it stores the values themselves.
+    an 8-bit cache are the checkpoint's, or else 1: it then stores the values themselves.
     """
     unbind_kv_cache(calls)
     caches, pools = _allocate(calls, num_blocks, dtype, device)
@@ -103,15 +107,17 @@ def _allocate(
         stored |= {index: (keys[i], values[i]) for i, index in enumerate(indices)}
         pools += [keys, values]
     is_scaled = dtype.itemsize == 1
-    caches = [
-        LayerCache(
-            *stored[index if call.shared_with is None else call.shared_with],
-            mask=call.mask,
-            writes=call.shared_with is None,
-            k_scale=torch.ones(call.num_kv_heads, device=device) if is_scaled else None,
-            v_scale=torch.ones(call.num_kv_heads, device=device) if is_scaled else None,
-        )
-        for index, call in enumerate(calls)
-    ]
+    caches = []
+    for index, call in enumerate(calls):
+        owner = index if call.shared_with is None else call.shared_with
+        scales = _scales(calls[owner], device) if is_scaled else (None, None)
+        writes = call.shared_with is None
+        caches.append(LayerCache(*stored[owner], call.mask, writes, *scales))
     # 8-bit floats cannot be indexed, but their bytes can.
     return caches, [pool.view(torch.uint8) if is_scaled else pool for pool in pools]
+
+
+def _scales(call: AttentionCall, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    ones = torch.ones(call.num_kv_heads, device=device)
+    key = ones if call.k_scale is None else call.k_scale.to(device)
+    return key, ones if call.v_scale is None else call.v_scale.to(device)

@@ -20,8 +20,9 @@ class LoadConfig:
     """Which model to load, and how.
 
     model_id               a hub id, a local folder or a .gguf file
-    dtype                  name of a torch dtype. None: the checkpoint's own on CUDA, float32 on a
-                           CPU, whose bfloat16 is slower beyond one sequence
+    dtype                  name of a torch dtype. None: on CUDA the checkpoint's own, or 16 bits in
+                           place of float32; float32 on a CPU, whose bfloat16 is slower beyond one
+                           sequence
     quantize               how to quantise the weights while loading. None: leave them as they are
     rope                   scaling of rotary positions, (type, factor), in place of the checkpoint's
     batch_invariant        compute a row's logits the same to the last bit, whatever the rows

@@ -43,6 +43,7 @@ class ModelInfo:
     vocab_size         number of its token ids, which are below it
     weight_bytes       memory of its parameters and buffers
     quantization       method by which its weights are quantised, if they are
+    unused_bytes       memory that a GPU's allocator holds beyond what is in use, after loading
     """
 
     model_id: str
@@ -53,6 +54,7 @@ class ModelInfo:
     vocab_size: int
     weight_bytes: int
     quantization: str | None
+    unused_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,11 +47,12 @@ def experts_forward(
 
     Returns [num_tokens, hidden] in the type of `hidden_states`.
     """
-    layer: ExpertsLayer = self.experts_layer  # type: ignore[assignment]
-    num_experts: int = self.num_experts  # type: ignore[assignment]
-    routing = layer.ops.route(top_k_index, num_experts)
-    results = _products(self, layer, hidden_states, routing)
-    return layer.ops.combine(results, top_k_weights, routing, num_experts)
+    module: Any = self
+    layer: ExpertsLayer = module.experts_layer
+    routing = layer.ops.route(top_k_index, module.num_experts)
+    results = _products(module, layer, hidden_states.to(module.down_proj.dtype), routing)
+    combined = layer.ops.combine(results, top_k_weights, routing, module.num_experts)
+    return combined.to(hidden_states.dtype)
 
 
 def _products(module: Any, layer: ExpertsLayer, x: Tensor, routing: Routing) -> Tensor:
@@ -83,7 +84,7 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
     """
     sharing: dict[int, list[Any]] = defaultdict(list)
     for module in model.modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if _is_mixture(module):
             sharing[id(module.config)].append(module)
     previous: dict[nn.Module, Any] = {}
     for modules in sharing.values():
@@ -95,9 +96,19 @@ def use_experts(model: PreTrainedModel, ops: Ops[Any]) -> dict[nn.Module, Any]:
     return previous
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Return whether any module of the model computes experts through transformers' interface."""
+    return any(_is_mixture(module) for module in model.modules())
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
 def restore_experts(previous: dict[nn.Module, Any]) -> None:
     """Undo what `use_experts` did."""
-    for module, name in previous.items():
+    for untyped, name in previous.items():
+        module: Any = untyped
         module.config._experts_implementation_internal = name
         del module.experts_layer
 

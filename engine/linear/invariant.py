@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.core.errors import LoadError
+from engine.linear.merged import MergedLinear
 from engine.linear.replace import replace_linears
 
 InvariantProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -14,6 +17,8 @@ InvariantProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _LEFT_OPERAND = dict.fromkeys(("linear", "matmul", "mm", "bmm", "mv", "dot", "_grouped_mm"), 0)
 _LEFT_OPERAND |= dict.fromkeys(("addmm", "baddbmm", "addmv"), 1)
 """torch's names of matrix products, each with the place of the left operand in its arguments."""
+_TRIED_ROWS = 130
+"""More than a tile of the most rows has."""
 
 
 class InvariantLinear(nn.Module):
@@ -30,12 +35,41 @@ class InvariantLinear(nn.Module):
 
 
 def make_invariant(model: nn.Module, product: InvariantProduct) -> None:
-    """Replace every plain `nn.Linear` of the model, its head included, in place."""
+    """Replace every plain `nn.Linear` of the model, its head included, in place.
+
+    Raises LoadError for a linear of another kind, such as a quantised one, and if on this device
+    the number of rows changes a row after all. That is tried for each shape of weights, which
+    compiles the kernels of few and of many rows, too.
+    """
+    tried = set()
 
     def invariant(linear: nn.Module) -> InvariantLinear | None:
-        return InvariantLinear(linear, product) if type(linear) is nn.Linear else None
+        if isinstance(linear, MergedLinear):
+            return None  # its joint linear is replaced
+        if type(linear) is not nn.Linear:
+            raise LoadError(
+                f"--batch-invariant cannot compute a {type(linear).__name__}: leave out the flag"
+            )
+        replacement = InvariantLinear(linear, product)
+        if (shape := (linear.weight.shape, linear.bias is None)) not in tried:
+            tried.add(shape)
+            _try(replacement)
+        return replacement
 
     replace_linears(model, invariant)
+
+
+@torch.inference_mode()
+def _try(linear: InvariantLinear) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TRIED_ROWS, linear.in_features, generator=generator).to(linear.weight)
+    together = linear(x)
+    for row in (0, _TRIED_ROWS - 1):
+        if not torch.equal(linear(x[row : row + 1]), together[row : row + 1]):
+            raise LoadError(
+                "--batch-invariant cannot be had on this GPU: its matrix units give a row other "
+                "bits among many rows. Leave out the flag."
+            )
 
 
 class _Products(TorchDispatchMode):

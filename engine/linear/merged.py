@@ -75,7 +75,8 @@ def merge(linears: Sequence[nn.Linear]) -> dict[nn.Module, nn.Module]:
     """Merge these linears, and return for each of them the one to replace it by.
 
     The weights of `linears` become views of the joint ones, so that keeping the originals, to
-    put them back later, needs no memory.
+    put them back later, needs no memory. Weights that lie one behind the other, as
+    `engine.loading.placement` has them, stay where they are.
     """
     joint = _JointLinear(linears)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -95,4 +96,23 @@ def forget_results(model: nn.Module) -> None:
 
 
 def _concatenated(parts: Sequence[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
+    """Return the parts as one parameter: where they lie, if they lie one behind the other."""
+    parts = [part.detach() for part in parts]
+    joint = _in_place(parts) if _are_neighbours(parts) else torch.cat(parts)
+    return nn.Parameter(joint, requires_grad=False)
+
+
+def _are_neighbours(parts: Sequence[Tensor]) -> bool:
+    """Return whether the parts lie in one storage, each where the one before it ends."""
+    first = parts[0]
+    end, storage = first.storage_offset(), first.untyped_storage()._cdata
+    for part in parts:
+        if part.untyped_storage()._cdata != storage or part.storage_offset() != end:
+            return False
+        end += part.numel()
+    return all(part.is_contiguous() for part in parts)
+
+
+def _in_place(parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -3,8 +3,9 @@
 transformers builds a model of `nn.Linear`, or of a quantiser's subclasses of it. Layers that
 compute the same in another way take their place: quantised weights (`engine.linear.int8`),
 several linears in one matrix product (`engine.linear.merged`), weights laid out for the CPU
-(`engine.linear.packed`), our own kernel for few rows (`engine.linear.gemv`). Each is a module with
-the attributes of `Linear`, and each is put into the model by `replace_linears`.
+(`engine.linear.packed`), our own kernel for few rows (`engine.linear.gemv`), sums in one order for
+any batch (`engine.linear.invariant`). Each is a module with the attributes of `Linear`, and each is
+put into the model by `replace_linears`.
 `engine.loading.loader` decides the order.
 """
 

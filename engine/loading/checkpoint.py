@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,38 @@ class Checkpoint:
     shards: Shards | None = None
 
 
-def locate(model_id: str, revision: str | None = None) -> Checkpoint:
-    """Return the folder of the model. Raises DownloadFailed with what to do instead."""
-    if model_id == DEFAULT_MODEL_ID:
-        return Checkpoint(_convert_gguf(_embedded_gguf()), model_id)
-    path = existing_path(model_id)
-    if path is None:
+Found = Callable[[Path], None]
+"""Is told the folder of a model when it has all but the weights, which may still be missing."""
+
+
+def ignore(folder: Path) -> None:
+    """Take no notice of a folder that was found."""
+    del folder
+
+
+def locate(model_id: str, revision: str | None = None, found: Found = ignore) -> Checkpoint:
+    """Return the folder of the model. Raises DownloadFailed with what to do instead.
+
+    `found` is called once, before weights are downloaded.
+    """
+    path = None if model_id == DEFAULT_MODEL_ID else existing_path(model_id)
+    if path is None and model_id != DEFAULT_MODEL_ID:
         check_is_hub_id(model_id)
-        return _download(model_id, revision)
+        return _download(model_id, revision, found)
+    folder = _local_folder(model_id, path)
+    found(folder)
+    return Checkpoint(folder, model_id)
+
+
+def _local_folder(model_id: str, path: Path | None) -> Path:
+    """Return the folder of a model that is named by its path, or by None if it is embedded."""
+    if path is None:
+        return _convert_gguf(_embedded_gguf())
     if path.is_dir():
-        return Checkpoint(path, model_id)
+        return path
     if path.suffix != ".gguf":
         raise DownloadFailed(f"{model_id} is a file: name the model's folder, or a .gguf file")
-    return Checkpoint(_convert_gguf(path), model_id)
+    return _convert_gguf(path)
 
 
 def _embedded_gguf() -> Path:
@@ -124,7 +144,7 @@ def _unpack_gguf(gguf: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
 
-def _download(model_id: str, revision: str | None) -> Checkpoint:
+def _download(model_id: str, revision: str | None, found: Found) -> Checkpoint:
     try:
         check_reachable()
         info = HfApi().model_info(model_id, revision=revision, timeout=ANSWER_S)
@@ -140,15 +160,19 @@ def _download(model_id: str, revision: str | None) -> Checkpoint:
         ) from error
     except (HubError, OSError) as error:
         path = cached_snapshot(model_id, revision, error)
+        found(path)
         return Checkpoint(path, model_id, path.name)
     names = {sibling.rfilename for sibling in info.siblings or []}
-    weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
-    patterns = _SIDE_FILES if INDEX in names else [*_SIDE_FILES, weights]
     commit = info.sha or revision or "main"
     with download_errors(model_id):
-        path = Path(snapshot_download(model_id, revision=commit, allow_patterns=patterns))
+        path = Path(snapshot_download(model_id, revision=commit, allow_patterns=_SIDE_FILES))
+    found(path)
     shards = None
     if INDEX in names:
         with naming_the_fault(model_id, path, INDEX):
-            shards = Shards(model_id, commit, path / INDEX)
+            shards = Shards.downloading(model_id, commit, path / INDEX)
+    else:
+        weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
+        with download_errors(model_id):
+            snapshot_download(model_id, revision=commit, allow_patterns=[weights])
     return Checkpoint(path, model_id, info.sha, info.pipeline_tag, shards)

@@ -1,13 +1,15 @@
 """Loads a model with its tokenizer, and prepares and verifies it for the engine."""
 
 import json
+import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,14 +28,20 @@ from engine.attention.kv_cache import AttentionCall
 from engine.core.config import LoadConfig, RopeScaling
 from engine.core.errors import LoadError
 from engine.core.metrics import ColdStart, ModelInfo
+from engine.device.memory import unused_bytes
+from engine.device.precision import sum_in_float32
 from engine.device.timer import Timer, make_timer
+from engine.device.upload import CudaCopies, Uploads
+from engine.experts.interface import has_experts
 from engine.fusion.find import fuse, trace_forward
 from engine.linear.gemv import use_gemv
 from engine.linear.invariant import collecting_products, make_invariant
 from engine.linear.packed import pack_linears
-from engine.loading.checkpoint import Checkpoint, locate
+from engine.loading.cache_scales import with_cache_scales
+from engine.loading.checkpoint import Checkpoint, Found, ignore, locate
 from engine.loading.folder_faults import check_settings, naming_the_fault
-from engine.loading.lazy_shards import Shards
+from engine.loading.lazy_shards import LazyTensor, Shards
+from engine.loading.placement import Placement, layout_of
 from engine.loading.prefetch import choose_prefetch
 from engine.loading.probe import (
     LogitsCheck,
@@ -45,8 +53,12 @@ from engine.loading.probe import (
 )
 from engine.loading.quantization import compute_in_served_type, loading_options, quantization_of
 from engine.loading.reasons import is_out_of_memory, out_of_memory
+from engine.loading.served_type import own_type, served_type
 from engine.text.tokenizer import Tokenizer
 from kernels.ops import Ops, ops_for
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _UNBOUNDED = 1 << 40
 
@@ -73,17 +85,19 @@ class LoadedModel:
 def load(
     config: LoadConfig,
     cold_start: ColdStart | None = None,
+    found: Found = ignore,
     ops: Ops | None = None,
     check: LogitsCheck = compare_logits,
     timer: Timer | None = None,
 ) -> LoadedModel:
     """Load a model and prepare it for the engine, see `prepare_model`.
 
-    Raises LoadError with the reason and what to do.
+    `found` is called with the model's folder before the weights are downloaded. Raises LoadError
+    with the reason and what to do.
     """
     cold_start = cold_start or ColdStart()
     with cold_start.phase("download"):
-        checkpoint = locate(config.model_id, config.revision)
+        checkpoint = locate(config.model_id, config.revision, found)
     started = time.perf_counter()
     with cold_start.phase("load"):
         model, tokenizer = _load(checkpoint, config)
@@ -104,19 +118,43 @@ def load(
 
 def _load(checkpoint: Checkpoint, config: LoadConfig) -> tuple[PreTrainedModel, Tokenizer]:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path, remote_code = checkpoint.path, {"trust_remote_code": config.trust_remote_code}
+    sum_in_float32()
+    path = checkpoint.path
     check_settings(config.model_id, path)
     with naming_the_fault(config.model_id, path, "config.json"):
-        model_config = AutoConfig.from_pretrained(path, **remote_code)
-    with naming_the_fault(config.model_id, path, "tokenizer.json"):
-        hf_tokenizer = AutoTokenizer.from_pretrained(path, **remote_code)
-    with naming_the_fault(config.model_id, path, "config.json"):
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    with (
+        _beside(partial(_load_tokenizer, checkpoint, config)) as tokenizer,
+        naming_the_fault(config.model_id, path, "config.json"),
+    ):
         model = _load_weights(checkpoint, config, model_config, device)
+    return model, tokenizer.result()
+
+
+@contextmanager
+def _beside(work: Callable[[], T]) -> Iterator[Future[T]]:
+    """Do some work in a thread of its own, beside what is done in this context, and wait for it.
+
+    If both fail, the work's error is raised.
+    """
+    with ThreadPoolExecutor(1, "skiff-load-beside") as pool:
+        future = pool.submit(work)
+        try:
+            yield future
+        finally:
+            future.result()
+
+
+def _load_tokenizer(checkpoint: Checkpoint, config: LoadConfig) -> Tokenizer:
+    with naming_the_fault(config.model_id, checkpoint.path, "tokenizer.json"):
+        hf_tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=config.trust_remote_code
+        )
     if not hf_tokenizer.is_fast:
         raise LoadError(f"{config.model_id} has no fast tokenizer (a tokenizer.json)")
     if config.tokenizer_config_path is not None:
         hf_tokenizer.chat_template = _chat_template(Path(config.tokenizer_config_path))
-    return model, Tokenizer(hf_tokenizer)
+    return Tokenizer(hf_tokenizer)
 
 
 def _chat_template(path: Path) -> str | list[dict[str, str]]:
@@ -147,6 +185,7 @@ def prepare_model(
     ops = ops or ops_for(model.device)
     timer = timer or make_timer(model.device)
     weight_bytes = model.get_memory_footprint()
+    calls = _replace_modules(model, ops, check, timer, batch_invariant)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -159,8 +198,9 @@ def prepare_model(
             vocab_size=model.config.get_text_config().vocab_size,
             weight_bytes=weight_bytes,
             quantization=quantization_of(model.config),
+            unused_bytes=unused_bytes(model.device),
         ),
-        calls=_replace_modules(model, ops, check, timer, batch_invariant),
+        calls=with_cache_scales(calls, model, checkpoint.path),
         ops=ops,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_positions=_max_positions(model, tokenizer),
@@ -216,6 +256,8 @@ def _make_invariant(model: PreTrainedModel, ops: Ops, forward: Callable[[], obje
     """Replace the linears by those of one tiling; raise LoadError if other products remain."""
     if not ops.is_triton:
         raise LoadError("--batch-invariant needs a GPU: leave out the flag")
+    if has_experts(model):
+        raise LoadError("--batch-invariant has no mixtures of experts: leave out the flag")
     make_invariant(model, ops.invariant_linear)
     with collecting_products() as products:
         forward()
@@ -239,26 +281,83 @@ def _load_weights(
     model_config: PreTrainedConfig,
     device: torch.device,
 ) -> PreTrainedModel:
-    remote_code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.rope is not None:
         _scale_rotary(model_config, *config.rope)
     transformers_logging.enable_progress_bar()
+    shards = _shards(checkpoint, config, model_config, device)
+    dtype = _served_type(config, model_config, shards, device)
     options: dict[str, Any] = {
         "config": model_config,
-        "dtype": config.dtype or ("auto" if device.type == "cuda" else "float32"),
+        "dtype": dtype,
         "device_map": {"": device},
         **loading_options(checkpoint.model_id, model_config, config.quantize),
     }
     # What does not fit is reported with the rest, by name, instead of in a table.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    if checkpoint.shards is None:
-        model, report = _load_whole(checkpoint.path, remote_code, options)
+    if shards is None:
+        model, report = _load_whole(checkpoint.path, config.trust_remote_code, options)
     else:
-        with checkpoint.shards.loading():
-            model, report = _load_lazily(checkpoint.path, checkpoint.shards, remote_code, options)
+        placement = _placement(config, model_config, dtype, device)
+        with shards.loading():
+            model, report = load_lazily(checkpoint.path, shards.tensors(placement), options)
     _check_complete(checkpoint, report)
     compute_in_served_type(model)
     return model
+
+
+def _shards(
+    checkpoint: Checkpoint,
+    config: LoadConfig,
+    model_config: PreTrainedConfig,
+    device: torch.device,
+) -> Shards | None:
+    """Return the shards to load tensor by tensor: those that are still downloading, and any for a
+    GPU. None if transformers has to load the folder, since the model's class is found there or its
+    weights are no safetensors. The folder is then complete.
+    """
+    shards = checkpoint.shards
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    is_own = getattr(model_class, "config_class", None) is type(model_config)
+    if config.trust_remote_code or not is_own:
+        if shards is not None:
+            with shards.loading():
+                pass
+        return None
+    if shards is None and device.type == "cuda":
+        return Shards.in_folder(checkpoint.path)
+    return shards
+
+
+def _served_type(
+    config: LoadConfig, model_config: PreTrainedConfig, shards: Shards | None, device: torch.device
+) -> torch.dtype:
+    """Return the type to serve the model in, and log it if that is not the checkpoint's own."""
+    chosen_here = config.dtype is None and device.type == "cuda"
+    own = own_type(model_config)
+    if own is None and chosen_here and shards is not None:
+        own = shards.dtype()
+    served = served_type(config.dtype, own, device)
+    if chosen_here and served is not own:
+        logger.info(
+            "the weights of %s are float32 and are served in %s: half the memory, and several "
+            "times as fast. --dtype float32 (DTYPE) keeps them as they are",
+            config.model_id,
+            str(served).removeprefix("torch."),
+        )
+    return served
+
+
+def _placement(
+    config: LoadConfig, model_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> Placement | None:
+    """Return where tensors go as they are read, None for the host. Quantised ones, which are not
+    merged, go to places of their own.
+    """
+    if device.type == "cpu":
+        return None
+    is_quantised = config.quantize is not None or quantization_of(model_config) is not None
+    layout = None if is_quantised else layout_of(model_config, dtype)
+    return Placement(layout, device, Uploads(partial(CudaCopies, device)))
 
 
 def _check_complete(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
@@ -274,28 +373,23 @@ def _check_complete(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
 
 
 def _load_whole(
-    path: Path, remote_code: dict[str, Any], options: dict[str, Any]
+    path: Path, trust_remote_code: bool, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load weights that are all there, with transformers' report of it."""
     untyped: Any = AutoModelForCausalLM
-    model, report = untyped.from_pretrained(path, **remote_code, **options)
+    model, report = untyped.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     return model, report
 
 
-def _load_lazily(
-    path: Path, shards: Shards, remote_code: dict[str, Any], options: dict[str, Any]
+def load_lazily(
+    path: Path, tensors: Mapping[str, LazyTensor], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load weights while their shards are downloaded, with transformers' report of it.
+    """Load a model of transformers' own class from these tensors, with transformers' report of it.
 
-    If the model's class can only be found in its folder, wait for all shards first.
+    The rest of the model's files is in the folder `path`.
     """
-    model_config = options["config"]
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    is_own = getattr(model_class, "config_class", None) is type(model_config)
-    if remote_code["trust_remote_code"] or not is_own:
-        shards.wait()
-        return _load_whole(path, remote_code, options)
-    model, report = model_class.from_pretrained(None, state_dict=shards.tensors, **options)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+    model, report = model_class.from_pretrained(None, state_dict=tensors, **options)
     with suppress(OSError):  # not every folder has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model, report

@@ -155,6 +155,8 @@ def _attend_kernel(
         unit = (program.to(tl.int64) * num_units // num_programs).to(tl.int32)
         end = ((program + 1).to(tl.int64) * num_units // num_programs).to(tl.int32)
         item = _load_item(items, unit, unit < end, S)
+        if DEPENDENT:
+            _prefetch_table(unit, item, inputs, S)
         wait_for_kernel_ahead(DEPENDENT)
         while unit < end:
             unit = _attend_units(unit, end, item, inputs, scratch, outputs, S)
@@ -198,18 +200,26 @@ def _load_item(items, unit, valid, S: tl.constexpr):
 
 
 @triton.jit
+def _prefetch_table(unit, item, inputs, S: tl.constexpr):
+    """Bring the ids of the blocks that a run begins with into the L2 cache."""
+    tile, start = _find_tile(unit, item, S)
+    step = tile.first_step + start * tile.split_steps
+    table = inputs.block_tables + item.slot.to(tl.int64) * S.table_stride
+    address = (table + step * S.block_n // S.block_size).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [address], tl.int32, False, 1
+    )
+
+
+@triton.jit
 def _attend_units(unit, end, item, inputs, scratch, outputs, S: tl.constexpr):
     """Compute the units from `unit` up to `end` that share its tile and head.
 
     Returns the unit after them. Units are ordered by tile, then head, then split.
     """
-    tile_unit = (unit // S.num_kv_heads - item.split) * S.num_kv_heads
-    head = (unit - tile_unit) // item.num_splits
-    first_unit = tile_unit + head * item.num_splits
-    end = tl.minimum(end, first_unit + item.num_splits)
-    tile = _find_tile(item, head, first_unit, S)
-    start = unit - first_unit
-    stop = tl.minimum(end - first_unit, tile.num_splits)
+    tile, start = _find_tile(unit, item, S)
+    end = tl.minimum(end, tile.unit + item.num_splits)
+    stop = tl.minimum(end - tile.unit, tile.num_splits)
     if start < stop:
         operands = _find_operands(inputs, item.slot, tile, S)
         if S.runs:
@@ -221,7 +231,11 @@ def _attend_units(unit, end, item, inputs, scratch, outputs, S: tl.constexpr):
 
 
 @triton.jit
-def _find_tile(item, head, unit, S: tl.constexpr):
+def _find_tile(unit, item, S: tl.constexpr):
+    """Return the tile that a unit is part of, and which of its splits the unit is."""
+    tile_unit = (unit // S.num_kv_heads - item.split) * S.num_kv_heads
+    head = (unit - tile_unit) // item.num_splits
+    first_unit = tile_unit + head * item.num_splits
     first_key = 0
     if S.window is not None:
         first_key = tl.maximum(first_key, item.position - S.window + 1)
@@ -233,17 +247,18 @@ def _find_tile(item, head, unit, S: tl.constexpr):
     num_steps = last_step - first_step
     split_steps = tl.maximum((num_steps + item.num_splits - 1) // item.num_splits, 1)
     num_splits = tl.maximum((num_steps + split_steps - 1) // split_steps, 1)
-    return _Tile(
+    tile = _Tile(
         item.row,
         item.num_queries,
         item.position,
         head,
-        unit,
+        first_unit,
         first_step,
         last_step,
         split_steps,
         num_splits,
     )
+    return tile, unit - first_unit
 
 
 @triton.jit

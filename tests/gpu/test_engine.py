@@ -20,6 +20,8 @@ from engine.core.request import (
 )
 from engine.engine import Engine
 from engine.loading.loader import LoadedModel
+from engine.step.graphs import Capture, CudaCapture, Graph
+from engine.step.result import PackedTokens
 from tests.engine.driving import Answers, check_greedy, generate, greedy, run
 from tests.engine.models import FAMILIES, build, prepared
 
@@ -29,25 +31,28 @@ WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_atte
 class EagerAgain:
     """Stands for a captured graph: it does the same work again, kernel by kernel."""
 
-    def __init__(self, work: Callable[[], Any], result: torch.Tensor | Any):
-        self._work, self._result = work, result
+    def __init__(self, work: Callable[[], Any], graph: Graph, result: torch.Tensor | PackedTokens):
+        self._work, self._graph, self._result = work, graph, result
 
     def replay(self) -> None:
-        again = self._work()
-        for old, new in zip(_tensors(self._result), _tensors(again), strict=True):
-            old.copy_(new)
+        _data(self._result).copy_(_data(self._work()))
 
 
-def eager_capture(work: Callable[[], Any]) -> tuple[EagerAgain, Any]:
-    result = work()
-    return EagerAgain(work, result), result
+def eager_capture() -> Capture:
+    """Return a capture whose graphs are only kept for the memory of their results. The capture
+    itself runs nothing: work that ran once too often would change the cache.
+    """
+    capture = CudaCapture()
+
+    def captured(work: Callable[[], Any]) -> tuple[EagerAgain, Any]:
+        graph, result = capture(work)
+        return EagerAgain(work, graph, result), result
+
+    return captured
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    fields = (result.ids, result.logprobs, result.top_ids, result.top_logprobs)
-    return [field for field in fields if field is not None]
+def _data(result: torch.Tensor | PackedTokens) -> torch.Tensor:
+    return result.data if isinstance(result, PackedTokens) else result
 
 
 @cache
@@ -108,7 +113,7 @@ def _sampling(rng: random.Random) -> SamplingParams:
 def test_graphs_replay_what_runs_kernel_by_kernel(name: str, dtype: torch.dtype) -> None:
     model, requests = loaded(name, dtype), arrivals(1, 40, sampled=True)
     replayed = run(engine(model), requests)
-    again = run(engine(model, eager_capture), requests)
+    again = run(engine(model, eager_capture()), requests)
     for _, request in requests:
         assert replayed.ids(request) == again.ids(request)
         assert replayed.logprobs(request) == again.logprobs(request)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_attention_of_a_captured_step_is_that_of_the_step(num_rows: int) -> None
         query,
         step.keys,
         step.values,
-        step.captured(num_rows),
+        cast(PagedBatch, step.captured(num_rows)),
         shape.mask,
         scale=0.1,
     )
@@ -224,13 +225,13 @@ def test_kernels_that_start_early_wait_for_their_input(captured: bool) -> None:
     form = NormForm(1e-6)
 
     def chain(wait: Callable[[], object]) -> Tensor:
-        normed, total = x, x
+        product = x
         for _ in range(40):
-            normed, total = TRITON.add_norm(normed, total, weight, None, form)
+            normed, total = TRITON.add_norm(product, x, weight, None, form)
             wait()
-            normed = TRITON.act_mul(normed, total, "silu")
+            product = TRITON.act_mul(normed, TRITON.norm(total, weight, None, form), "silu")
             wait()
-        return normed
+        return product
 
     expected = chain(torch.cuda.synchronize)
     run = partial(chain, lambda: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.compiled import SHIPPED
 from tests.image.dockerfile import ROOT, Instruction, read_stages
 
 STAGES = read_stages()
@@ -118,12 +119,17 @@ def test_cache_folder_and_port_are_those_of_tgis_image() -> None:
 def test_the_kernel_cache_is_at_the_path_where_it_was_compiled() -> None:
     """Triton's cache contains absolute paths."""
     stages = {stage.name: stage for stage in STAGES}
-    cache = stages["runtime"].environment("ENV")["TRITON_CACHE_DIR"]
     assert stages["kernels"].base == SERVED.base == "runtime"
     copy = next(step for step in SERVED.all("COPY") if step.flags.get("from") == "kernels")
-    assert copy.words[0] == cache
     workdir = stages["base"].all("WORKDIR")[0].words[0]
+    cache = str(Path(workdir, SHIPPED.relative_to(ROOT)))
+    assert copy.words[0] == cache
     assert str(Path(workdir, copy.words[1])) == cache
+
+
+def test_kernels_compiled_later_are_kept_with_the_models() -> None:
+    """So no variable of the image says where, neither to the build nor to the server."""
+    assert not any("TRITON_CACHE_DIR" in stage.environment("ENV") for stage in STAGES)
 
 
 def test_signals_reach_the_server() -> None:

@@ -1,9 +1,10 @@
 """Launches kernels on a GPU that is not present, and prints for each whether it was in the cache.
 
-    python -m tests.precompile.launching fake|cuda
+    python -m tests.precompile.launching fake|cuda [SHIPPED]
 
 `fake` launches through the driver of `precompile`. `cuda` launches through Triton's own driver
-for NVIDIA's GPUs, with only those parts mocked that load and run a kernel on the GPU.
+for NVIDIA's GPUs, with only those parts mocked that load and run a kernel on the GPU. SHIPPED is
+a second folder in which compiled kernels are looked for.
 
 This is a process of its own because Triton decides at its import whether it compiles or
 interprets, and keeps in memory what it has compiled.
@@ -11,6 +12,7 @@ interprets, and keeps in memory what it has compiled.
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,7 +21,7 @@ import triton
 from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver
 
-from kernels import fused_sampling
+from kernels import compiled, fused_sampling
 from kernels.norm import NormForm, norm_triton
 from kernels.token_mask import mask_tokens_triton
 from precompile.fake_driver import TARGETS, compiling_for
@@ -46,7 +48,10 @@ def launch() -> None:
     mask_tokens_triton(logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 157).int())
 
 
-def main(driver: str) -> None:
+def main(driver: str, shipped: str | None = None) -> None:
+    if shipped is not None:
+        compiled.SHIPPED = Path(shipped)
+        knobs.cache.manager_class = compiled.CompiledKernels
     found: dict[str, bool] = {}
 
     def listen(src: Any, cache_hit: bool, **_: object) -> None:
@@ -63,4 +68,4 @@ def main(driver: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

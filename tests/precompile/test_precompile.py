@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Gemma2Config
 from triton.runtime import build
 from triton.runtime.cache import get_cache_manager
 
 import kernels
+from tests.engine import models
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,9 +34,11 @@ def python(*arguments: str, cache: Path) -> str:
     ).stdout
 
 
-def launch(driver: str, cache: Path) -> dict[str, bool]:
+def launch(driver: str, cache: Path, *shipped: Path) -> dict[str, bool]:
     """Launch kernels through this driver; return for each whether it was in Triton's cache."""
-    found: dict[str, bool] = json.loads(python("tests.precompile.launching", driver, cache=cache))
+    arguments = [driver, *map(str, shipped)]
+    output = python("tests.precompile.launching", *arguments, cache=cache)
+    found: dict[str, bool] = json.loads(output)
     return found
 
 
@@ -44,6 +49,21 @@ NAMES = {"_norm_kernel", "greedy_chunk_kernel", "greedy_row_kernel", "_mask_toke
 def test_triton_s_own_driver_finds_the_kernels_compiled_ahead_of_time(tmp_path: Path) -> None:
     assert launch("fake", tmp_path) == dict.fromkeys(NAMES, False)
     assert launch("cuda", tmp_path) == dict.fromkeys(NAMES, True)
+
+
+@pytest.mark.slow
+def test_kernels_are_found_in_the_shipped_folder_and_new_ones_written_to_the_other(
+    tmp_path: Path,
+) -> None:
+    shipped, kept = tmp_path / "shipped", tmp_path / "kept"
+    launch("fake", shipped)
+    (missing,) = (path.parent for path in shipped.glob("*/_norm_kernel.cubin"))
+    shutil.rmtree(missing)
+    before = sorted(shipped.rglob("*"))
+    for found in (False, True):
+        assert launch("cuda", kept, shipped) == dict.fromkeys(NAMES, True) | {"_norm_kernel": found}
+    assert [path.stem for path in kept.glob("*/*.cubin")] == ["_norm_kernel"]
+    assert sorted(shipped.rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -80,6 +100,32 @@ def test_triton_finds_its_library_with_and_without_the_file_command(
     build.compile_module_from_src(source.read_text(), "cuda_utils")
     build.platform_key.cache_clear()
     assert looked_for[0] is not None
+
+
+def save_model(folder: Path) -> None:
+    """Save a model whose norms have weights of their own, as trained ones do."""
+    model = models.build(Gemma2Config, **models.FAMILIES["gemma2"][1])
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    models.byte_tokenizer()._hf.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_model_finds_all_kernels_that_were_compiled_without_its_weights(tmp_path: Path) -> None:
+    complete, cache = tmp_path / "complete", tmp_path / "cache"
+    save_model(complete)
+    without_weights = shutil.copytree(
+        complete, tmp_path / "downloading", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    command = ["precompile", str(without_weights), "--config-only", "--targets", "90"]
+    command += ["--dtypes", "bfloat16"]
+    assert python(*command, cache=cache).startswith("sm_90 bfloat16: ")
+    found = json.loads(python("tests.precompile.finding", str(complete), cache=cache))
+    assert found == dict.fromkeys(found, True)
+    assert {"_attend_kernel", "_norm_kernel", "_act_mul_kernel"} <= found.keys()
+    assert python(*command, cache=cache) == ""  # it is done already
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from engine.core.config import Quantization
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = ROOT / "text-generation-launcher"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 VALUES: list[tuple[str, str, Any]] = [
     ("model-id", "bigscience/bloom-560m", "bigscience/bloom-560m"),
@@ -64,6 +65,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("max-image-fetch-size", "5", 5),
 ]
 SWITCHES = [
+    "batch-invariant",
     "api-key-for-chat-tokenize",
     "trust-remote-code",
     "disable-custom-kernels",
@@ -272,6 +274,18 @@ def test_env_is_a_flag_but_not_a_variable(flag: str, monkeypatch: pytest.MonkeyP
     assert read_settings([flag]).env
 
 
+@pytest.fixture
+def library_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Without variables of libraries that the server sets; all are put back after the test."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    hub = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")
+    others = ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "HF_HUB_DISABLE_TELEMETRY")
+    for name in (*hub, *others, *ALLOCATOR):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
     ("given", "token"),
     [
@@ -282,18 +296,50 @@ def test_env_is_a_flag_but_not_a_variable(flag: str, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_older_names_of_the_hubs_token_are_read(
-    given: dict[str, str], token: str | None, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, str], token: str | None, library_environment: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
-        monkeypatch.setenv(name, "")  # so that it is put back after the test
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "")
     for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    read_settings(["--huggingface-hub-cache", "/data"]).export_hub_settings()
+        library_environment.setenv(name, value)
+    read_settings(["--huggingface-hub-cache", "/data"]).export_library_settings()
     assert os.environ.get("HF_TOKEN") == token
     assert os.environ["HF_HUB_CACHE"] == "/data"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {ALLOCATOR[0]: "a:b"}, {ALLOCATOR[1]: "a:b"}, dict.fromkeys(ALLOCATOR, "a:b")]
+)
+def test_segments_can_grow_unless_the_user_has_set_torchs_allocator(
+    given: dict[str, str], library_environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        library_environment.setenv(name, value)
+    read_settings([]).export_library_settings()
+    expected = given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == expected
+
+
+@pytest.mark.usefixtures("library_environment")
+def test_compiled_kernels_are_kept_beside_the_models(tmp_path: Path) -> None:
+    read_settings([]).export_library_settings()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "hub" / "skiff" / "triton")
+    assert os.environ["TRITON_CACHE_MANAGER"] == "kernels.compiled:CompiledKernels"
+
+
+def test_kernels_stay_in_the_folder_that_the_user_names(
+    library_environment: pytest.MonkeyPatch,
+) -> None:
+    library_environment.setenv("TRITON_CACHE_DIR", "/somewhere")
+    read_settings([]).export_library_settings()
+    assert os.environ["TRITON_CACHE_DIR"] == "/somewhere"
+
+
+def test_kernels_are_not_kept_where_nothing_can_be_written(
+    library_environment: pytest.MonkeyPatch,
+) -> None:
+    library_environment.setenv("HF_HOME", "/proc/models")
+    read_settings([]).export_library_settings()
+    assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def launch(*argv: str, cwd: Path, launcher: Path = LAUNCHER) -> subprocess.CompletedProcess[str]:

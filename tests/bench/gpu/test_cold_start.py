@@ -3,12 +3,15 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.gpu import cold_start, models
+from tests.engine.driving import make_engine
+from tests.engine.models import family
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +24,13 @@ def test_phases_are_read_from_the_metrics() -> None:
         "skiff_steps_total 7.0\n"
     )
     assert cold_start.parse_phases(metrics) == {"import": 4.25, "warm-up": 1e-05}
+
+
+def test_unused_memory_is_read_from_the_server_s_own_words() -> None:
+    engine = make_engine(family("llama"))
+    assert cold_start.parse_unused("\n".join(engine.summary())) is None
+    engine.info = replace(engine.info, unused_bytes=1 << 28)
+    assert cold_start.parse_unused("\n".join(engine.summary())) == 0.25
 
 
 def test_a_checkpoint_is_gone_after_it_was_used() -> None:

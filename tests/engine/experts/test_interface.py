@@ -14,7 +14,7 @@ from engine.experts.interface import (
     restore_experts,
     use_experts,
 )
-from kernels.grouped_gemm import GateForm
+from kernels.grouped_gemm import FEW, TILINGS, GateForm
 from kernels.ops import TORCH, TRITON, Ops
 from tests.engine.models import FAMILIES, MIXTURES, build, prepared
 
@@ -64,6 +64,7 @@ def test_experts_give_what_they_give_eagerly(name: str, num_tokens: int, ops: Op
     assert torch.allclose(experts(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MIXTURES)
@@ -114,9 +115,26 @@ def test_a_gate_that_no_kernel_knows_is_computed_by_the_module(
     assert not torch.allclose(usual, expected, rtol=0.1)
 
 
+def test_both_products_run_in_every_tiling_at_load_so_that_no_step_compiles() -> None:
+    seen = set()
+
+    def remember(*args: Any) -> Tensor:
+        weight, routing = args[1], args[3]
+        seen.add((routing.tiling, routing.is_single, weight.shape))
+        return TRITON.grouped_linear(*args)
+
+    model = mixture("mixtral")
+    changes: dict[str, Any] = {"grouped_linear": remember}
+    use_experts(model, replace(TRITON, **changes))
+    experts = experts_of(model)
+    shapes = experts.gate_up_proj.shape, experts.down_proj.shape
+    kinds = [(FEW, True), *((tiling, False) for tiling in TILINGS)]
+    assert seen == {(*kind, shape) for kind in kinds for shape in shapes}
+
+
 def test_experts_that_share_a_configuration_with_quantised_ones_keep_their_own() -> None:
     model = mixture("mixtral")
-    last = [module for module in model.modules() if hasattr(module, "is_transposed")][-1]
+    last: Any = [module for module in model.modules() if hasattr(module, "is_transposed")][-1]
     last.gate_up_proj = nn.Parameter(last.gate_up_proj.to(torch.float8_e4m3fn), False)
     before = model.config._experts_implementation
     assert use_experts(model, TORCH) == {}
@@ -148,3 +166,14 @@ def test_experts_that_change_the_logits_are_undone(caplog: pytest.LogCaptureFixt
     served = prepared("mixtral", replace(TORCH, fuses=True, combine=wrong), num_hidden_layers=1)
     assert served.model.config._experts_implementation == "grouped_mm"
     assert "mixtures of experts are not fused" in caplog.text
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_experts_of_16_bits_take_tokens_in_float32(ops: Ops[Any]) -> None:
+    model = mixture("mixtral", torch.bfloat16)
+    use_experts(model, ops)
+    experts = experts_of(model)
+    x, chosen, weights = inputs_of(experts, 3, 2, torch.float32)
+    result = experts(x, chosen, weights)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, experts(x.bfloat16(), chosen, weights).float())

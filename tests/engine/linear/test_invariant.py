@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.core.config import EngineConfig
 from engine.core.errors import LoadError
 from engine.core.request import Request, SamplingParams, StoppingParams
 from engine.engine import Engine
+from engine.linear.int8 import Int8Linear
 from engine.linear.invariant import InvariantLinear, collecting_products, make_invariant
 from kernels.invariant_linear import invariant_linear_torch
 from kernels.ops import TORCH, TRITON
@@ -27,7 +28,7 @@ def test_a_request_has_the_same_logprobs_to_the_bit_alone_and_in_company(name: s
     config = EngineConfig(max_sequences=8, max_batch_tokens=64, num_blocks=64, prefix_caching=False)
     texts = (b"once upon a time", b"a", b"the quick brown fox jumps over the dog", b"say it")
     requests = [sampled(f"{i}", text, seed=i) for i, text in enumerate(texts)]
-    together = run(Engine(loaded, config), [(i, request) for i, request in enumerate(requests)])
+    together = run(Engine(loaded, config), [(0, request) for request in requests])
     for request in requests:
         alone = run(Engine(loaded, config), [(0, request)])
         assert alone.ids(request) == together.ids(request)
@@ -82,10 +83,27 @@ def test_an_outer_product_is_no_sum() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
-def test_a_model_with_other_products_is_refused(name: str) -> None:
-    with pytest.raises(LoadError, match="products outside of its linears"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mixtral", "no mixtures of experts"), ("gpt2", "products outside of its linears")],
+)
+def test_a_model_with_other_products_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(LoadError, match=reason):
         prepared(name, TRITON, batch_invariant=True, num_hidden_layers=1)
+
+
+def test_linears_of_another_kind_are_refused() -> None:
+    quantised = Int8Linear(torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), None)
+    with pytest.raises(LoadError, match="cannot compute a Int8Linear"):
+        make_invariant(nn.Sequential(quantised), invariant_linear_torch)
+
+
+def test_a_device_on_which_rows_differ_after_all_is_refused() -> None:
+    def by_number(x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+        return x @ weight.T * (1 + 1e-6 * len(x))
+
+    with pytest.raises(LoadError, match="cannot be had on this GPU"):
+        make_invariant(nn.Sequential(nn.Linear(8, 4)), by_number)
 
 
 def test_a_cpu_has_no_such_linears() -> None:

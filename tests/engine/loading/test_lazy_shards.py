@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from engine.core.config import LoadConfig
 from engine.core.errors import DownloadFailed
 from engine.core.metrics import ColdStart
 from engine.loading import lazy_shards
+from engine.loading.folder_faults import INDEX
 from engine.loading.loader import load
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import byte_tokenizer, reference
@@ -73,6 +74,24 @@ def test_the_first_shard_is_loaded_while_the_last_one_is_downloaded(
         loaded = loading.result(60)
     request = greedy([1, 2, 3], 10)
     check_greedy(reference("llama"), run(make_engine(loaded), [(0, request)]), request)
+
+
+@pytest.mark.parametrize("held", [FIRST, "model.safetensors"], ids=["shards", "one file"])
+def test_the_folder_is_told_before_any_weights_are_there(hub: Hub, held: str) -> None:
+    if held not in hub.names():
+        reference("llama").save_pretrained(hub.folder)
+        for name in (FIRST, LAST, INDEX):
+            (hub.folder / name).unlink(missing_ok=True)
+    hub.hold(held)
+    found: Future[Path] = Future()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load, CONFIG, found=found.set_result)
+        folder = found.result(30)
+        assert {"config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+        assert not (folder / held).exists()
+        hub.held[held].set()
+        loading.result(60)
+    assert (folder / held).exists()
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_out_of_memory_gives_up_one_shape_for_a_while(
     captures.attempt(MORE_DECODES, lambda: fail(NO_MEMORY))
     assert allowed(captures) == [True, False, True]
     (line,) = caplog.messages
-    assert "no graph of decodes of 8 rows" in line
+    assert "no graph of decodes of 8 tokens" in line
     assert "out of memory" in line
     monkeypatch.setattr(captures_module, "_RETRY_S", 0.0)
     captures.attempt(DECODES, lambda: fail(NO_MEMORY))
