@@ -48,9 +48,13 @@ def dependent_launch(device: torch.device) -> DependentLaunch:
 
     GPUs below compute capability 9.0, and the interpreter, launch one kernel after the other.
     """
-    if triton.knobs.runtime.interpret or target_of(device).capability < 90:
-        return _ALONE
-    return _DEPENDENT
+    can = can_launch_ahead(device) and not triton.knobs.runtime.interpret
+    return _DEPENDENT if can else _ALONE
+
+
+def can_launch_ahead(device: torch.device) -> bool:
+    """Return whether the GPU starts a kernel before the one ahead of it has ended."""
+    return target_of(device).capability >= 90
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import dependent_launch, wait_for_kernel_ahead
+from kernels.dependent_launch import can_launch_ahead, dependent_launch, wait_for_kernel_ahead
 from kernels.target import target_of
 
 MAX_ROWS = 8
@@ -77,7 +77,7 @@ def can_prefetch(weight: Tensor) -> bool:
     num_programs, rest = divmod(weight.shape[0], _OUTPUTS)
     most_programs = _PROGRAMS_PER_SM * target_of(weight.device).num_sms
     has_room = rest == 0 and num_programs <= most_programs
-    is_dependent = dependent_launch(weight.device)["DEPENDENT"]
+    is_dependent = can_launch_ahead(weight.device)
     return is_dependent and has_room and _prefetched_bytes(weight, tiling_for(1)) > 0
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention.interface import StepMetadata
 from engine.attention.kv_cache import AttentionCall, copy_blocks
 from engine.attention.plan import PADDING, FixedTables, GraphShape, StepSequences, make_planner
 from engine.core.config import BLOCK_SIZE
@@ -85,7 +84,7 @@ class Step:
                 cache_[torch.from_numpy(table).to(CUDA)] = owned.view(-1, *cache_.shape[1:])
         self.query = randn(int(query_lens.sum()), shape.num_heads, shape.head_dim, dtype=dtype)
 
-    def captured(self, num_rows: int) -> StepMetadata:
+    def captured(self, num_rows: int) -> PagedBatch:
         """Return the metadata that a captured step of so many tokens reads."""
         num_padding = num_rows - len(self.query)
         width = self.tables.shape[1]
@@ -105,7 +104,9 @@ class Step:
         arrays = PackedArrays(slots | plan.arrays, plan.capacity)
         buffer = torch.zeros(arrays.max_bytes, dtype=torch.uint8, device=CUDA)
         arrays.copy_to(buffer)
-        return planner.metadata(arrays.unpack(buffer), plan.host_arrays)
+        metadata = planner.metadata(arrays.unpack(buffer), plan.host_arrays)
+        assert isinstance(metadata, PagedBatch)
+        return metadata
 
     def expected(self) -> Tensor:
         outputs, start = [], 0

@@ -23,6 +23,7 @@ from triton.backends.nvidia.driver import CudaDriver
 
 from kernels import compiled, fused_sampling
 from kernels.norm import NormForm, norm_triton
+from kernels.target import using_target
 from kernels.token_mask import mask_tokens_triton
 from precompile.fake_driver import TARGETS, compiling_for
 
@@ -63,7 +64,8 @@ def main(driver: str, shipped: str | None = None) -> None:
             launch()
     else:
         triton.runtime.driver.set_active(cuda_driver())
-        launch()
+        with using_target(TARGET):  # which torch tells on such a GPU
+            launch()
     print(json.dumps(found))
 
 
