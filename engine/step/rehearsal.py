@@ -48,7 +48,7 @@ def rehearsals(
     for num_top in (0, 1):
         for first in range(_ROWS):
             prompt_ids = np.zeros(_ROWS - first, np.int64)
-            prompted = replace(step, num_sampled=first, num_prompt_top=num_top)
+            prompted = replace(step, sampling=None, num_sampled=first, num_prompt_top=num_top)
             yield Rehearsal(_with(prompted, prompt_ids=prompt_ids))
 
 

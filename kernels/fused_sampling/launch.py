@@ -15,6 +15,8 @@ KEPT = 128
 """Most candidates of a chunk: the tokens whose scores are stored for the second pass."""
 HELD = 1024
 """Most candidates of a row that the second pass holds in registers."""
+HELD_REGISTERS = 128
+"""Registers of a thread of the second pass. Left to itself, the assembler spills to use fewer."""
 BLOCK = 4096
 """Tokens of a row that the third pass holds in registers at a time."""
 
@@ -84,6 +86,15 @@ def sample(
     sizes = vocab_size, num_chunks, num_top, triton.next_power_of_2(num_chunks), KEPT
     top_block = triton.next_power_of_2(num_top)
     chunk_kernel[(num_chunks, rows)](*request, *scratch, vocab_size, CHUNK, KEPT, num_warps=8)
-    row_kernel[(rows,)](*request, *scratch, *results, *sizes, HELD, top_block, num_warps=4)
+    row_kernel[(rows,)](
+        *request,
+        *scratch,
+        *results,
+        *sizes,
+        HELD,
+        top_block,
+        num_warps=4,
+        maxnreg=HELD_REGISTERS,
+    )
     whole_row_kernel[(rows,)](*request, *scratch, *results, *sizes, BLOCK, top_block, num_warps=8)
     return ids, logprobs, top_ids, top_logprobs

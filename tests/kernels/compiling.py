@@ -39,15 +39,25 @@ def compile_everywhere(
     num_stages: int = 3,
     divisible: AbstractSet[str] = frozenset(),
     targets: AbstractSet[int] = frozenset(TARGETS),
+    maxnreg: int | None = None,
 ) -> dict[int, Resources]:
     """Compile `kernel`, by its full name, for each of `targets`.
 
     `arguments` are Triton types by name ("*bf16", "i32"); pointers, and the integers named
     in `divisible`, are taken as multiples of 16, as the launcher finds them for real shapes.
+    `maxnreg` is the most registers of a thread; None leaves it to the assembler.
     """
     futures = {
         target: workers().submit(
-            _compile, target, kernel, arguments, constants, num_warps, num_stages, divisible
+            _compile,
+            target,
+            kernel,
+            arguments,
+            constants,
+            num_warps,
+            num_stages,
+            divisible,
+            maxnreg,
         )
         for target in sorted(targets)
     }
@@ -121,6 +131,7 @@ def _build(
     num_warps: int,
     num_stages: int,
     divisible: AbstractSet[str],
+    maxnreg: int | None = None,
 ) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -142,5 +153,5 @@ def _build(
         constexprs=constants,
         attrs=attrs,
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kernels.fused_sampling.launch import BLOCK, CHUNK, HELD, KEPT
+from kernels.fused_sampling.launch import BLOCK, CHUNK, HELD, HELD_REGISTERS, KEPT
 from tests.kernels.compiling import SHARED_LIMIT, compile_everywhere
 
 LOGITS = {"logits_ptr": "*bf16", "row_stride": "i32"}
@@ -23,10 +23,19 @@ DIVISIBLE = frozenset({"row_stride", "scores_stride", "candidate_ids_stride", "v
 
 
 def check(
-    kernel: str, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
+    kernel: str,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    maxnreg: int | None = None,
 ) -> None:
     compiled = compile_everywhere(
-        f"kernels.fused_sampling.{kernel}", arguments, constants, num_warps, divisible=DIVISIBLE
+        f"kernels.fused_sampling.{kernel}",
+        arguments,
+        constants,
+        num_warps,
+        divisible=DIVISIBLE,
+        maxnreg=maxnreg,
     )
     for target, resources in compiled.items():
         assert resources.stack == 0, (target, resources)
@@ -82,7 +91,7 @@ def of_rows(vocab_size: int, top: int, dtype: str) -> tuple[dict[str, str], dict
 @pytest.mark.parametrize(("vocab_size", "top", "dtype"), SHAPES)
 def test_the_pass_over_rows_fits_every_gpu(vocab_size: int, top: int, dtype: str) -> None:
     arguments, constants = of_rows(vocab_size, top, dtype)
-    check("row_pass.row_kernel", arguments, constants | {"HELD": HELD}, 4)
+    check("row_pass.row_kernel", arguments, constants | {"HELD": HELD}, 4, HELD_REGISTERS)
 
 
 @pytest.mark.slow
