@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import numpy as np
 import pytest
@@ -197,7 +196,7 @@ def test_attention_of_a_captured_step_is_that_of_the_step(num_rows: int) -> None
         query,
         step.keys,
         step.values,
-        cast(PagedBatch, step.captured(num_rows)),
+        step.captured(num_rows),
         shape.mask,
         scale=0.1,
     )
