@@ -73,7 +73,7 @@ class CudaStream:
             value = _run(work)
         except Exception as e:  # raised when the result is asked for, as on the CPU
             error = e
-        # A thread that waits for it sleeps: in a busy loop it would take a core from the event loop.
+        # A thread that waits for it sleeps: in a busy loop it would take the event loop's core.
         done = torch.cuda.Event(blocking=True)
         done.record()
         return _CudaPending(value, error, done)
