@@ -23,7 +23,7 @@ from kernels.grouped_gemm import (
 )
 from kernels.invariant_linear import invariant_linear_torch, invariant_linear_triton
 from kernels.norm import NormForm, add_norm_torch, add_norm_triton, norm_torch, norm_triton
-from kernels.paged_attention.kernel import paged_attention_triton
+from kernels.paged_attention.launch import paged_attention_triton
 from kernels.paged_attention.mask import MaskSpec
 from kernels.paged_attention.plan import PagedBatch
 from kernels.paged_attention.reference import AttentionMetadata, paged_attention_torch

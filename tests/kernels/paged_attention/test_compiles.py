@@ -99,7 +99,7 @@ def launch_of(layer: Layer, variant: Variant) -> dict[str, Any]:
     arguments |= {name: kind for name, kind in optional.items() if kind is not None}
     absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
     return {
-        "kernel": "kernels.paged_attention.kernel._attend_kernel",
+        "kernel": "kernels.paged_attention.kernel.attend_kernel",
         "arguments": arguments,
         "constants": {"S": variant.spec, **absent},
         "num_warps": variant.num_warps,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.paged_attention.kernel import paged_attention_triton
+from kernels.paged_attention.launch import paged_attention_triton
 from kernels.paged_attention.mask import NO_LIMIT, MaskSpec
 from kernels.paged_attention.plan import (
     MAX_SPLITS,
