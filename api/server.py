@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.exit_status = 0
+        self._is_told_to_stop = False
 
     def attach(self, engine: AsyncEngine) -> None:
         """Take the engine, and end when it dies."""
@@ -81,8 +82,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin an orderly shutdown; at the second signal, end at once and in whatever state."""
-        if self.should_exit:
+        if self._is_told_to_stop:
             os._exit(128 + sig)
+        self._is_told_to_stop = True
         super().handle_exit(sig, frame)
         _end_within(self.termination_s, 0)
 

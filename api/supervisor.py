@@ -93,7 +93,7 @@ class _Supervisor:
             status = self._run_server()
             died = None if self._is_stopping else self._death(status)
             if died is None:
-                return _exit_status(status)
+                return 0 if self._is_stopping and -status in _STOPS else _exit_status(status)
             if not self._may_restart(status):
                 return self._give_up(died, status)
             if not self._pause(died):

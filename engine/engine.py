@@ -36,14 +36,15 @@ from engine.device.device import Device, make_device
 from engine.device.memory import DeviceMemory
 from engine.device.stream import make_stream, run_in_temporary_thread
 from engine.loading.compile_ahead import compile_ahead
-from engine.loading.loader import LoadedModel, freeze_rotary, load
+from engine.loading.loader import LoadedModel, load
 from engine.loading.reasons import is_out_of_memory
+from engine.loading.rotary import freeze_rotary
 from engine.loading.sizing import Limits, decide_limits, with_smaller_cache
 from engine.output import SequenceOutput
 from engine.sampling.sampler import SamplingKind
 from engine.step.captures import Captures
 from engine.step.executor import ModelExecutor
-from engine.step.graph_memory import capture_shape, graph_bytes
+from engine.step.graph_memory import capture_ahead, graph_bytes
 from engine.step.graphs import Capture, CudaCapture
 from engine.step.rehearsal import rehearsals
 from engine.step.runner import build_runner
@@ -133,9 +134,10 @@ class Engine:
         sampler = self.runner.sampler
         # The last one is captured first.
         self._graphs_to_capture = [
-            (shape, kinds)
+            (shape, kind)
             for kinds in (sampler.rare_kinds, sampler.usual_kinds)
             for shape in self._builder.graph_shapes
+            for kind in reversed(kinds)
         ]
         self._vocab_size = vocab_size = loaded.model.config.get_text_config().vocab_size
         self.grammars = GrammarCompiler(loaded.tokenizer, vocab_size, loaded.eos_token_ids)
@@ -242,23 +244,23 @@ class Engine:
     def capture_decodes(self) -> None:
         """Capture the graphs of decodes, for which the first requests would have to wait."""
         while self._graphs_to_capture and not self._graphs_to_capture[-1][0].prefills:
-            self._capture_shape(*self._graphs_to_capture.pop())
+            self._capture(*self._graphs_to_capture.pop())
 
     def capture_next_graph(self) -> bool:
-        """Capture the graphs of one more shape, the largest ones first; False if none is missing.
+        """Capture the graphs of one shape and kind of sampling; False if none is missing.
 
         Called while there is no work, so that no step has to wait for a capture. If one fails, the
         rest are captured when they are first needed. Raises EngineDead if the device is lost.
         """
         while self._graphs_to_capture:
-            if self._capture_shape(*self._graphs_to_capture.pop()):
+            if self._capture(*self._graphs_to_capture.pop()):
                 return True
         return False
 
-    def _capture_shape(self, shape: GraphShape, kinds: Seq[SamplingKind]) -> bool:
+    def _capture(self, shape: GraphShape, kind: SamplingKind) -> bool:
         try:
             with self.cold_start.phase("graphs"):
-                return capture_shape(self._builder, self.runner, shape, kinds)
+                return capture_ahead(self._builder, self.runner, shape, kind)
         except Exception as error:
             self._executor.recover(error)
             self._graphs_to_capture.clear()

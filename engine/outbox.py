@@ -6,11 +6,14 @@ follow the steps, it takes several of them at once, which costs little more than
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _REST = 0.5
 """Least rest after a delivery, as a share of the time that the delivery took."""
@@ -40,7 +43,8 @@ class Outbox(Generic[T]):
     def _deliver(self) -> None:
         started = self._loop.time()
         if started < self._rest_until:
-            self._loop.call_at(self._rest_until, self._deliver)
+            # uvloop's clock has milliseconds: with less it would call again and again.
+            self._loop.call_later(max(self._rest_until - started, 1e-3), self._deliver)
             return
         self._is_scheduled = False  # before the queue is emptied, so that no item is left in it
         self.empty()
@@ -50,7 +54,11 @@ class Outbox(Generic[T]):
     def empty(self) -> None:
         """Deliver everything that was sent."""
         while self._items:
-            self._receive(self._items.popleft())
+            item = self._items.popleft()
+            try:
+                self._receive(item)
+            except Exception:
+                logger.exception("a step's events could not be delivered")
 
     def _rest(self, started: float) -> None:
         now = self._loop.time()

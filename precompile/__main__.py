@@ -5,12 +5,14 @@ a GPU finds them (`kernels/compiled.py`).
 
 With --config-only, MODEL_ID is a folder with a config.json and a tokenizer, whose weights may still
 be downloading. A server starts that for its own GPU, with its own cache. What was done before is
-not done again.
+not done again. It ends with the thread that started it.
 """
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
+import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +26,8 @@ from engine.core.config import DEFAULT_MODEL_ID
 _ROOT = Path(__file__).parents[1]
 _NICE = 10
 """The server itself goes first."""
+_SET_PDEATHSIG = 1
+"""PR_SET_PDEATHSIG of prctl(2): the signal to a process when the thread that started it ends."""
 
 
 def main() -> None:
@@ -39,6 +43,7 @@ def main() -> None:
         os.environ.setdefault("TRITON_CACHE_DIR", str(_ROOT / ".triton"))
         _compile(args)
         return
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
     own = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     done = Path(own) / f"{_identity(args)}.done"
     if not done.exists():

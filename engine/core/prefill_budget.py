@@ -60,7 +60,9 @@ class PrefillBudget:
             self._num_mixed = 0
             return
         self._num_mixed += num_decodes > 0
-        if num_prefill_tokens < self._min_tokens:
+        if (
+            num_prefill_tokens < self._min_tokens // 2
+        ):  # a chunk that fills a step may be that small
             return
         token_s = max(seconds - self._decode_s, 0.0) / num_prefill_tokens
         # At once if slower, so that no second step is too long. By halves if faster: one short

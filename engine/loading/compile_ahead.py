@@ -7,7 +7,6 @@ config.json and tokenizer, and no GPU: see `python -m precompile`, of which this
 command line alone.
 """
 
-import atexit
 import logging
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def compile_ahead(config: LoadConfig, sizes: EngineConfig, folder: Path) -> None
         return
     major, minor = torch.cuda.get_device_capability()
     dtype = served_type(config.dtype, own_type(model_config), torch.device("cuda"))
-    command = [sys.executable, "-m", "precompile", str(folder), "--config-only"]
+    command = [sys.executable, "-m", "precompile", str(folder.resolve()), "--config-only"]
     command += ["--targets", f"{major}{minor}", "--dtypes", str(dtype).removeprefix("torch.")]
     if sizes.max_total_tokens is not None:
         command += ["--max-total-tokens", str(sizes.max_total_tokens)]
@@ -52,22 +51,23 @@ def compile_ahead(config: LoadConfig, sizes: EngineConfig, folder: Path) -> None
 
 
 def start_command(command: list[str]) -> threading.Thread:
-    """Start a command that ends at the latest with this process. Return a thread that waits for it,
-    and logs how it ended.
+    """Start a command, which must not outlive the thread that starts it. Return that thread, which
+    waits for the command and logs how it ended.
     """
-    process = subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    atexit.register(process.kill)
-    waiting = threading.Thread(target=_await, args=(process,), name="skiff-compile", daemon=True)
+    waiting = threading.Thread(target=_run, args=(command,), name="skiff-compile", daemon=True)
     waiting.start()
     return waiting
 
 
-def _await(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate()
-    atexit.unregister(process.kill)
-    end = output.strip().splitlines()[-1:] or [""]
+def _run(command: list[str]) -> None:
+    try:
+        process = subprocess.run(
+            command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    except OSError as error:
+        logger.info("kernels are compiled when they are first launched, not ahead: %s", error)
+        return
+    end = process.stdout.strip().splitlines()[-1:] or [""]
     if process.returncode == 0:
         logger.info("kernels are compiled: %s", end[0] or "they were before")
     else:

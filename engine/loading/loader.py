@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -285,7 +284,7 @@ def _load_weights(
         _scale_rotary(model_config, *config.rope)
     transformers_logging.enable_progress_bar()
     shards = _shards(checkpoint, config, model_config, device)
-    dtype = _served_type(config, model_config, shards, device)
+    dtype = _served_type(config, model_config, checkpoint.path, shards, device)
     options: dict[str, Any] = {
         "config": model_config,
         "dtype": dtype,
@@ -329,15 +328,27 @@ def _shards(
 
 
 def _served_type(
-    config: LoadConfig, model_config: PreTrainedConfig, shards: Shards | None, device: torch.device
+    config: LoadConfig,
+    model_config: PreTrainedConfig,
+    path: Path,
+    shards: Shards | None,
+    device: torch.device,
 ) -> torch.dtype:
     """Return the type to serve the model in, and log it if that is not the checkpoint's own."""
     chosen_here = config.dtype is None and device.type == "cuda"
     own = own_type(model_config)
-    if own is None and chosen_here and shards is not None:
-        own = shards.dtype()
+    if own is None and chosen_here:
+        shards = shards or Shards.in_folder(path)
+        own = None if shards is None else shards.dtype()
     served = served_type(config.dtype, own, device)
-    if chosen_here and served is not own:
+    if chosen_here and own is None:
+        logger.info(
+            "the type of the weights of %s is told by no file: they are served in %s. --dtype "
+            "(DTYPE) chooses another",
+            config.model_id,
+            str(served).removeprefix("torch."),
+        )
+    elif chosen_here and served is not own:
         logger.info(
             "the weights of %s are float32 and are served in %s: half the memory, and several "
             "times as fast. --dtype float32 (DTYPE) keeps them as they are",
@@ -423,37 +434,3 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[in
         return frozenset(configured)
     single = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else configured
     return frozenset() if single is None else frozenset([single])
-
-
-@torch.inference_mode()
-def freeze_rotary(model: PreTrainedModel, max_total_tokens: int) -> None:
-    """Fix length-dependent rotary frequencies for sequences of this length.
-
-    `longrope` and `dynamic` choose their frequencies by the longest position of the whole
-    packed row: one long request would change its neighbours, and reading that position
-    synchronises with the device. So transformers' own update runs once more, for the longest
-    sequence there can be, and is then switched off.
-    """
-    position_ids = torch.tensor([[max_total_tokens - 1]], device=model.device)
-    x = torch.zeros(1, dtype=model.dtype, device=model.device)
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            if _is_length_dependent(kinds):
-                module(x, position_ids)
-                module.rope_type = "default"  # type: ignore[assignment]
-        elif isinstance(kinds, dict):
-            _freeze_per_layer_type(module, kinds, x, position_ids)
-
-
-def _freeze_per_layer_type(
-    module: nn.Module, kinds: dict[str, str], x: torch.Tensor, position_ids: torch.Tensor
-) -> None:
-    for layer_type, kind in list(kinds.items()):
-        if _is_length_dependent(kind):
-            module(x, position_ids, layer_type=layer_type)
-            kinds[layer_type] = "default"
-
-
-def _is_length_dependent(rope_type: str) -> bool:
-    return rope_type == "longrope" or "dynamic" in rope_type

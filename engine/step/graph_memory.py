@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import product
 
 from engine.attention.plan import GraphShape
 from engine.device.memory import DeviceMemory
@@ -35,12 +36,13 @@ def _capture_some(build: Build, memory: DeviceMemory) -> tuple[int, int]:
     builder, runner = build()
     kinds = runner.sampler.usual_kinds + runner.sampler.rare_kinds
     largest, others = _largest_and_others(builder.graph_shapes)
-    for shape in largest:
-        capture_shape(builder, runner, shape, kinds)
+    for shape, kind in product(largest, kinds):
+        capture_ahead(builder, runner, shape, kind)
     available = memory.available()
     if not others:
         return available, 0
-    capture_shape(builder, runner, others[-1], kinds)
+    for kind in kinds:
+        capture_ahead(builder, runner, others[-1], kind)
     each = max(available - memory.available(), 0)
     return available, each * len(others)
 
@@ -53,19 +55,14 @@ def _largest_and_others(
     return largest, [shape for shape in shapes if shape not in largest]
 
 
-def capture_shape(
-    builder: StepBuilder,
-    runner: ModelRunner,
-    shape: GraphShape,
-    kinds: Sequence[SamplingKind],
+def capture_ahead(
+    builder: StepBuilder, runner: ModelRunner, shape: GraphShape, kind: SamplingKind
 ) -> bool:
-    """Capture the graphs of one shape, with each of these kinds of sampling, by running steps of
-    padding; return whether one was missing. Raises what such a step raises.
+    """Capture the graphs of one shape and kind of sampling, by a step of padding; return whether
+    one was missing. Raises what the step raises.
     """
-    is_missing = False
-    for kind in kinds:
-        step = builder.empty(shape, kind)
-        if runner.needs_capture(step):
-            is_missing = True
-            runner.launch(step).result()
+    step = builder.empty(shape, kind)
+    is_missing = runner.needs_capture(step)
+    if is_missing:
+        runner.launch(step).result()
     return is_missing

@@ -98,5 +98,5 @@ def without_collection() -> Iterator[None]:
 def captures_greedy_steps(engine: Engine) -> Engine:
     """Have an engine with the torch sampler, which asks for no capture, capture greedy steps."""
     greedy = SamplingKind(plain=True, logprobs=False, raw_logprobs=False, num_top=0)
-    engine._graphs_to_capture = [(shape, (greedy,)) for shape in engine._builder.graph_shapes]
+    engine._graphs_to_capture = [(shape, greedy) for shape in engine._builder.graph_shapes]
     return engine

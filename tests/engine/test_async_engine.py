@@ -1,6 +1,7 @@
 """The engine behind an event loop: the end of every request, aborts, permits and the status."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ import pytest
 
 from engine.async_engine import AsyncEngine, Overloaded
 from engine.core.errors import EngineDead
+from engine.core.pipeline import LaunchedStep
 from engine.core.request import (
     Event,
     Failed,
@@ -17,6 +19,7 @@ from engine.core.request import (
     Request,
     TokenOutput,
 )
+from engine.core.scheduler import Batch
 from engine.engine import Engine
 from engine.step.builder import StepInputs
 from tests.engine.driving import greedy, make_engine
@@ -326,3 +329,28 @@ async def test_events_are_sent_between_the_next_launch_and_the_wait_for_the_devi
     for sent in (first, *between):
         assert (calls[sent - 1], calls[sent + 1]) == ("launch", "collect")
     assert calls[last - 1] == "collect"  # nothing is left to launch
+
+
+@pytest.mark.parametrize("failing", range(2, 9))
+async def test_no_event_is_lost_where_a_launch_fails(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing is launched until the step is collected, and events are sent all the same."""
+    engine = make_engine(family("llama"))
+    launch, numbers = engine._executor.launch, itertools.count(1)
+
+    def fail_once(batch: Batch) -> LaunchedStep:
+        if next(numbers) == failing:
+            raise MemoryError("on the host")
+        return launch(batch)
+
+    monkeypatch.setattr(engine._executor, "launch", fail_once)
+    requests = [greedy([1, 2], 4), greedy([3, 4], 5), greedy([5, 6], 6)]
+    async with serving(engine) as served, asyncio.timeout(30):
+        answers = await asyncio.gather(*(answer(served, request) for request in requests))
+    complete = [isinstance(events[-1], Finished) for events in answers]
+    assert complete[:2] == [True, True]
+    assert complete[2] or failing >= 6, "from then on it is alone, and the one that fails"
+    for request, events in zip(requests, answers, strict=True):
+        if isinstance(events[-1], Finished):
+            assert len(events) == request.stopping.max_new_tokens + 1

@@ -81,3 +81,19 @@ async def test_emptying_delivers_at_once_what_is_resting() -> None:
     assert received == [1]
     await turns(3)
     assert received == [1]
+
+
+async def test_an_item_that_cannot_be_received_keeps_none_behind_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    received: list[int] = []
+
+    def receive(item: int) -> None:
+        received.append(6 // item)
+
+    outbox: Outbox[int] = Outbox(asyncio.get_running_loop(), receive)
+    for item in (1, 0, 2):
+        outbox.send(item)
+    await turns(3)
+    assert received == [6, 3]
+    assert "could not be delivered" in caplog.text

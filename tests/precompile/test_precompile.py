@@ -21,6 +21,14 @@ from tests.engine import models
 
 ROOT = Path(__file__).parents[2]
 
+OF_OTHER_MODELS = {
+    "_route_kernel",
+    "_grouped_linear_kernel",
+    "_combine_kernel",
+    "_invariant_linear_kernel",
+}
+"""Kernels of mixtures of experts and of --batch-invariant, which are compiled at load."""
+
 
 def python(*arguments: str, cache: Path) -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -137,4 +145,4 @@ def test_every_kernel_is_compiled(tmp_path: Path) -> None:
         for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
     ]
     launchable = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert compiled == launchable
+    assert compiled == launchable - OF_OTHER_MODELS

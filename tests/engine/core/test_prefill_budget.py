@@ -207,3 +207,20 @@ class TestInThePipeline:
         assert driver.launch().num_scheduled_tokens <= 1 + 5
         driver.collect()
         driver.drain()
+
+
+@pytest.mark.parametrize("num_decodes", [1, 10, 250])
+def test_one_slow_step_does_not_keep_prompts_at_their_least(num_decodes: int) -> None:
+    """A step that fills a whole size may have fewer tokens than the least there is to be."""
+    budget = PrefillBudget(512, 8192, step_s=0.05)
+    decode_s, token_s, multiple = 0.01, 1e-5, 256
+    budget.observe(num_decodes, 0, decode_s)
+    budget.observe(num_decodes, 4096, decode_s + 4096 * token_s)
+    usual = budget.limit()
+    budget.observe(num_decodes, 4096, 3.0)
+    assert budget.limit() == 512
+    for _ in range(60):
+        limit = budget.limit()
+        chunk = limit - (num_decodes + limit) % multiple
+        budget.observe(num_decodes, max(chunk, 0), decode_s + token_s * max(chunk, 0))
+    assert budget.limit() > 0.9 * usual

@@ -16,7 +16,7 @@ from engine.core.config import EngineConfig
 from engine.engine import Engine
 from engine.fusion import rotary_tables
 from engine.fusion.rotary_tables import RotaryTables
-from engine.loading.loader import freeze_rotary
+from engine.loading.rotary import freeze_rotary
 from tests.engine.driving import check_greedy, greedy, make_engine, run
 from tests.engine.models import MAX_POSITIONS, build, family, prepared, reference
 

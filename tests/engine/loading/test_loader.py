@@ -92,10 +92,23 @@ def test_a_gpu_serves_float32_in_16_bits_and_says_so(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     caplog.set_level("INFO", "engine")
     shards = Shards.in_folder(tmp_path)
-    dtype = _served_type(LoadConfig("some", dtype=asked), config, shards, torch.device("cuda"))
+    options = LoadConfig("some", dtype=asked)
+    dtype = _served_type(options, config, tmp_path, shards, torch.device("cuda"))
     assert dtype == getattr(torch, served)
     told = "served in" in caplog.text and "--dtype float32" in caplog.text
     assert told == (stored == "float32" and asked is None)
+
+
+def test_a_type_that_no_file_tells_is_said_to_be_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    caplog.set_level("INFO", "engine")
+    config = LlamaConfig()
+    config.dtype = None
+    dtype = _served_type(LoadConfig("some"), config, tmp_path, None, torch.device("cuda"))
+    assert dtype == torch.bfloat16
+    assert "is told by no file" in caplog.text
 
 
 CUDA = torch.device("cuda")
