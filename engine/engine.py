@@ -144,7 +144,10 @@ class Engine:
         masks = TokenMasks(vocab_size)
         self._executor = ModelExecutor(self._builder, self.runner, masks, device)
         prefill_budget = PrefillBudget(
-            limits.min_prefill_tokens, limits.max_batch_tokens, limits.mixed_step_s
+            limits.min_prefill_tokens,
+            limits.max_batch_tokens,
+            limits.mixed_step_s,
+            limits.step_multiple,
         )
         self.pipeline = StepPipeline(self.scheduler, self._executor, self, prefill_budget)
         self._live: dict[str, tuple[Sequence, SequenceOutput]] = {}

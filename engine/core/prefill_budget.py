@@ -26,12 +26,16 @@ class PrefillBudget:
                 go into what a step costs at any size
     max_tokens  token budget of a step
     step_s      seconds that a step beside decodes may take, however short the decodes are
+    step_multiple  the scheduler takes fewer prompt tokens, to make a step a multiple of this
     """
 
-    def __init__(self, min_tokens: int, max_tokens: int, step_s: float = 0.0):
+    def __init__(
+        self, min_tokens: int, max_tokens: int, step_s: float = 0.0, step_multiple: int = 1
+    ):
         self._min_tokens = min_tokens
         self._max_tokens = max_tokens
         self._step_s = step_s
+        self._step_multiple = step_multiple
         self._decode_times: deque[float] = deque(maxlen=_NUM_MEASURED)
         self._token_s = 0.0
         self._num_mixed = 0
@@ -60,9 +64,7 @@ class PrefillBudget:
             self._num_mixed = 0
             return
         self._num_mixed += num_decodes > 0
-        if (
-            num_prefill_tokens < self._min_tokens // 2
-        ):  # a chunk that fills a step may be that small
+        if num_prefill_tokens <= self._min_tokens - self._step_multiple:
             return
         token_s = max(seconds - self._decode_s, 0.0) / num_prefill_tokens
         # At once if slower, so that no second step is too long. By halves if faster: one short

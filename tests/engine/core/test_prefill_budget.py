@@ -212,8 +212,8 @@ class TestInThePipeline:
 @pytest.mark.parametrize("num_decodes", [1, 10, 250])
 def test_one_slow_step_does_not_keep_prompts_at_their_least(num_decodes: int) -> None:
     """A step that fills a whole size may have fewer tokens than the least there is to be."""
-    budget = PrefillBudget(512, 8192, step_s=0.05)
     decode_s, token_s, multiple = 0.01, 1e-5, 256
+    budget = PrefillBudget(512, 8192, step_s=0.05, step_multiple=multiple)
     budget.observe(num_decodes, 0, decode_s)
     budget.observe(num_decodes, 4096, decode_s + 4096 * token_s)
     usual = budget.limit()
