@@ -192,7 +192,7 @@ class Engine:
         if info.quantization is not None:
             weights += f" quantised by {info.quantization}"
         if info.unused_bytes:
-            weights += f" and {info.unused_bytes / 2**30:.2f} GiB of holes between them"
+            weights += f" and {info.unused_bytes / 2**30:.2f} GiB of unusable gaps"
         return [
             f"model {info.model_id} in {info.dtype}, {weights}, on {info.device}",
             *self.limits.reasons,

@@ -175,6 +175,6 @@ def parse_phases(metrics: str) -> dict[str, float]:
 
 
 def parse_unused(log: str) -> float | None:
-    """Return the GiB of holes between the weights that the server tells, None on a CPU."""
-    found = re.search(r"([\d.]+) GiB of holes", log)
+    """Return the GiB of unusable gaps between the weights that the server tells, None on a CPU."""
+    found = re.search(r"([\d.]+) GiB of unusable gaps", log)
     return float(found[1]) if found else None

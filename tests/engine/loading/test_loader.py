@@ -261,6 +261,6 @@ def test_longrope_does_not_change_with_the_neighbours() -> None:
 
 def test_the_summary_tells_the_weights_and_what_the_allocator_holds_beyond_them() -> None:
     engine = make_engine(family("llama"))
-    assert "holes" not in engine.summary()[0]
+    assert "gaps" not in engine.summary()[0]
     engine.info = replace(engine.info, weight_bytes=3 << 30, unused_bytes=1 << 28)
-    assert "3.00 GiB of weights and 0.25 GiB of holes between them, on cpu" in engine.summary()[0]
+    assert "3.00 GiB of weights and 0.25 GiB of unusable gaps, on cpu" in engine.summary()[0]
