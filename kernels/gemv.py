@@ -21,7 +21,7 @@ from kernels.target import target_of
 
 MAX_ROWS = 8
 """With more rows, the multiply-adds take longer than reading the weights."""
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 _OUTPUTS = 4
 """Outputs of a program. Each input that a thread loads is used for so many weights."""
 _PROGRAMS_PER_SM = 8
@@ -63,8 +63,8 @@ def can_gemv(weight: Tensor) -> bool:
         and weight.dim() == 2
         and weight.is_contiguous()
         and weight.numel() > 0
-        and weight.shape[1] * weight.itemsize % _VECTOR_BYTES == 0
-        and weight.data_ptr() % _VECTOR_BYTES == 0
+        and weight.shape[1] * weight.itemsize % VECTOR_BYTES == 0
+        and weight.data_ptr() % VECTOR_BYTES == 0
     )
 
 
@@ -84,7 +84,7 @@ def can_prefetch(weight: Tensor) -> bool:
 def _prefetched_bytes(weight: Tensor, tiling: Tiling) -> int:
     """Return how many bytes of each output's weights, behind the first tile, are prefetched."""
     behind_tile = weight.shape[1] * weight.itemsize - 4 * tiling.words
-    share = _PREFETCHED_BYTES // weight.shape[0] // _VECTOR_BYTES * _VECTOR_BYTES
+    share = _PREFETCHED_BYTES // weight.shape[0] // VECTOR_BYTES * VECTOR_BYTES
     return max(min(behind_tile, share), 0)
 
 
@@ -127,7 +127,7 @@ def gemv_triton(
         bias,
         num_rows,
         num_outputs,
-        num_inputs * x.itemsize // _VECTOR_BYTES,
+        num_inputs * x.itemsize // VECTOR_BYTES,
         _prefetched_bytes(weight, tiling),
         ROWS=tiling.rows,
         OUTPUTS=_OUTPUTS,

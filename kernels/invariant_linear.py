@@ -58,7 +58,8 @@ def invariant_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
     Reads the weights once for every 64 rows, or every 128 where there are more.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    assert weight.is_contiguous()
     (num_rows, inputs), outputs = rows.shape, len(weight)
     output = x.new_empty(num_rows, outputs)
     if num_rows:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.device.timer import Timer
 from engine.linear.replace import replace_linears
-from kernels.gemv import can_gemv
+from kernels.gemv import VECTOR_BYTES, can_gemv
 from kernels.ops import Gemv, Ops
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class GemvLinear(nn.Module):
         if num_rows == 0 or 1 << (num_rows - 1).bit_length() not in self.rows:
             return F.linear(x, self.weight, self.bias)
         x = x.contiguous()  # which computes a deferred tensor
+        if x.data_ptr() % VECTOR_BYTES:
+            return F.linear(x, self.weight, self.bias)
         return self._gemv(x, self.weight, self.bias, self.prefetches and num_rows == 1)
 
 

@@ -43,6 +43,7 @@ from engine.loading.lazy_shards import LazyTensor, Shards
 from engine.loading.placement import Placement, layout_of
 from engine.loading.prefetch import choose_prefetch
 from engine.loading.probe import (
+    FEW_ROWS,
     LogitsCheck,
     compare_logits,
     discover,
@@ -228,7 +229,8 @@ def _replace_modules(
        computed by our own kernel for few rows, where that is faster. This comes last, since
        packed weights cannot be merged, and merged ones take another time. If logits must not
        depend on the batch, they are replaced by those of one tiling instead.
-    5. The whole is verified through the paged cache, and what it prefetches is chosen.
+    5. The whole is verified through the paged cache. Then what it prefetches is chosen, and the
+       kernels for few rows are verified.
 
     A layer that adds to what a linear computes, as LoRA does, wraps what step 4 leaves.
     """
@@ -248,6 +250,7 @@ def _replace_modules(
     verify(model, calls, expected, ops, check)
     if timer is not None:
         choose_prefetch(model, calls, ops, timer)
+        verify(model, calls, expected, ops, check, FEW_ROWS)
     return calls
 
 

@@ -193,6 +193,7 @@ def test_signals_are_passed_on(start: Start, name: str, status: int) -> None:
     assert ended(server) == (status, f"got {name}\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_s_interrupt_comes_once(start: Start) -> None:
     """The second would end the server at once."""
     count = "signal.signal(signal.SIGINT, lambda *_: say('got INT'))"
@@ -210,6 +211,7 @@ def test_a_server_that_was_told_to_end_is_not_started_again(start: Start, status
     assert ended(server) == (status, "got TERM\n")
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_end_when_told_is_killed(start: Start) -> None:
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     server = start("handover.termination_s = 0.5", ignore, READY, "say('ready')", FOREVER)
@@ -254,7 +256,7 @@ def test_the_status_of_orphans_is_taken(start: Start) -> None:
         assert time.monotonic() < deadline, "an orphan stays a zombie"
         time.sleep(0.02)
     server.terminate()
-    assert ended(server)[0] == 128 + signal.SIGTERM
+    assert ended(server)[0] == 0
 
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child")
@@ -265,9 +267,7 @@ HAS_NAMESPACES = (
 
 
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="no rights to make a PID namespace")
-@pytest.mark.parametrize(
-    ("serve", "status"), [(HANDLER.format("TERM", 0), 0), ("pass", 128 + signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("serve", "status"), [(HANDLER.format("TERM", 0), 0), ("pass", 0)])
 def test_the_first_process_of_a_container_passes_signals_on(
     start: Start, serve: str, status: int
 ) -> None:

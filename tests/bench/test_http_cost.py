@@ -6,6 +6,7 @@ from bench.http_cost import PacedSource, measure
 from engine.core.request import Finished, Request, SamplingParams, StoppingParams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["tgi", "chat"])
 def test_all_tokens_are_served_and_their_cost_is_reported(api: str) -> None:
     cost = measure(api, streams=3, rate=100, seconds=0.1)

@@ -239,6 +239,7 @@ async def test_the_log_says_where_a_step_hangs(caplog: pytest.LogCaptureFixture)
         await eventually(lambda: not served._thread.is_alive())
 
 
+@pytest.mark.slow
 async def test_the_time_of_a_stopped_process_does_not_count_as_a_hang() -> None:
     """An event loop that is held up stands for a process that is stopped as a whole."""
     release = threading.Event()

@@ -74,6 +74,7 @@ def test_a_request_that_turns_poisonous_while_decoding_fails_alone() -> None:
         check_greedy(reference("llama"), answers, request)
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_of_memory_is_run_in_halves() -> None:
     engine = make_engine(family("llama"))
     sabotage(

@@ -95,6 +95,7 @@ def test_a_cache_that_does_not_fit_is_a_tenth_smaller(
     check_greedy(reference("llama"), run(engine, [(0, request)]), request)
 
 
+@pytest.mark.slow
 def test_it_is_as_large_as_fits_within_a_tenth(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, engines: Engines
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_forward_that_runs_out_in_the_warm_up_gives_its_whole_cache_back(
     assert engine.limits.num_blocks == ASKED * 9 // 10
 
 
+@pytest.mark.slow
 def test_an_engine_that_fits_nowhere_is_a_load_error(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, engines: Engines
 ) -> None:

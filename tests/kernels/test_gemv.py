@@ -57,6 +57,7 @@ def test_sizes_need_not_be_multiples_of_tiles(
         check(gemv_triton(x, weight), x, weight, None)
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_beside_other_rows() -> None:
     x, weight, _ = made(8, 1100, 9, torch.float32)
     whole = gemv_triton(x, weight)

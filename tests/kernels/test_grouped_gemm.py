@@ -147,6 +147,7 @@ def check(result: Tensor, expected: Tensor) -> None:
     assert ((result.double() - expected).abs() <= allowed).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 19])
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (80, 48), (200, 150)])
@@ -160,6 +161,7 @@ def test_each_row_is_multiplied_by_its_experts_matrix(
         check(grouped_linear_torch(routing=route_torch(experts, 4), **data), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: f"{tiling.rows} rows")
 @pytest.mark.parametrize(("transposed", "with_bias", "form"), LAYOUTS, ids=str)
 def test_every_tiling_and_layout_gives_the_same(

@@ -195,6 +195,7 @@ async def test_a_client_that_stops_is_disconnected(
         await until(lambda: len(served.connections) == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\nhost: x\r\nx: ", post("/", 100_000)])
 async def test_a_client_that_sends_a_byte_at_a_time_is_disconnected(
     monkeypatch: pytest.MonkeyPatch, tls: dict[str, Any], head: bytes

@@ -1,5 +1,6 @@
 """Weights are prefetched where that makes a whole decode step faster."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from engine.core.errors import LoadError
 from engine.linear.gemv import GemvLinear
 from kernels.gemv import gemv_torch
 from kernels.target import Target, using_target
@@ -86,3 +88,22 @@ def test_the_choice_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> Non
         prefetching(timer)
     own = [r.getMessage() for r in caplog.records if r.name == "engine.loading.prefetch"]
     assert own == ["linears that prefetch their weights: 640x1024 (90.0% of a decode step's time)"]
+
+
+@pytest.mark.parametrize("wrong_rows", [1, 2, 4, 8])
+def test_a_kernel_for_few_rows_that_computes_something_else_is_found(wrong_rows: int) -> None:
+    def wrong(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, prefetches: bool = False
+    ) -> Tensor:
+        result = gemv_torch(x, weight, bias, prefetches)
+        return result * 1.5 if x.shape[:-1].numel() == wrong_rows else result
+
+    timer = Scripted(lambda _: 1.0)
+    with pytest.raises(LoadError, match="off by"):
+        prepared("llama", replace(timer.ops, gemv=wrong), timer=_in_favour_of_ours(), **WIDE)
+
+
+def _in_favour_of_ours() -> Callable[[Callable[[], object]], float]:
+    """Time every second work, which is that of the library, as twice as long."""
+    seconds = itertools.cycle([1.0, 2.0])
+    return lambda _: next(seconds)

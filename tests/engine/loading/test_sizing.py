@@ -175,6 +175,7 @@ def load_with_room_for(
     return Engine.load(LoadConfig("tiny"), config(**options))
 
 
+@pytest.mark.slow
 def test_a_cache_that_runs_out_of_memory_is_made_smaller(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_configured_cache_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch)
         load_with_room_for(monkeypatch, family("llama"), room=200, num_blocks=201)
 
 
+@pytest.mark.slow
 def test_loading_fails_with_the_reason_when_no_cache_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadError):
         load_with_room_for(monkeypatch, family("llama"), room=0)
