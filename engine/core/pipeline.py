@@ -63,10 +63,12 @@ class StepOutput:
     tokens         one for each scheduled sequence that samples, in the batch's order; None if
                    no sequence does
     prompt_tokens  one for each prompt row of the batch, in its order
+    is_slowed      something else was done in the step's time, which tells nothing about others
     """
 
     tokens: Iterable[SampledToken] | None = None
     prompt_tokens: list[SampledToken] = field(default_factory=list)
+    is_slowed: bool = False
 
 
 class LaunchedStep(Protocol):
@@ -241,17 +243,17 @@ class StepPipeline:
 
     def collect(self) -> None:
         """Wait for the oldest step in flight and take what it produced."""
-        step, failed = self._in_flight.popleft(), False
+        step, failed, is_slowed = self._in_flight.popleft(), False, False
         try:
             output = step.result()
         except Exception as error:  # no variable keeps it, since it keeps what the step had
             finished, failed = self._clock(), True
             self._recover(step, error)
         else:
-            finished = self._clock()
+            finished, is_slowed = self._clock(), output.is_slowed
             self._take(step, output)
         self.last_step = figures = self._figures(step, finished, failed)
-        if not failed:
+        if not (failed or is_slowed):
             # The device's time for the step, without the one before it.
             seconds = finished - max(step.launch_time, self._last_finished)
             num_prefill_tokens = figures.num_tokens - figures.num_decodes

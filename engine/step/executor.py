@@ -104,6 +104,7 @@ def _output(result: StepResult) -> StepOutput:
     return StepOutput(
         tokens=None if result.sampled is None else _tokens(result.sampled),
         prompt_tokens=[] if result.prompt is None else list(_tokens(result.prompt)),
+        is_slowed=result.has_captured,
     )
 
 

@@ -73,14 +73,16 @@ class PackedTokens:
 class StepResult:
     """A step's result, on the host.
 
-    sampled  None when nothing was sampled
-    prompt   the prompt tokens whose logprobs were asked for; None when none were
-    staging  the buffers that both are read from; None if they are in memory of their own
+    sampled       None when nothing was sampled
+    prompt        the prompt tokens whose logprobs were asked for; None when none were
+    staging       the buffers that both are read from; None if they are in memory of their own
+    has_captured  whether graphs were captured, so that the step's time is none of a usual one
     """
 
     sampled: HostTokens | None
     prompt: HostTokens | None
     staging: Staging | None = None
+    has_captured: bool = False
 
     def release(self) -> None:
         """Let later steps use the buffers: the result must not be read any more."""

@@ -75,8 +75,9 @@ def build_runner(
 class Forward:
     """A step's forward, and what it leaves for the sampling, in stream order.
 
-    staging  the host's side of the step's copies
-    graphs   of the step's shape, if the step runs in a graph
+    staging       the host's side of the step's copies
+    graphs        of the step's shape, if the step runs in a graph
+    has_captured  whether its graphs were captured, which took longer than the step
     """
 
     step: HostStep
@@ -85,6 +86,7 @@ class Forward:
     inputs: StepInputs | None = None
     logits: Tensor | None = None
     pending: Pending[None] | None = None
+    has_captured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class ModelRunner:
             scores = self._change(logits, inputs, extras, allowed, step.sampling)
             packed = self._run_sampler(forward, logits, scores, step.sampling)
             sampled = packed.to_host(step.num_sampled, staging)
-        return StepResult(sampled, prompt, staging)
+        return StepResult(sampled, prompt, staging, forward.has_captured)
 
     def _change(
         self,
@@ -268,6 +270,7 @@ class ModelRunner:
             return run()
         sampled = self._captures.try_out(shape, run)
         self._capture(graphs, shape, own)
+        forward.has_captured = True
         return sampled
 
     def _capture(self, graphs: ShapeGraphs, shape: GraphShape, kind: SamplingKind) -> None:

@@ -247,3 +247,18 @@ def test_a_device_lost_in_a_capture_ends_the_engine_that_serves(device: FakeDevi
     with pytest.raises(EngineDead, match="the device is lost"):
         run(engine, [(0, greedy([1, 2], 3))])
     assert [type(event) for _, event in engine.fail_all("lost")] == [Failed]
+
+
+def test_the_time_of_a_step_that_captured_says_nothing_about_others(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each new size of step would make the chunks of prompts small for a while."""
+    engine = make_engine(device)
+    observed: list[int] = []
+    monkeypatch.setattr(
+        engine.pipeline.prefill_budget, "observe", lambda *of_step: observed.append(of_step[0])
+    )
+    request = greedy([1, 2, 3], 6)
+    assert len(run(engine, [(0, request)]).ids(request)) == 6
+    assert device.captured == 2 * 2, "a prefill and a decode, forward and sampling each"
+    assert len(observed) == 4, "the decodes after the first"
