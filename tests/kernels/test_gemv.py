@@ -47,6 +47,7 @@ def test_it_is_the_product(rows: int, dtype: torch.dtype) -> None:
     check(gemv_torch(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.slow
 @each_dtype
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 1), (40, 3), (1024, 4), (1032, 7), (2056, 13)])
 def test_sizes_need_not_be_multiples_of_tiles(

@@ -175,6 +175,7 @@ def tls(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 # -- clients that take too long ---------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "answered"),
     [

@@ -51,6 +51,7 @@ def inputs_of(experts: Any, num_tokens: int, top_k: int, dtype: torch.dtype) -> 
     return torch.randn(num_tokens, hidden).to(dtype), chosen, weights.to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])

@@ -149,6 +149,7 @@ def lost(loads: list[Event], merges: list[Event], weights: int, expandable: bool
     return (allocator.reserved - allocator.allocated) / weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B", "Gemma-2-9B"])
 def test_less_than_three_hundredths_of_the_weights_are_lost(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ def placed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_the_one_that_transformers_loads(

@@ -192,12 +192,6 @@ def test_a_configured_cache_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch)
         load_with_room_for(monkeypatch, family("llama"), room=200, num_blocks=201)
 
 
-@pytest.mark.slow
-def test_loading_fails_with_the_reason_when_no_cache_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LoadError):
-        load_with_room_for(monkeypatch, family("llama"), room=0)
-
-
 def test_a_warm_up_out_of_memory_makes_the_cache_smaller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
