@@ -13,7 +13,6 @@ from clients.wire import (
 )
 
 GREEDY = {"model": "tgi", "temperature": 0}
-OTHER_TOOL = {"type": "function", "function": {"name": "get_time", "parameters": None}}
 
 
 @pytest.fixture(params=["sync", "async"])

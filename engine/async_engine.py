@@ -361,7 +361,6 @@ class AsyncEngine:
         the event loop wakes the streams, the engine waits for the device and not for the lock.
         """
         events = self._engine.step(launched=self._send)
-        self._send()  # a step that launched nothing has not called it
         self._collected = _Step(events, self._engine.last_step)
         if not self._engine.has_work:
             self._send()

@@ -173,23 +173,22 @@ class StepPipeline:
     # -- one step ---------------------------------------------------------------------
 
     def step(self, launched: Callable[[], None] = lambda: None) -> None:
-        """Launch the next step, call `launched`, then collect the step before it.
+        """Launch the next step, call `launched`, then collect the step before it. `launched` is
+        called whether or not there was anything to launch.
 
         `last_step` has the figures of the collected step, None if none was collected. Raises
         EngineDead when the device is lost.
         """
         self.last_step = None
+        has_room = False
         if self.is_isolating:
-            if self.launch_suspects().scheduled:
-                launched()
-                self.collect()
-            return
-        if not self._launch_failed:
+            self.launch_suspects()
+        elif not self._launch_failed:
             has_launched = bool(self.launch().scheduled)
-            launched()
-            if not self._in_flight or (has_launched and len(self._in_flight) < MAX_IN_FLIGHT):
-                return
-        self.collect()
+            has_room = has_launched and len(self._in_flight) < MAX_IN_FLIGHT
+        launched()
+        if self._in_flight and not has_room:
+            self.collect()
 
     @property
     def _launch_failed(self) -> bool:

@@ -6,7 +6,6 @@ cancelled, failed or rejected, and each attempt was reported once as ended.
 
 import asyncio
 import json
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import httpx2
 import pytest
 
 from tests.thorough import THOROUGH
-from tests.vast.autoscaler import Autoscaler, running
+from tests.vast.autoscaler import Autoscaler
 from tests.vast.signing import Signer
 from tests.vast.worker import NUM_TOKENS, WorkerProcess, scripted_worker
 
@@ -24,19 +23,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.thorough]
 READY_S = 30.0
 DOWN_S = 60 if THOROUGH > 1 else 4
 PAYLOAD = {"inputs": "x", "parameters": {"max_new_tokens": NUM_TOKENS}}
-
-
-@pytest.fixture
-def autoscaler() -> Iterator[Autoscaler]:
-    with running() as listening:
-        yield listening
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ never in error.
 """
 
 import asyncio
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import httpx2
 import pytest
 
 from tests.api.faulty import START_S, FaultyServer, faulty_server
-from tests.vast.autoscaler import Autoscaler, running
+from tests.vast.autoscaler import Autoscaler
 from tests.vast.ledger import Report
 from tests.vast.worker import worker_environment
 
@@ -22,19 +21,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.thorough]
 SHORT = {"inputs": "x", "parameters": {"max_new_tokens": 3}}
 LONG = {"inputs": "x", "parameters": {"max_new_tokens": 1500}}
 SETTLED_S = 40.0
-
-
-@pytest.fixture
-def autoscaler() -> Iterator[Autoscaler]:
-    with running() as listening:
-        yield listening
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
